@@ -1,0 +1,182 @@
+"""The one typed configuration: every knob with its unit and default, from JSON or YAML, unknown keys refused."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class ConfigError(ValueError):
+    """A mistake that the user can mend. Reads "field: problem; fix" on one line."""
+
+    def __init__(self, field: str, problem: str, fix: str):
+        super().__init__(f"{field}: {problem}; {fix}")
+        self.field, self.problem, self.fix = field, problem, fix
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SpaceConfig(_Section):
+    name: str = Field("hytra", description="hytra | mbconv | nats | path/to/file.py:ClassName (an own space)")
+    width: float = Field(1.0, gt=0, le=4, description="multiplier of all channel numbers")
+    image_size: int = Field(224, ge=1, description="side of the square views, pixels")
+    restricted: bool = Field(True, description="hytra: a block's first layer goes down at most one scale")
+    split: Literal["cifar10", "cifar100"] = Field("cifar10", description="nats: layers per block 2-2-1 or 2-1-2")
+
+
+class HeadsConfig(_Section):
+    hidden: int = Field(4096, ge=1, description="hidden units of the projectors and predictors")
+    out: int = Field(256, ge=2, description="dimension of the embedding space")
+
+
+class DataConfig(_Section):
+    train: str | list[str] | None = Field(None, description="training shards: glob, brace pattern or list of tars")
+    val: str | list[str] | None = Field(None, description="validation shards, for the rating; null: see train")
+    recipe: Literal["imagenet", "cifar"] = Field("imagenet", description="augmentation of the views")
+    workers: int = Field(2, ge=0, description="loader processes per rank; 0 loads in the training process")
+    val_images: int | None = Field(None, ge=2, description="use the first n validation images; null: all")
+    max_bad: float = Field(0.001, ge=0, lt=1, description="share of unreadable images above which the run stops")
+
+
+class TrainConfig(_Section):
+    batch: int = Field(4096, ge=2, description="images per optimizer step, over all ranks")
+    micro_batch: int = Field(64, ge=2, description="images per rank and forward pass")
+    epochs: int = Field(6, ge=1, description="epochs per block")
+    steps_per_epoch: int | None = Field(None, ge=1, description="optimizer steps an epoch; null: the whole set")
+    lr: float = Field(4.8, gt=0, description="base learning rate, for the whole batch")
+    warmup_epochs: float = Field(1.0, ge=0, description="linear warm-up at each block's start")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(1e-6, ge=0)
+    trust: float = Field(0.001, gt=0, description="LARS trust coefficient")
+    ema: float = Field(0.99, ge=0, le=1, description="target network's momentum at a block's start; ends at 1")
+    clip: float = Field(0.0, ge=0, description="gradient norm limit; 0: none")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="autocast precision of the networks")
+    paths_per_pass: int | None = Field(None, ge=1, description="paths that share one backward; null: all")
+    collapse_below: float = Field(0.05, ge=0, le=1, description="warn when the embeddings' spread is less")
+
+
+class RatingConfig(_Section):
+    every_epochs: int = Field(2, ge=0, description="rate in mid-stage every n epochs; 0: only at the stage's end")
+    batch: int = Field(256, ge=2, description="validation images per batch")
+    calibration_images: int = Field(256, ge=2, description="training images in one calibration batch")
+    calibration_batches: int = Field(1, ge=1, description="batches whose batch-norm statistics are averaged")
+
+
+class EngineConfig(_Section):
+    name: Literal["single", "deepspeed"] = "single"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    deepspeed: dict[str, Any] = Field({}, description="what DeepSpeed alone knows: ZeRO, offload, communication")
+
+
+class CheckpointConfig(_Section):
+    every_steps: int = Field(100, ge=1, description="optimizer steps between checkpoints within a block")
+    keep: int = Field(2, ge=1, description="checkpoints kept")
+
+
+class Config(_Section):
+    out: str = Field("runs/search", min_length=1, description="run folder; every result goes there")
+    seed: int = Field(0, ge=0)
+    space: SpaceConfig = SpaceConfig()
+    heads: HeadsConfig = HeadsConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    rating: RatingConfig = RatingConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+def load(path: str | Path | None, overrides: list[str] | None = None) -> Config:
+    """Reads a JSON or YAML config, applies ``a.b=value`` overrides (values are YAML) and validates.
+
+    Raises ConfigError that names the field and the fix. ``path=None`` starts from the defaults.
+    """
+    values = {} if path is None else _read(Path(path))
+    for override in overrides or []:
+        _apply(values, override)
+    return validate(values)
+
+
+def validate(values: dict) -> Config:
+    """Validates plain values. Raises ConfigError on the first mistake."""
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error.errors()[0]) from None
+    if config.engine.name != "deepspeed" and config.engine.deepspeed:
+        raise ConfigError("engine.deepspeed", f"is set, but engine.name is {config.engine.name!r}",
+                          "set engine.name to deepspeed or remove the section")
+    if config.train.batch % config.train.micro_batch:
+        raise ConfigError("train.batch", f"{config.train.batch} is not a multiple of train.micro_batch "
+                          f"{config.train.micro_batch}", "choose a multiple")
+    return config
+
+
+def accumulation(config: Config, world_size: int) -> int:
+    """Micro-batches per optimizer step on each rank, so that the batch is the same on any number of ranks."""
+    per_pass = config.train.micro_batch * world_size
+    if config.train.batch % per_pass:
+        per_rank = config.train.batch // world_size
+        hint = (f"set train.micro_batch to a divisor of {per_rank}" if config.train.batch % world_size == 0
+                else f"use a number of ranks that divides {config.train.batch}")
+        raise ConfigError("train.batch", f"{config.train.batch} images cannot be divided over {world_size} ranks x "
+                          f"micro-batches of {config.train.micro_batch}", hint)
+    return config.train.batch // per_pass
+
+
+def dump(config: Config) -> str:
+    """The resolved config as JSON, every default written out."""
+    return json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+
+
+def _read(path: Path) -> dict:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("--config", f"cannot read {path} ({getattr(error, 'strerror', None) or error})",
+                          "name a .json or .yaml file") from None
+    try:
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        where = str(error).replace("\n", " ")
+        raise ConfigError("--config", f"{path} is not valid {path.suffix[1:]} ({where})", "mend the file") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError("--config", f"{path} holds no mapping of keys", "write sections such as space, data, train")
+    values.pop("_comment", None)
+    return values
+
+
+def _apply(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError("--set", f"{override!r} is not of the form a.b=value", "write for example train.epochs=2")
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(key, f"{section} is a value, not a section", "see `bossnas search --help`")
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(key, f"cannot read the value {text!r}", "quote it as YAML") from None
+
+
+def _explain(error: dict) -> ConfigError:
+    where = ".".join(str(part) for part in error["loc"] if part not in ("str", "list[str]"))
+    if error["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in error["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        names = list(section.model_fields)
+        near = difflib.get_close_matches(str(error["loc"][-1]), names, n=1)
+        return ConfigError(where, "unknown key", f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}")
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return ConfigError(where, f"{message}, got {error['input']!r}", "change the value")
