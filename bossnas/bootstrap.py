@@ -1,0 +1,39 @@
+"""Ensemble bootstrapping (METHOD 3.3; BossNAS, section 3.3): pure functions over tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def ensemble_target(projections: Sequence[Tensor]) -> Tensor:
+    """Mean over the paths of the L2-normalised target projections, each [N, D] -> [N, D]. Not normalised again."""
+    return torch.stack([F.normalize(p, dim=1) for p in projections]).mean(0)
+
+
+def population_centre(projections: Sequence[Tensor]) -> Tensor:
+    """Mean over all paths of the plain target projections, each [N, D] -> [N, D] (rating, METHOD 4)."""
+    return torch.stack(list(projections)).mean(0)
+
+
+def loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """-2 cos(predicted, target) for each image: [N, D], [N, D] -> [N], in [-2, 2]."""
+    return -2 * F.cosine_similarity(predicted, target, dim=1)
+
+
+def path_loss(predicted_a: Tensor, predicted_b: Tensor, target_a: Tensor, target_b: Tensor) -> Tensor:
+    """Symmetric loss of one path for each image: view A predicts the target of view B and the reverse. [N], [-4, 4]."""
+    return loss(predicted_a, target_b) + loss(predicted_b, target_a)
+
+
+@torch.no_grad()
+def spread(projections: Tensor) -> Tensor:
+    """Collapse sentinel: standard deviation over the batch of the normalised projections [N, D], times sqrt(D).
+
+    1 when they fill the sphere evenly, 0 when all images have one embedding (SimSiam, Chen & He 2021, section 4.1).
+    """
+    normal = F.normalize(projections.float(), dim=1)
+    return normal.std(0).mean() * normal.shape[1] ** 0.5

@@ -1,0 +1,232 @@
+"""Ranks and collectives: the only raw torch.distributed outside the engines.
+
+Started by ``deepspeed``, ``torchrun`` (RANK, WORLD_SIZE, LOCAL_RANK), ``srun`` (SLURM_*) or nobody at all. One
+process makes no process group, and every function here then is the trivial one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from bossnas.config import ConfigError
+
+USER_ERROR = 2  # exit code of a mistake that the user can mend
+GRACE_SECONDS = 3.0  # the other ranks leave rank 0 this long to report the mistake that all of them see
+
+
+def init(timeout_minutes: float = 30) -> None:
+    """Joins the process group that the environment describes: gloo for CPU tensors, nccl for CUDA tensors.
+
+    A collective that waits longer than ``timeout_minutes`` for another rank fails. Raises ConfigError when the
+    environment is incomplete.
+    """
+    if torch_dist.is_initialized():
+        return
+    _srun_environment()
+    world = _env_int("WORLD_SIZE", 1)
+    if world == 1:
+        return
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ConfigError(name, f"is not set, although WORLD_SIZE is {world}",
+                              "start with deepspeed, torchrun or srun")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    _gloo_interface()
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    torch_dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+
+
+def ensure_group() -> None:
+    """Makes a process group of one for libraries that cannot do without (DeepSpeed). It needs no port."""
+    if torch_dist.is_initialized():
+        return
+    assert _env_int("WORLD_SIZE", 1) == 1, "dist.init() comes first"
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK=os.environ.get("LOCAL_RANK", "0"))
+    _gloo_interface()
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1)
+
+
+def rank(group: Any = None) -> int:
+    return torch_dist.get_rank(group) if torch_dist.is_initialized() else 0
+
+
+def world_size(group: Any = None) -> int:
+    return torch_dist.get_world_size(group) if torch_dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """This rank's number on its node."""
+    return _env_int("LOCAL_RANK", 0)
+
+
+def device(name: str = "auto") -> torch.device:
+    """The device of this rank. ``name``: auto | cpu | cuda. Raises ConfigError when there is no such device."""
+    if name == "cpu" or name == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("engine.device", "cuda was asked for, but PyTorch sees no CUDA device",
+                          "set it to auto or cpu, or mend the driver")
+    count = torch.cuda.device_count()
+    index = 0 if count == 1 else local_rank()  # srun --gpus-per-task=1 shows each rank one device
+    if index >= count:
+        raise ConfigError("engine.device", f"local rank {index} has no device, this node shows {count}",
+                          "start as many ranks per node as it has devices")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        any_rank(False)
+
+
+def all_gather(x: Tensor) -> list[Tensor]:
+    """``x`` of every rank, in rank order; the same shape and dtype on all of them."""
+    if world_size() == 1:
+        return [x]
+    x = x.detach().contiguous()
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    torch_dist.all_gather(parts, x)
+    return parts
+
+
+def all_reduce_sum(x: Tensor, group: Any = None) -> Tensor:
+    """Adds ``x`` up over the ranks of ``group``, in place."""
+    if world_size(group) > 1:
+        torch_dist.all_reduce(x, group=group)
+    return x
+
+
+def broadcast_object(obj: Any) -> Any:
+    """Rank 0's ``obj`` (anything picklable), on every rank."""
+    if world_size() == 1:
+        return obj
+    box = [obj]
+    torch_dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def shuffle(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index[rank*n : (rank+1)*n]`` of all ranks' ``x`` [n, ...] put together (METHOD 3.3).
+
+    ``index`` [world * n] int64, equal on all ranks. Undone by ``shuffle(y, index.argsort())``. No gradient.
+    """
+    n = len(x)
+    if len(index) != n * world_size():
+        raise ValueError(f"shuffle: index has {len(index)} entries, expected {n} rows x {world_size()} ranks")
+    mine = index[rank() * n:(rank() + 1) * n].to(x.device)
+    return torch.cat(all_gather(x)).index_select(0, mine)
+
+
+def any_rank(flag: bool) -> bool:
+    """True on all ranks if ``flag`` is true on one: how they stop, or fail, together."""
+    if world_size() == 1:
+        return flag
+    box = torch.tensor([int(flag)])
+    torch_dist.all_reduce(box, op=torch_dist.ReduceOp.MAX)
+    return bool(box.item())
+
+
+def shutdown(code: int = 0) -> None:
+    """Leaves the process group. With more than one rank it ends the process and does not return.
+
+    ``code`` 0: after a barrier. Other codes: at once, so that the launcher sees it and ends the other ranks.
+    gloo's teardown at interpreter exit aborts now and then, therefore nothing is torn down: the output is flushed
+    and the process ends with ``code``.
+    """
+    if world_size() == 1:
+        if torch_dist.is_initialized():
+            torch_dist.destroy_process_group()
+        return
+    if code == 0:
+        barrier()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run(function: Callable[[], Any], timeout_minutes: float = 30) -> int:
+    """Runs one rank's program: ``init``, ``function()``, ``shutdown``. Returns or exits with the exit code.
+
+    0: done; 2: a mistake of the user, one line on stderr; 130: interrupted; 1: anything else, with traceback;
+    a SystemExit keeps its code. With one rank the code is returned, with more the process ends.
+    """
+    try:
+        init(timeout_minutes)
+        function()
+        code = 0
+    except ConfigError as error:
+        code = USER_ERROR
+        if rank() > 0:
+            time.sleep(GRACE_SECONDS)
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as request:
+        code = request.code if isinstance(request.code, int) else int(request.code is not None)
+        if isinstance(request.code, str):
+            print(request.code, file=sys.stderr)
+    except Exception:
+        code = 1
+        print(f"rank {rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, end="")
+    shutdown(code)
+    return code
+
+
+def _env_int(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(name, f"is {text!r} in the environment", "set a whole number or unset it") from None
+
+
+def _srun_environment() -> None:
+    """Writes what srun says in the words of torchrun.
+
+    SLURM_STEP_NUM_TASKS exists only below srun. A batch script has SLURM_PROCID and SLURM_NTASKS as well, but is one
+    process.
+    """
+    env = os.environ
+    if "WORLD_SIZE" in env or "SLURM_STEP_NUM_TASKS" not in env or "SLURM_PROCID" not in env:
+        return
+    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
+    env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "127.0.0.1")
+    env.setdefault("MASTER_ADDR", first_host(nodes))
+    job, step = _env_int("SLURM_JOB_ID", 0), _env_int("SLURM_STEP_ID", 0)
+    env.setdefault("MASTER_PORT", str(20000 + (job * 13 + step) % 12000))  # equal on all ranks, unlike on other jobs
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list: ``gpu[03-05,9],cpu1`` -> ``gpu03``."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodelist)
+    if match is None:
+        raise ConfigError("SLURM_STEP_NODELIST", f"cannot read {nodelist!r}", "set MASTER_ADDR to the first node")
+    return "".join(part or "" for part in match.groups())
+
+
+def _gloo_interface() -> None:
+    """Containers whose own host name does not resolve: gloo then needs to be told the loopback device."""
+    if sys.platform != "linux" or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    if os.environ.get("MASTER_ADDR", "localhost") in ("localhost", "127.0.0.1", socket.gethostname()):
+        try:
+            socket.gethostbyname(socket.gethostname())
+        except OSError:
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"

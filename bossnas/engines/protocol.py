@@ -1,0 +1,79 @@
+"""What an engine must do: apply parallelism to the trained block and own its gradients and its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bossnas.config import ConfigError
+from bossnas.optim import LARS
+
+OPTIMIZER_FILE = "optimizer.pt"
+
+
+class Engine(Protocol):
+    """One engine per trained block. Forward passes call the wrapped module's own submodules, never the engine.
+
+    All ranks of a data-parallel group sample the same paths and call every method at the same time.
+    """
+
+    def wrap(self, module: nn.Module, make_optimizer: Callable[[bool], Optimizer]) -> None:
+        """Takes over ``module``, which is on its device. ``make_optimizer(sharded)`` builds its optimizer."""
+
+    def autocast(self) -> AbstractContextManager:
+        """Context of a forward pass in the run's precision."""
+
+    def micro(self, loss: Tensor, last: bool) -> None:
+        """Back-propagates one micro-batch's scalar loss; ``last`` marks the update's last micro-batch.
+
+        The gradient of an update is (1 / accumulate) x the sum over its micro-batches, averaged over the ranks.
+        """
+
+    def step(self, lr: float) -> None:
+        """One optimizer step at learning rate ``lr``; gradients are gone afterwards."""
+
+    def save(self, folder: Path) -> None:
+        """Writes the optimizer's state into ``folder``. All ranks call it, between updates."""
+
+    def load(self, folder: Path) -> None:
+        """Reads what ``save`` wrote, by any engine on any number of ranks, once the weights are in the module."""
+
+    def close(self) -> None:
+        """Lets go of hooks and buffers. The module stays usable."""
+
+
+def autocast(device_type: str, precision: str) -> AbstractContextManager:
+    """Autocast to bfloat16 or nothing. ``precision``: fp32 | bf16."""
+    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def device_type(module: nn.Module, precision: str) -> str:
+    """cpu | cuda, where ``module`` is. Raises ConfigError when it cannot do ``precision`` there."""
+    kind = next(module.parameters()).device.type
+    if precision == "bf16" and kind == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("train.precision", "this GPU has no bfloat16", "set it to fp32")
+    return kind
+
+
+def save_optimizer(optimizer: LARS, folder: Path, write: bool) -> None:
+    """Gathers the whole momentum (all ranks call it) and writes it if ``write``."""
+    state = optimizer.full_state()
+    if write:
+        with open(folder / OPTIMIZER_FILE, "wb") as file:
+            torch.save({name: tensor.cpu().clone() for name, tensor in state.items()}, file)
+
+
+def load_optimizer(optimizer: LARS, folder: Path) -> None:
+    """Reads what ``save_optimizer`` wrote. Raises ConfigError when it does not fit the model."""
+    state = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+    try:
+        optimizer.load_full_state(state)
+    except ValueError as error:
+        raise ConfigError("out", f"{folder} does not fit this run ({error})",
+                          "go on with the config of that run, or choose another folder") from None

@@ -1,0 +1,39 @@
+"""Projector (the neck: adapter, pool, two-layer MLP) and predictor (METHOD 2)."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from bossnas.ops import Chain, GroupedBatchNorm, Statistics
+
+
+def mlp(width: int, hidden: int, out: int, std: float | None) -> Chain:
+    """Linear, batch norm, ReLU, Linear; weights normal with ``std`` (None: sqrt(2 / fan_in)), biases 0."""
+    layers = Chain(nn.Linear(width, hidden), GroupedBatchNorm(hidden, act="relu"), nn.Linear(hidden, out))
+    for layer in (layers[0], layers[2]):
+        nn.init.normal_(layer.weight, std=math.sqrt(2 / layer.in_features) if std is None else std)
+        nn.init.zeros_(layer.bias)
+    return layers
+
+
+class Projector(nn.Module):
+    """Block output [groups*N, C, H, W] of candidate ``choice`` -> embedding [groups*N, out].
+
+    ``adapter(x, choice, groups, stats)`` brings each kind of block output to ``width`` channels (a map or pooled).
+    """
+
+    def __init__(self, adapter: nn.Module, width: int, hidden: int, out: int):
+        super().__init__()
+        self.adapter = adapter
+        self.mlp = mlp(width, hidden, out, std=None)
+
+    def forward(self, x: Tensor, choice: int, groups: int = 1, stats: Statistics | None = None) -> Tensor:
+        x = self.adapter(x, choice, groups, stats)
+        return self.mlp(x.mean((2, 3)) if x.dim() == 4 else x, groups, stats)
+
+
+def predictor(hidden: int, out: int) -> Chain:
+    """Online network only: embedding [groups*N, out] -> predicted target embedding [groups*N, out]."""
+    return mlp(out, hidden, out, std=0.01)

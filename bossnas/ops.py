@@ -1,0 +1,190 @@
+"""Building blocks of candidates. All of them take many items in one batch.
+
+The batch dimension is ``groups`` equal pieces; every batch norm normalises each piece by its own statistics, so one
+call on the concatenation of items gives what separate calls would. ``stats`` says where the statistics come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bossnas_kernels import attention, gbn_act
+
+
+class Statistics:
+    """Batch-norm statistics of one pass: first recorded by a calibration batch, then used for evaluation.
+
+    Maps a `GroupedBatchNorm` to its mean and unbiased variance, each [groups, C].
+    A norm may run once per recorded pass.
+    """
+
+    def __init__(self) -> None:
+        self.table: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self.recording = True
+
+    @staticmethod
+    def average(passes: Sequence[Statistics]) -> Statistics:
+        """The mean of several recorded passes, ready for use (METHOD 4: statistics averaged over batches)."""
+        result = Statistics()
+        for module in passes[0].table:
+            means, variances = zip(*(p.table[module] for p in passes), strict=True)
+            result.table[module] = (torch.stack(means).mean(0), torch.stack(variances).mean(0))
+        result.recording = False
+        return result
+
+    def write(self) -> None:
+        """Copies the statistics into the modules' own buffers, which an evaluation-mode pass without `stats` uses."""
+        for module, (mean, var) in self.table.items():
+            module.running_mean.copy_(mean[0])
+            module.running_var.copy_(var[0])
+
+
+class GroupedBatchNorm(nn.Module):
+    """Batch norm with exact per-group statistics: eps 1e-5, affine. Input [groups*N, C, H, W] or [groups*N, C].
+
+    Statistics: ``stats`` recording -> the batch's own, and recorded; ``stats`` recorded -> those; no ``stats`` ->
+    the batch's own in training mode, the buffers in evaluation mode. Training never touches the buffers: the rating
+    recalibrates every path, and a finished block's winner gets its calibrated statistics written once.
+    """
+
+    grouped = True
+    is_norm = True
+
+    def __init__(self, channels: int, act: str = "none", zero_init: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels) if zero_init else torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.act = act
+
+    def forward(self, x: Tensor, groups: int = 1, stats: Statistics | None = None) -> Tensor:
+        own, mean, var = _source(self, stats)
+        y, mean, var = gbn_act(x, self.weight, self.bias, groups=groups, act=self.act, training=own,
+                               running_mean=mean, running_var=var)
+        if stats is not None and stats.recording:
+            _record(self, stats, mean, var)
+        return y
+
+
+class PooledPointwise(nn.Module):
+    """Global average pool of BN(1x1 conv(x)), computed from the input's channel mean and covariance.
+
+    Equal to the plain chain, since all three are linear in x given the statistics, at a cost that depends on C_in
+    alone, not on the map times the output width (METHOD 8). [groups*N, C_in, H, W] -> [groups*N, C_out].
+    """
+
+    grouped = True
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, 1, bias=False)
+        self.norm = GroupedBatchNorm(c_out)
+
+    def forward(self, x: Tensor, groups: int = 1, stats: Statistics | None = None) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # a covariance in bf16 would lose the variance
+            return self._forward(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, groups, stats)
+
+    def _forward(self, x: Tensor, groups: int, stats: Statistics | None) -> Tensor:
+        norm, weight = self.norm, self.conv.weight.flatten(1)
+        own, mean, var = _source(norm, stats)
+        if own:
+            rows = x.view(groups, -1, *x.shape[1:]).transpose(1, 2).flatten(2)  # [G, C_in, N*H*W]
+            center = rows.mean(2, keepdim=True)
+            rows, count = rows - center, rows.shape[2]
+            covariance = rows @ rows.mT / count
+            mean = center[..., 0] @ weight.T  # [G, C_out]
+            biased = ((weight @ covariance) * weight).sum(2)
+            if stats is not None:
+                _record(norm, stats, mean, biased * (count / max(count - 1, 1)))
+        else:
+            biased = var
+        y = (x.mean((2, 3)) @ weight.T).view(groups, -1, weight.shape[0])
+        mean, biased = (t.view(-1, 1, t.shape[-1]) for t in (mean, biased))
+        return ((y - mean) * torch.rsqrt(biased + 1e-5) * norm.weight + norm.bias).flatten(0, 1)
+
+
+def _source(norm: GroupedBatchNorm, stats: Statistics | None) -> tuple[bool, Tensor | None, Tensor | None]:
+    """Whether the batch's own statistics normalise, else the mean and variance that do."""
+    if stats is not None:
+        return (True, None, None) if stats.recording else (False, *stats.table[norm])
+    return (True, None, None) if norm.training else (False, norm.running_mean, norm.running_var)
+
+
+def _record(norm: nn.Module, stats: Statistics, mean: Tensor, var: Tensor) -> None:
+    assert norm not in stats.table, "a batch norm ran twice in one recorded pass"
+    stats.table[norm] = (mean, var)
+
+
+class Chain(nn.Sequential):
+    """A sequence that hands ``groups`` and ``stats`` to the parts that take them."""
+
+    grouped = True
+
+    def forward(self, x: Tensor, groups: int = 1, stats: Statistics | None = None) -> Tensor:
+        for module in self:
+            x = module(x, groups, stats) if getattr(module, "grouped", False) else module(x)
+        return x
+
+
+def conv(c_in: int, c_out: int, kernel: int = 1, stride: int = 1, depthwise: bool = False,
+         bias: bool = False) -> nn.Conv2d:
+    """Convolution with padding kernel // 2 (even kernels: none, as for patches with kernel = stride)."""
+    padding = kernel // 2 if kernel % 2 else 0
+    return nn.Conv2d(c_in, c_out, kernel, stride, padding, groups=c_in if depthwise else 1, bias=bias)
+
+
+def conv_norm(c_in: int, c_out: int, kernel: int = 1, stride: int = 1, act: str = "none",
+              depthwise: bool = False) -> Chain:
+    """Convolution, batch norm, activation (none | relu | silu)."""
+    return Chain(conv(c_in, c_out, kernel, stride, depthwise), GroupedBatchNorm(c_out, act))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the pixels of a map, no positional term. [N, C, H, W] -> [N, C, H, W].
+
+    out_i = sum_j softmax_j(q_i . k_j / sqrt(d)) v_j, heads of width d = 64 or the next width that divides C.
+    """
+
+    def __init__(self, channels: int, head_width: int = 64):
+        super().__init__()
+        wanted = max(1, channels // head_width)
+        self.heads = next(heads for heads in range(wanted, 0, -1) if channels % heads == 0)
+        self.qkv = conv(channels, 3 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return attention(self.qkv(x), self.heads)
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gate: pool, 1x1 conv to ``reduced``, SiLU, 1x1 conv back, sigmoid (both convs with bias)."""
+
+    def __init__(self, channels: int, reduced: int):
+        super().__init__()
+        self.reduce = conv(channels, reduced, bias=True)
+        self.expand = conv(reduced, channels, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.expand(F.silu(self.reduce(x.mean((2, 3), keepdim=True))))
+        return x * gate.sigmoid()
+
+
+class HalvePool(nn.AvgPool2d):
+    """2x2 average pool, stride 2, ceil mode, padding not counted: odd maps round up as stride-2 convolutions do."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2, ceil_mode=True, count_include_pad=False)
+
+
+class SlimConv(nn.Conv2d):
+    """Convolution that uses the leading ``c_out`` x ``c_in`` slice of its weights (METHOD 1.3), no bias."""
+
+    def __init__(self, max_in: int, max_out: int, kernel: int, stride: int = 1):
+        super().__init__(max_in, max_out, kernel, stride, kernel // 2, bias=False)
+
+    def forward(self, x: Tensor, c_out: int) -> Tensor:
+        return F.conv2d(x, self.weight[:c_out, :x.shape[1]], None, self.stride, self.padding)

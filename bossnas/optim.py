@@ -1,0 +1,186 @@
+"""LARS, its parameter groups, the schedules and the target network's moving average (METHOD 3.4, 3.5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bossnas import dist
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def parameter_groups(module: nn.Module) -> list[dict]:
+    """One group per trainable parameter: ``{"params": [p], "name": str, "excluded": bool}``, in module order.
+
+    Excluded from trust ratio and weight decay: every bias and every weight of a normalisation, known by its type
+    (or by ``is_norm = True`` on the module), never by its name.
+    """
+    groups, seen = [], set()
+    for prefix, child in module.named_modules():
+        is_norm = isinstance(child, _NORMS) or getattr(child, "is_norm", False)
+        for name, parameter in child.named_parameters(recurse=False):
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            groups.append({"params": [parameter], "name": f"{prefix}.{name}" if prefix else name,
+                           "excluded": bool(is_norm) or name.endswith("bias")})
+    return groups
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling with momentum, METHOD 3.5.
+
+    For every parameter ``w`` with gradient ``g != 0``::
+
+        g   <- (g + wd w) * lr * trust |w| / (|g| + wd |w|)       excluded parameters: g <- lr g
+        buf <- momentum buf + g;   w <- w - buf
+
+    A parameter without gradient, or with an all-zero one, is left alone together with its momentum: it was on no
+    sampled path. All state exists from the start. One device-to-host copy per step, whatever the number of parameters.
+
+    ``groups``: of ``parameter_groups``. ``sharded``: for ZeRO 1 and 2, which replace the parameters by this rank's
+    equal share of all of them laid end to end; the squared norms are then added up over ``norm_group`` (None: all
+    ranks) in one all-reduce. The engine calls ``create_state`` once the share is in place.
+    """
+
+    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.9, weight_decay: float = 1e-6,
+                 trust: float = 0.001, norm_group: Any = None, sharded: bool = False):
+        if not groups:
+            raise ValueError("LARS: no trainable parameter")
+        self.names: list[str] = [group["name"] for group in groups]
+        self.excluded: list[bool] = [group["excluded"] for group in groups]
+        self.shapes = [group["params"][0].shape for group in groups]
+        self.momentum, self.weight_decay, self.trust = momentum, weight_decay, trust
+        self.norm_group, self.sharded = norm_group, sharded
+        parameters = [group["params"][0] for group in groups]
+        super().__init__([{"params": parameters}] if sharded else groups, {"lr": lr})
+        if not sharded:
+            self.create_state()
+
+    def create_state(self) -> None:
+        """Zero momentum for the parameters as they are now; state of replaced ones is dropped."""
+        self.state.clear()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update with the gradients of the parameters."""
+        assert closure is None, "LARS takes no closure"
+        lr = self.param_groups[0]["lr"]
+        pieces = [piece for piece in self._pieces() if piece[2] is not None]
+        index = [piece[0] for piece in pieces]
+        weights, gradients, buffers = ([piece[k] for piece in pieces] for k in (1, 2, 3))
+        w_norm, g_norm = self._norms(index, weights, gradients)
+
+        live = [k for k, i in enumerate(index) if g_norm[i] != 0]  # a NaN is alive and shows in the weights
+        if not live:
+            return
+        weights, gradients, buffers = ([tensors[k] for k in live] for tensors in (weights, gradients, buffers))
+        index = [index[k] for k in live]
+        decay = [0.0 if self.excluded[i] else self.weight_decay for i in index]
+        scale = [lr if self.excluded[i] else
+                 lr * self.trust * w_norm[i] / (g_norm[i] + self.weight_decay * w_norm[i]) for i in index]
+        updates = torch._foreach_mul(weights, decay)
+        torch._foreach_add_(updates, gradients)
+        torch._foreach_mul_(updates, scale)
+        torch._foreach_mul_(buffers, self.momentum)
+        torch._foreach_add_(buffers, updates)
+        torch._foreach_sub_(weights, buffers)
+
+    @torch.no_grad()
+    def full_state(self) -> dict[str, Tensor]:
+        """Momentum by parameter name, whole also when sharded (then all ranks call it). Free of any layout."""
+        if not self.sharded:
+            return {self.names[i]: buffer for i, _, _, buffer in self._pieces()}
+        flat = torch.cat(dist.all_gather(self.state[self.param_groups[0]["params"][0]]["momentum"]))
+        counts = [shape.numel() for shape in self.shapes]
+        parts = flat[:sum(counts)].split(counts)
+        return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+
+    @torch.no_grad()
+    def load_full_state(self, state: dict[str, Tensor]) -> None:
+        """Copies momentum that ``full_state`` gave, under any layout. Raises ValueError when it is another model's."""
+        shapes = dict(zip(self.names, self.shapes, strict=True))
+        for name in shapes.keys() | state.keys():
+            if name not in state or name not in shapes or state[name].shape != shapes[name]:
+                raise ValueError(f"momentum of {name}: {_shape(state.get(name))} was saved, {shapes.get(name, 'none')}"
+                                 " is needed; it belongs to another model")
+        for i, _, _, buffer in self._pieces():
+            whole = state[self.names[i]]
+            if self.sharded:
+                start = self._bounds(i)[2]
+                whole = whole.flatten()[start:start + buffer.numel()]
+            buffer.copy_(whole)
+
+    def _bounds(self, i: int) -> tuple[int, int, int]:
+        """Where parameter ``i`` meets this rank's share: its start and stop there, its first element there."""
+        first = sum(shape.numel() for shape in self.shapes[:i])
+        size = self.param_groups[0]["params"][0].numel()
+        origin = dist.rank(self.norm_group) * size
+        start = min(max(first - origin, 0), size)
+        stop = min(max(first + self.shapes[i].numel() - origin, 0), size)
+        return start, stop, start + origin - first
+
+    def _pieces(self) -> list[tuple[int, Tensor, Tensor | None, Tensor]]:
+        """(parameter number, weight, gradient, momentum) of what this rank updates; views of the share if sharded."""
+        if not self.sharded:
+            parameters = [group["params"][0] for group in self.param_groups]
+            return [(i, p, p.grad, self.state[p]["momentum"]) for i, p in enumerate(parameters)]
+        share, = self.param_groups[0]["params"]
+        buffer, pieces = self.state[share]["momentum"], []
+        for i in range(len(self.names)):
+            start, stop, _ = self._bounds(i)
+            if start < stop:
+                gradient = None if share.grad is None else share.grad[start:stop]
+                pieces.append((i, share.detach()[start:stop], gradient, buffer[start:stop]))
+        return pieces
+
+    def _norms(self, index: list[int], weights: list[Tensor], gradients: list[Tensor]) -> tuple[list, list]:
+        """Norms of all parameters and of their gradients, over the ranks that share them; two lists by number."""
+        where = self.state[self.param_groups[0]["params"][0]]["momentum"].device
+        squares = torch.zeros(2, len(self.names), dtype=torch.float64, device=where)  # float64: tiny ones stay > 0
+        if index:
+            norms = torch.stack(torch._foreach_norm(weights) + torch._foreach_norm(gradients))
+            squares[:, torch.tensor(index, device=where)] = norms.double().square().view(2, -1)
+        if self.sharded:
+            dist.all_reduce_sum(squares, self.norm_group)
+        w_norm, g_norm = squares.sqrt().tolist()
+        return w_norm, g_norm
+
+
+def learning_rate(base: float, epoch: int, epochs: int, micro: int, warmup_micro: int) -> float:
+    """Cosine over the epochs of a block, constant within one; linear warm-up from 1e-4 of it (METHOD 3.5).
+
+    ``epoch`` of ``epochs`` and micro-iteration ``micro`` count from the block's start; the warm-up takes
+    ``warmup_micro`` micro-iterations.
+    """
+    rate = base * (1 + math.cos(math.pi * epoch / epochs)) / 2
+    if micro < warmup_micro:
+        rate *= 1 - (1 - micro / warmup_micro) * (1 - 1e-4)
+    return rate
+
+
+def ema_momentum(micro: int, total_micro: int, base: float = 0.99) -> float:
+    """Share of the target that stays at micro-iteration ``micro`` of ``total_micro``: base -> 1 (METHOD 3.4)."""
+    return 1 - (1 - base) * (math.cos(math.pi * micro / total_micro) + 1) / 2
+
+
+@torch.no_grad()
+def ema_update(target_params: Iterable[Tensor], online_params: Iterable[Tensor], m: float) -> None:
+    """target <- m target + (1 - m) online, in place, pair by pair (METHOD 3.4). Raises ValueError if they differ."""
+    target, online = list(target_params), list(online_params)
+    if [t.shape for t in target] != [o.shape for o in online]:
+        raise ValueError("ema_update: target and online parameters differ in number or shape")
+    if target:
+        torch._foreach_lerp_(target, [o.detach() for o in online], 1 - m)
+
+
+def _shape(tensor: Tensor | None) -> object:
+    return "none" if tensor is None else tensor.shape

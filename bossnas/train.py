@@ -1,0 +1,131 @@
+"""The training loop of one block, written once, top to bottom (METHOD 3)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bossnas import bootstrap, dist
+from bossnas.config import ConfigError, TrainConfig
+from bossnas.engines.protocol import Engine
+from bossnas.optim import ema_momentum, ema_update, learning_rate
+from bossnas.paths import Path
+from bossnas.spaces import Space
+from bossnas.supernet import Item, Supernet
+
+PATHS, SHUFFLE = 1, 2  # random streams: everything drawn is a pure function of (seed, stream, block, micro-batch)
+
+
+@dataclass
+class RunState:
+    """Where a run is. Randomness and data order are functions of the seed and this position."""
+
+    block: int = 0
+    step: int = 0  # optimizer steps done in the block
+    images_seen: int = 0
+    winners: list[Path] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step reports. ``loss``: mean over paths, micro-batches and ranks, in [-4, 4]."""
+
+    epoch: int
+    ends_epoch: bool
+    loss: float
+    spread: float
+    lr: float
+    ema_momentum: float
+    images_per_second: float
+
+
+def sample_paths(space: Space, block: int, winners: Sequence[Path], seed: int, micro: int) -> list[Path]:
+    """The paths of micro-batch ``micro`` of the block: equal on all ranks, and after a resume."""
+    return space.sample(block, list(winners), np.random.default_rng([seed, PATHS, block, micro]))
+
+
+def passes(path_count: int, paths_per_pass: int | None) -> int:
+    """Backward passes per micro-batch, when at most ``paths_per_pass`` paths share one."""
+    return -(-path_count // (paths_per_pass or path_count))
+
+
+def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space: Space, engine: Engine,
+                batches: Iterator[list[Tensor]], state: RunState, settings: TrainConfig, *, accumulate: int,
+                steps_per_epoch: int, seed: int, device: torch.device) -> Iterator[Step]:
+    """Trains block ``state.block`` from ``state.step`` to the end of its stage; yields after every optimizer step.
+
+    ``batches`` gives the micro-batches from there on: per view one tensor [n, 3, S, S], views 0..J-1 of kind A and
+    J..2J-1 of kind B. ``engine`` wraps the block's trainable modules and expects `passes` backward calls for each of
+    the ``accumulate`` micro-batches. The caller may rate or save between two steps.
+    """
+    block, pairs, total = state.block, space.view_pairs, settings.epochs * steps_per_epoch
+    trained, followers = online.part(block), target.part(block)
+    trained.train()
+    followers.train()
+    warmup = round(settings.warmup_epochs * steps_per_epoch * accumulate)
+    online_weights, target_weights = list(trained.parameters()), list(followers.parameters())
+
+    while state.step < total:
+        started = time.perf_counter()
+        loss_sum, spread_sum, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
+        for m in range(accumulate):
+            micro = state.step * accumulate + m
+            paths = sample_paths(space, block, state.winners, seed, micro)
+            views = [x.to(device, non_blocking=True) for x in next(batches)]
+            with engine.autocast():
+                features = [target.features(state.winners, x) for x in views]
+            n = len(features[0])
+            order = None
+            if dist.world_size() > 1:
+                rng = np.random.default_rng([seed, SHUFFLE, block, micro])
+                order = torch.from_numpy(rng.permutation(n * dist.world_size())).to(device)
+
+            with torch.no_grad(), engine.autocast():
+                shown = features if order is None else [dist.shuffle(x, order) for x in features]
+                items = [Item(path, shown[v]) for j, path in enumerate(paths) for v in (j % pairs, j % pairs + pairs)]
+                projections = target.embed(block, items)
+                if order is not None:
+                    projections = [dist.shuffle(t, order.argsort()) for t in projections]
+                target_a = bootstrap.ensemble_target(projections[0::2])
+                target_b = bootstrap.ensemble_target(projections[1::2])
+
+            parts = passes(len(paths), settings.paths_per_pass)
+            size = -(-len(paths) // parts)
+            for part in range(parts):
+                chosen = range(part * size, min((part + 1) * size, len(paths)))
+                items = [Item(paths[j], features[v]) for j in chosen for v in (j % pairs, j % pairs + pairs)]
+                with engine.autocast():
+                    projections = online.embed(block, items)
+                    predicted = _predict(predictor, projections)
+                    losses = [bootstrap.path_loss(a, b, target_a, target_b).mean()
+                              for a, b in zip(predicted[0::2], predicted[1::2], strict=True)]
+                    loss = torch.stack(losses).sum()
+                engine.micro(loss * parts, last=m == accumulate - 1 and part == parts - 1)
+                loss_sum += loss.detach() / len(paths)
+                spread_sum += bootstrap.spread(projections[0].detach()) / parts
+            seen += n * dist.world_size()
+
+        epoch = state.step // steps_per_epoch
+        lr = learning_rate(settings.lr, epoch, settings.epochs, micro, warmup)
+        engine.step(lr)
+        momentum = ema_momentum(micro, total * accumulate, settings.ema)
+        ema_update(target_weights, online_weights, momentum)
+        state.step += 1
+        state.images_seen += seen
+        means = torch.stack(dist.all_gather(torch.stack([loss_sum, spread_sum]) / accumulate)).mean(0).tolist()
+        if not np.isfinite(means[0]):
+            raise ConfigError("train.lr", f"the loss of block {block} is {means[0]} at step {state.step}",
+                              "lower it, or lengthen train.warmup_epochs; the last checkpoint is unharmed")
+        yield Step(epoch, state.step % steps_per_epoch == 0, means[0], means[1], lr, momentum,
+                   seen / (time.perf_counter() - started))
+
+
+def _predict(predictor: nn.Module, projections: list[Tensor]) -> list[Tensor]:
+    """The predictor over all items in one batch, each item normalised by itself."""
+    sizes = [len(o) for o in projections]
+    return list(predictor(torch.cat(projections), len(projections)).split(sizes))
