@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -55,6 +56,7 @@ class LARS(torch.optim.Optimizer):
         self.names: list[str] = [group["name"] for group in groups]
         self.excluded: list[bool] = [group["excluded"] for group in groups]
         self.shapes = [group["params"][0].shape for group in groups]
+        self.ends = list(itertools.accumulate(shape.numel() for shape in self.shapes))
         self.momentum, self.weight_decay, self.trust = momentum, weight_decay, trust
         self.norm_group, self.sharded = norm_group, sharded
         parameters = [group["params"][0] for group in groups]
@@ -101,7 +103,7 @@ class LARS(torch.optim.Optimizer):
             return {self.names[i]: buffer for i, _, _, buffer in self._pieces()}
         flat = torch.cat(dist.all_gather(self.state[self.param_groups[0]["params"][0]]["momentum"]))
         counts = [shape.numel() for shape in self.shapes]
-        parts = flat[:sum(counts)].split(counts)
+        parts = flat[:self.ends[-1]].split(counts)
         return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
 
     @torch.no_grad()
@@ -121,12 +123,11 @@ class LARS(torch.optim.Optimizer):
 
     def _bounds(self, i: int) -> tuple[int, int, int]:
         """Where parameter ``i`` meets this rank's share: its start and stop there, its first element there."""
-        first = sum(shape.numel() for shape in self.shapes[:i])
         size = self.param_groups[0]["params"][0].numel()
         origin = dist.rank(self.norm_group) * size
-        start = min(max(first - origin, 0), size)
-        stop = min(max(first + self.shapes[i].numel() - origin, 0), size)
-        return start, stop, start + origin - first
+        first = self.ends[i] - self.shapes[i].numel() - origin
+        start = min(max(first, 0), size)
+        return start, min(max(self.ends[i] - origin, 0), size), start - first
 
     def _pieces(self) -> list[tuple[int, Tensor, Tensor | None, Tensor]]:
         """(parameter number, weight, gradient, momentum) of what this rank updates; views of the share if sharded."""

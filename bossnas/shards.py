@@ -1,4 +1,4 @@
-"""Shards: WebDataset tars read by index, and the way from an image folder to such tars.
+"""Shards: WebDataset tars, read by index.
 
 A shard is a plain tar in which the consecutive members ``<key>.<ext>`` make one sample: an image
 (jpg, jpeg, png or webp) and, where classes are known, ``<key>.cls`` with the class number in ASCII.
@@ -6,12 +6,9 @@ A shard is a plain tar in which the consecutive members ``<key>.<ext>`` make one
 
 from __future__ import annotations
 
-import errno
 import glob
 import gzip
-import hashlib
 import io
-import json
 import logging
 import lzma
 import os
@@ -21,13 +18,11 @@ import tarfile
 import zipfile
 import zlib
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import braceexpand
 import numpy as np
 from PIL import Image
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from bossnas.config import ConfigError
 
@@ -191,10 +186,7 @@ def _expand(pattern: str | list[str], field: str) -> list[Path]:
 def _table(path: Path, field: str) -> dict[str, np.ndarray]:
     """The index of one shard, from its cache when that is valid."""
     if _kind(path) != ".tar":
-        try:
-            return _scan(io.BytesIO(_unpack(path)), path, field)
-        except TAR_ERRORS as error:
-            raise _damaged(path, field, error) from error
+        return _scan(path, field)
     cache = path.with_name(f".{path.name}.index.npz")
     stat = path.stat()
     stamp = np.array([INDEX_FORMAT, stat.st_size, stat.st_mtime_ns])
@@ -207,8 +199,7 @@ def _table(path: Path, field: str) -> dict[str, np.ndarray]:
         pass
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         log.warning("the index %s is unusable (%s) and is made anew", cache, error)
-    with open(path, "rb") as stream:
-        table = _scan(stream, path, field)
+    table = _scan(path, field)
     temporary = cache.with_name(f"{cache.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -220,38 +211,14 @@ def _table(path: Path, field: str) -> dict[str, np.ndarray]:
     return table
 
 
-def _damaged(path: Path, field: str, problem: object) -> ConfigError:
-    return ConfigError(field, f"the shard {path} is damaged ({problem})", "copy it again or repack it")
-
-
-def _scan(stream: io.BufferedIOBase, path: Path, field: str) -> dict[str, np.ndarray]:
+def _scan(path: Path, field: str) -> dict[str, np.ndarray]:
     """Reads every header of a tar: per sample the image's offset and size, label (-1: none), ext and key."""
     rows: list[list] = []  # key, offset, size, label, ext
     try:
-        with tarfile.open(fileobj=stream, mode="r:") as tar:
-            for member in tar:
-                named = MEMBER.fullmatch(member.name)
-                if named is None or not member.isreg():
-                    continue
-                key, ext = named[1], named[2].lower()
-                if not rows or rows[-1][0] != key:
-                    rows.append([key, -1, 0, -1, 0])
-                if ext in EXTENSIONS and rows[-1][1] < 0 and member.sparse is None:
-                    rows[-1][1:3], rows[-1][4] = [member.offset_data, member.size], EXTENSIONS.index(ext)
-                elif ext == "cls":
-                    stream.seek(member.offset_data)
-                    rows[-1][3] = _label(stream.read(member.size), f"{path}/{key}.cls", field)
-            stream.seek(tar.offset)
-        # tarfile takes a damaged header for the end; a whole tar ends in blocks of zeros and nothing else
-        end = 0
-        while block := stream.read(1 << 20):
-            end += len(block)
-            if block.strip(b"\0"):
-                raise tarfile.ReadError(f"no valid header at byte {tar.offset}")
-        if end < tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("it ends without an end mark")
+        with (open(path, "rb") if _kind(path) == ".tar" else io.BytesIO(_unpack(path))) as stream:
+            _read_headers(stream, rows, path, field)
     except TAR_ERRORS as error:
-        raise _damaged(path, field, error) from error
+        raise ConfigError(field, f"the shard {path} is damaged ({error})", "copy it again or repack it") from error
     rows = [row for row in rows if row[1] >= 0]
     if not rows:
         raise ConfigError(field, f"the shard {path} holds no {', '.join(EXTENSIONS)} image", "remove or repack it")
@@ -262,9 +229,29 @@ def _scan(stream: io.BufferedIOBase, path: Path, field: str) -> dict[str, np.nda
             "keys": np.frombuffer(b"".join(keys), np.uint8), "key_end": np.cumsum([len(key) for key in keys])}
 
 
-def _label(text: bytes, name: str, field: str) -> int:
-    if not text.strip().isdigit():
-        raise ConfigError(field, f"{name} is not a class number: {text[:20]!r}", "repack the images")
-    return int(text)
-
-
+def _read_headers(stream: io.BufferedIOBase, rows: list[list], path: Path, field: str) -> None:
+    with tarfile.open(fileobj=stream, mode="r:") as tar:
+        for member in tar:
+            named = MEMBER.fullmatch(member.name)
+            if named is None or not member.isreg() or member.sparse is not None:
+                continue
+            key, ext = named[1], named[2].lower()
+            if not rows or rows[-1][0] != key:
+                rows.append([key, -1, 0, -1, 0])
+            if ext in EXTENSIONS and rows[-1][1] < 0:
+                rows[-1][1:3], rows[-1][4] = [member.offset_data, member.size], EXTENSIONS.index(ext)
+            elif ext == "cls":
+                stream.seek(member.offset_data)
+                text = stream.read(member.size).strip()
+                if not text.isdigit():
+                    raise ConfigError(field, f"{path}/{key}.cls is no class number: {text[:20]!r}", "repack it")
+                rows[-1][3] = int(text)
+        # tarfile takes a damaged header for the end; a whole tar ends in blocks of zeros and nothing else
+        stream.seek(tar.offset)
+        end = 0
+        while block := stream.read(1 << 20):
+            end += len(block)
+            if block.strip(b"\0"):
+                raise tarfile.ReadError(f"no valid header at byte {tar.offset}")
+        if end < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("it ends without an end mark")

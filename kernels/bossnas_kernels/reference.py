@@ -69,7 +69,7 @@ def gbn_act(
             y = F.batch_norm(x, mean.flatten(), var.flatten(), weight.flatten(), bias.flatten(), False, 0.0, eps)
             y = _activate(y if residual is None else y + residual, act)
         else:
-            y = _evaluate_groups(x, weight, bias, mean, var, groups, residual, act, eps)
+            y = _evaluate_groups(x, weight, bias, mean, var, residual, groups, act, eps)
         return y, mean.expand(groups, channels), var.expand(groups, channels)
 
     if x.numel() == groups * channels:
@@ -79,8 +79,7 @@ def gbn_act(
         )
     if groups > 1 and x.numel() > groups * _FOLD_ELEMENTS:
         return _GroupByGroup.apply(x, weight, bias, residual, groups, act, eps)
-    y, mean, var = _fold_groups(x, weight, bias, groups, eps)
-    return _activate(y if residual is None else y + residual, act), mean, var
+    return _fold_groups(x, weight, bias, residual, groups, act, eps)
 
 
 def _per_channel(name: str, value: Tensor, groups: int, channels: int) -> Tensor:
@@ -92,7 +91,8 @@ def _per_channel(name: str, value: Tensor, groups: int, channels: int) -> Tensor
 
 
 def _activate(x: Tensor, act: str) -> Tensor:
-    return F.relu(x) if act == "relu" else F.silu(x) if act == "silu" else x
+    """Apply act to a map that nothing else refers to: ReLU works in place, which saves a map in memory."""
+    return F.relu_(x) if act == "relu" else F.silu(x) if act == "silu" else x
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
@@ -102,17 +102,19 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _fold_groups(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float):
-    """One batch norm over groups*C channels: rows move from [groups*N, C] to [N, groups*C]."""
+def _fold_groups(x, weight, bias, residual, groups, act, eps) -> tuple[Tensor, Tensor, Tensor]:
+    """Training-mode groups by one batch norm over groups*C channels: [groups*N, C] becomes [N, groups*C]."""
     channels = x.shape[1]
-    mean = weight.new_zeros(groups * channels)
-    var = torch.zeros_like(mean)
-    weight = weight.expand(groups, channels).flatten()
-    bias = bias.expand(groups, channels).flatten()
+    mean, var = weight.new_zeros(2, groups * channels)
+    if groups > 1:
+        weight = weight.expand(groups, channels)
+        bias = bias.expand(groups, channels)
+    weight, bias = weight.flatten(), bias.flatten()
 
     def norm(folded: Tensor) -> Tensor:
         # With momentum 1 the running statistics become the batch's own, the variance unbiased.
-        return F.batch_norm(folded, mean, var, weight, bias, True, 1.0, eps)
+        y = F.batch_norm(folded, mean, var, weight, bias, True, 1.0, eps)
+        return _activate(y, act) if residual is None else y
 
     if groups == 1:
         y = norm(x)
@@ -125,17 +127,17 @@ def _fold_groups(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: floa
         tail = x.shape[2:]
         folded = x.reshape(groups, -1, channels, *tail).transpose(0, 1).reshape(-1, groups * channels, *tail)
         y = norm(folded).view(-1, groups, channels, *tail).transpose(0, 1).contiguous().view(x.shape)
+    if residual is not None:
+        y = _activate(y + residual, act)
     return y, mean.view(groups, channels), var.view(groups, channels)
 
 
-def _evaluate_groups(x, weight, bias, mean, var, groups, residual, act, eps) -> Tensor:
-    """Per-group affine map y = x * scale + shift: one pass over x."""
-    channels = x.shape[1]
-    scale_GC = weight * torch.rsqrt(var + eps)
-    shift_GC = bias - mean * scale_GC
-    spread = (groups, 1, channels) + (1,) * (x.dim() - 2)
-    scale, shift = (t.expand(groups, channels).reshape(spread) for t in (scale_GC, shift_GC))
-    y = torch.addcmul(shift, x.view(groups, -1, *x.shape[1:]) if x.is_contiguous() else x.unflatten(0, (groups, -1)), scale)
+def _evaluate_groups(x, weight, bias, mean, var, residual, groups, act, eps) -> Tensor:
+    """Evaluation: one pass over x by the affine map x * scale + shift of every group."""
+    spread = (groups, 1, x.shape[1]) + (1,) * (x.dim() - 2)
+    scale_GC = (weight * torch.rsqrt(var + eps)).expand(groups, -1)
+    shift_GC = (bias - mean * scale_GC).expand(groups, -1)
+    y = torch.addcmul(shift_GC.reshape(spread), x.unflatten(0, (groups, -1)), scale_GC.reshape(spread))
     y = y.flatten(0, 1).to(x.dtype)
     return _activate(y if residual is None else y + residual, act)
 

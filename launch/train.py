@@ -1,0 +1,16 @@
+"""Runs a search on one or many workers:
+
+    python launch/train.py --config configs/quickstart_ds.json
+    deepspeed launch/train.py --config configs/hytra_ds.json
+"""
+
+import sys
+from pathlib import Path
+
+root = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(root), str(root / "kernels")]  # launchers put only this folder on the path
+
+from bossnas.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    main(["search", *sys.argv[1:]])
