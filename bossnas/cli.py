@@ -48,7 +48,7 @@ def pack(folder: Annotated[Path, typer.Argument(help="Image folder; train/ and v
          out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
          shard_mb: Annotated[int, typer.Option(min=1, help="Size of a shard, MB.")] = 64) -> None:
     """Pack an image folder into WebDataset shards. An interrupted packing continues when called again."""
-    from bossnas.shards import pack as pack_folder
+    from bossnas.pack import pack as pack_folder
 
     for name, value in pack_folder(folder, out, shard_mb=shard_mb).items():
         typer.echo(f"{name}: {value}")

@@ -1,7 +1,7 @@
 """Ranks and collectives: the only raw torch.distributed outside the engines.
 
-Started by ``deepspeed``, ``torchrun`` (RANK, WORLD_SIZE, LOCAL_RANK), ``srun`` (SLURM_*) or nobody at all. One
-process makes no process group, and every function here then is the trivial one.
+Started by ``deepspeed``, ``torchrun`` (RANK, WORLD_SIZE, LOCAL_RANK), ``srun`` (SLURM_*) or nobody at all.
+One process makes no process group, and every function here then is the trivial one.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ GRACE_SECONDS = 3.0  # the other ranks leave rank 0 this long to report the mist
 def init(timeout_minutes: float = 30) -> None:
     """Joins the process group that the environment describes: gloo for CPU tensors, nccl for CUDA tensors.
 
-    A collective that waits longer than ``timeout_minutes`` for another rank fails. Raises ConfigError when the
-    environment is incomplete.
+    A collective that waits longer than ``timeout_minutes`` for another rank fails. Raises ConfigError when
+    the environment is incomplete.
     """
     if torch_dist.is_initialized():
         return
@@ -41,8 +41,9 @@ def init(timeout_minutes: float = 30) -> None:
         return
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
-            raise ConfigError(name, f"is not set, although WORLD_SIZE is {world}",
-                              "start with deepspeed, torchrun or srun")
+            raise ConfigError(
+                name, f"is not set, although WORLD_SIZE is {world}", "start with deepspeed, torchrun or srun"
+            )
     os.environ.setdefault("LOCAL_RANK", "0")
     _gloo_interface()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -74,17 +75,23 @@ def local_rank() -> int:
 
 
 def device(name: str = "auto") -> torch.device:
-    """The device of this rank. ``name``: auto | cpu | cuda. Raises ConfigError when there is no such device."""
+    """This rank's device. ``name``: auto | cpu | cuda. Raises ConfigError when there is none."""
     if name == "cpu" or name == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError("engine.device", "cuda was asked for, but PyTorch sees no CUDA device",
-                          "set it to auto or cpu, or mend the driver")
+        raise ConfigError(
+            "engine.device",
+            "cuda was asked for, but PyTorch sees no CUDA device",
+            "set it to auto or cpu, or mend the driver",
+        )
     count = torch.cuda.device_count()
     index = 0 if count == 1 else local_rank()  # srun --gpus-per-task=1 shows each rank one device
     if index >= count:
-        raise ConfigError("engine.device", f"local rank {index} has no device, this node shows {count}",
-                          "start as many ranks per node as it has devices")
+        raise ConfigError(
+            "engine.device",
+            f"local rank {index} has no device, this node shows {count}",
+            "start as many ranks per node as it has devices",
+        )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -128,7 +135,7 @@ def shuffle(x: Tensor, index: Tensor) -> Tensor:
     n = len(x)
     if len(index) != n * world_size():
         raise ValueError(f"shuffle: index has {len(index)} entries, expected {n} rows x {world_size()} ranks")
-    mine = index[rank() * n:(rank() + 1) * n].to(x.device)
+    mine = index[rank() * n : (rank() + 1) * n].to(x.device)
     return torch.cat(all_gather(x)).index_select(0, mine)
 
 
@@ -145,8 +152,8 @@ def shutdown(code: int = 0) -> None:
     """Leaves the process group. With more than one rank it ends the process and does not return.
 
     ``code`` 0: after a barrier. Other codes: at once, so that the launcher sees it and ends the other ranks.
-    gloo's teardown at interpreter exit aborts now and then, therefore nothing is torn down: the output is flushed
-    and the process ends with ``code``.
+    gloo's teardown at interpreter exit aborts now and then, therefore nothing is torn down: the output is
+    flushed and the process ends with ``code``.
     """
     if world_size() == 1:
         if torch_dist.is_initialized():
@@ -199,8 +206,8 @@ def _env_int(name: str, default: int) -> int:
 def _srun_environment() -> None:
     """Writes what srun says in the words of torchrun.
 
-    SLURM_STEP_NUM_TASKS exists only below srun. A batch script has SLURM_PROCID and SLURM_NTASKS as well, but is one
-    process.
+    SLURM_STEP_NUM_TASKS exists only below srun. A batch script has SLURM_PROCID and SLURM_NTASKS as well,
+    but is one process.
     """
     env = os.environ
     if "WORLD_SIZE" in env or "SLURM_STEP_NUM_TASKS" not in env or "SLURM_PROCID" not in env:
@@ -210,14 +217,18 @@ def _srun_environment() -> None:
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "127.0.0.1")
     env.setdefault("MASTER_ADDR", first_host(nodes))
     job, step = _env_int("SLURM_JOB_ID", 0), _env_int("SLURM_STEP_ID", 0)
-    env.setdefault("MASTER_PORT", str(20000 + (job * 13 + step) % 12000))  # equal on all ranks, unlike on other jobs
+    env.setdefault(
+        "MASTER_PORT", str(20000 + (job * 13 + step) % 12000)
+    )  # equal on all ranks, unlike on other jobs
 
 
 def first_host(nodelist: str) -> str:
     """The first host of a SLURM node list: ``gpu[03-05,9],cpu1`` -> ``gpu03``."""
     match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodelist)
     if match is None:
-        raise ConfigError("SLURM_STEP_NODELIST", f"cannot read {nodelist!r}", "set MASTER_ADDR to the first node")
+        raise ConfigError(
+            "SLURM_STEP_NODELIST", f"cannot read {nodelist!r}", "set MASTER_ADDR to the first node"
+        )
     return "".join(part or "" for part in match.groups())
 
 

@@ -18,8 +18,8 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
 def parameter_groups(module: nn.Module) -> list[dict]:
     """One group per trainable parameter: ``{"params": [p], "name": str, "excluded": bool}``, in module order.
 
-    Excluded from trust ratio and weight decay: every bias and every weight of a normalisation, known by its type
-    (or by ``is_norm = True`` on the module), never by its name.
+    Excluded from trust ratio and weight decay: every bias and every weight of a normalisation, known by its
+    type (or by ``is_norm = True`` on the module), never by its name.
     """
     groups, seen = [], set()
     for prefix, child in module.named_modules():
@@ -28,8 +28,13 @@ def parameter_groups(module: nn.Module) -> list[dict]:
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            groups.append({"params": [parameter], "name": f"{prefix}.{name}" if prefix else name,
-                           "excluded": bool(is_norm) or name.endswith("bias")})
+            groups.append(
+                {
+                    "params": [parameter],
+                    "name": f"{prefix}.{name}" if prefix else name,
+                    "excluded": bool(is_norm) or name.endswith("bias"),
+                }
+            )
     return groups
 
 
@@ -41,16 +46,26 @@ class LARS(torch.optim.Optimizer):
         g   <- (g + wd w) * lr * trust |w| / (|g| + wd |w|)       excluded parameters: g <- lr g
         buf <- momentum buf + g;   w <- w - buf
 
-    A parameter without gradient, or with an all-zero one, is left alone together with its momentum: it was on no
-    sampled path. All state exists from the start. One device-to-host copy per step, whatever the number of parameters.
+    A parameter without gradient, or with an all-zero one, is left alone together with its momentum: it was
+    on no sampled path. All state exists from the start. One device-to-host copy per step, whatever the
+    number of parameters.
 
-    ``groups``: of ``parameter_groups``. ``sharded``: for ZeRO 1 and 2, which replace the parameters by this rank's
-    equal share of all of them laid end to end; the squared norms are then added up over ``norm_group`` (None: all
-    ranks) in one all-reduce. The engine calls ``create_state`` once the share is in place.
+    ``groups``: of ``parameter_groups``. ``sharded``: for ZeRO 1 and 2, which replace the parameters by this
+    rank's equal share of all of them laid end to end; the squared norms are then added up over
+    ``norm_group`` (None: all ranks) in one all-reduce. The engine calls ``create_state`` once the share is
+    in place.
     """
 
-    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.9, weight_decay: float = 1e-6,
-                 trust: float = 0.001, norm_group: Any = None, sharded: bool = False):
+    def __init__(
+        self,
+        groups: list[dict],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-6,
+        trust: float = 0.001,
+        norm_group: Any = None,
+        sharded: bool = False,
+    ):
         if not groups:
             raise ValueError("LARS: no trainable parameter")
         self.names: list[str] = [group["name"] for group in groups]
@@ -84,11 +99,17 @@ class LARS(torch.optim.Optimizer):
         live = [k for k, i in enumerate(index) if g_norm[i] != 0]  # a NaN is alive and shows in the weights
         if not live:
             return
-        weights, gradients, buffers = ([tensors[k] for k in live] for tensors in (weights, gradients, buffers))
+        weights, gradients, buffers = (
+            [tensors[k] for k in live] for tensors in (weights, gradients, buffers)
+        )
         index = [index[k] for k in live]
         decay = [0.0 if self.excluded[i] else self.weight_decay for i in index]
-        scale = [lr if self.excluded[i] else
-                 lr * self.trust * w_norm[i] / (g_norm[i] + self.weight_decay * w_norm[i]) for i in index]
+        scale = [
+            lr
+            if self.excluded[i]
+            else lr * self.trust * w_norm[i] / (g_norm[i] + self.weight_decay * w_norm[i])
+            for i in index
+        ]
         updates = torch._foreach_mul(weights, decay)
         torch._foreach_add_(updates, gradients)
         torch._foreach_mul_(updates, scale)
@@ -98,31 +119,35 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def full_state(self) -> dict[str, Tensor]:
-        """Momentum by parameter name, whole also when sharded (then all ranks call it). Free of any layout."""
+        """Momentum by parameter name, whole also when sharded (then all ranks call it)."""
         if not self.sharded:
             return {self.names[i]: buffer for i, _, _, buffer in self._pieces()}
         flat = torch.cat(dist.all_gather(self.state[self.param_groups[0]["params"][0]]["momentum"]))
         counts = [shape.numel() for shape in self.shapes]
-        parts = flat[:self.ends[-1]].split(counts)
-        return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+        parts = flat[: self.ends[-1]].split(counts)
+        return {
+            name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
+        }
 
     @torch.no_grad()
     def load_full_state(self, state: dict[str, Tensor]) -> None:
-        """Copies momentum that ``full_state`` gave, under any layout. Raises ValueError when it is another model's."""
+        """Copies what ``full_state`` gave, sharded or not. Raises ValueError if it is another model's."""
         shapes = dict(zip(self.names, self.shapes, strict=True))
         for name in shapes.keys() | state.keys():
             if name not in state or name not in shapes or state[name].shape != shapes[name]:
-                raise ValueError(f"momentum of {name}: {_shape(state.get(name))} was saved, {shapes.get(name, 'none')}"
-                                 " is needed; it belongs to another model")
+                raise ValueError(
+                    f"momentum of {name}: {_shape(state.get(name))} was saved, {shapes.get(name, 'none')}"
+                    " is needed; it belongs to another model"
+                )
         for i, _, _, buffer in self._pieces():
             whole = state[self.names[i]]
             if self.sharded:
                 start = self._bounds(i)[2]
-                whole = whole.flatten()[start:start + buffer.numel()]
+                whole = whole.flatten()[start : start + buffer.numel()]
             buffer.copy_(whole)
 
     def _bounds(self, i: int) -> tuple[int, int, int]:
-        """Where parameter ``i`` meets this rank's share: its start and stop there, its first element there."""
+        """Parameter ``i`` in this rank's share: start and stop there, and its first element there."""
         size = self.param_groups[0]["params"][0].numel()
         origin = dist.rank(self.norm_group) * size
         first = self.ends[i] - self.shapes[i].numel() - origin
@@ -130,11 +155,11 @@ class LARS(torch.optim.Optimizer):
         return start, min(max(self.ends[i] - origin, 0), size), start - first
 
     def _pieces(self) -> list[tuple[int, Tensor, Tensor | None, Tensor]]:
-        """(parameter number, weight, gradient, momentum) of what this rank updates; views of the share if sharded."""
+        """(number, weight, gradient, momentum) of what this rank updates; views of the share if sharded."""
         if not self.sharded:
             parameters = [group["params"][0] for group in self.param_groups]
             return [(i, p, p.grad, self.state[p]["momentum"]) for i, p in enumerate(parameters)]
-        share, = self.param_groups[0]["params"]
+        (share,) = self.param_groups[0]["params"]
         buffer, pieces = self.state[share]["momentum"], []
         for i in range(len(self.names)):
             start, stop, _ = self._bounds(i)
@@ -144,9 +169,10 @@ class LARS(torch.optim.Optimizer):
         return pieces
 
     def _norms(self, index: list[int], weights: list[Tensor], gradients: list[Tensor]) -> tuple[list, list]:
-        """Norms of all parameters and of their gradients, over the ranks that share them; two lists by number."""
+        """Norms of all parameters and of all gradients, over the ranks that share them."""
         where = self.state[self.param_groups[0]["params"][0]]["momentum"].device
-        squares = torch.zeros(2, len(self.names), dtype=torch.float64, device=where)  # float64: tiny ones stay > 0
+        # float64: the squares of small norms stay above zero
+        squares = torch.zeros(2, len(self.names), dtype=torch.float64, device=where)
         if index:
             norms = torch.stack(torch._foreach_norm(weights) + torch._foreach_norm(gradients))
             squares[:, torch.tensor(index, device=where)] = norms.double().square().view(2, -1)
@@ -169,13 +195,13 @@ def learning_rate(base: float, epoch: int, epochs: int, micro: int, warmup_micro
 
 
 def ema_momentum(micro: int, total_micro: int, base: float = 0.99) -> float:
-    """Share of the target that stays at micro-iteration ``micro`` of ``total_micro``: base -> 1 (METHOD 3.4)."""
+    """Share of the target that stays, at micro-iteration ``micro`` of ``total_micro`` (METHOD 3.4)."""
     return 1 - (1 - base) * (math.cos(math.pi * micro / total_micro) + 1) / 2
 
 
 @torch.no_grad()
 def ema_update(target_params: Iterable[Tensor], online_params: Iterable[Tensor], m: float) -> None:
-    """target <- m target + (1 - m) online, in place, pair by pair (METHOD 3.4). Raises ValueError if they differ."""
+    """target <- m target + (1 - m) online, in place (METHOD 3.4). ValueError if they do not match."""
     target, online = list(target_params), list(online_params)
     if [t.shape for t in target] != [o.shape for o in online]:
         raise ValueError("ema_update: target and online parameters differ in number or shape")

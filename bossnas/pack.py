@@ -39,9 +39,11 @@ def pack(folder: str | Path, out: str | Path, shard_mb: int = 64, progress: bool
     if shard_mb < 1:
         raise ConfigError("shard_mb", f"{shard_mb} is too small", "use 1 or more")
     classes, plan = _plan(folder, shard_mb << 20)
-    done, kept = _earlier(out, digest := _digest([shard_mb, classes, plan])), 0
+    digest = hashlib.sha256(json.dumps([shard_mb, classes, plan]).encode()).hexdigest()
+    done, kept = _earlier(out, digest), 0
     try:
         out.mkdir(parents=True, exist_ok=True)
+        _record(out, digest, done)  # before the first shard, which a later run then knows as ours
         with ThreadPoolExecutor() as pool, Progress(*Progress.get_default_columns(), MofNCompleteColumn(),
                                                     disable=not progress) as bar:
             task = bar.add_task("images", total=sum(map(len, plan.values())))
@@ -51,12 +53,13 @@ def pack(folder: str | Path, out: str | Path, shard_mb: int = 64, progress: bool
                 else:
                     samples = pool.map(_read, (folder / file for file, *_ in files))
                     done[name] = write_shard(out / name, zip(files, samples, strict=True))
-                    _write(out / "pack.json", json.dumps({"plan": digest, "shards": done}).encode())
+                    _record(out, digest, done)
                 bar.advance(task, len(files))
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise ConfigError("out", f"no room left in {out}", "free some and run again, or choose another disk") from None
+        raise ConfigError("out", f"no room left in {out}",
+                          "free some and run again, or choose another disk") from None
     bad = [entry for shard in done.values() for entry in shard["bad"]]
     for entry in bad:
         log.warning("left out %s: %s", entry["file"], entry["problem"])
@@ -67,7 +70,8 @@ def pack(folder: str | Path, out: str | Path, shard_mb: int = 64, progress: bool
             splits[split] = {"shards": len(shards), "samples": sum(shard["samples"] for shard in shards),
                              "bytes": sum(shard["bytes"] for shard in shards)}
     if "train" not in splits:
-        raise ConfigError("folder", f"none of the {len(bad)} images in {folder} can be decoded", "check the files")
+        raise ConfigError("folder", f"none of the {len(bad)} images in {folder} can be decoded",
+                          "check the files, starting with " + bad[0]["file"])
     return {"classes": classes, "splits": splits, "bad": bad, "kept": kept}
 
 
@@ -123,7 +127,7 @@ def _plan(folder: Path, limit: int) -> tuple[list[str], dict[str, list[tuple[str
         if unknown:
             raise ConfigError("folder", f"{root} has class folders that train lacks, such as {min(unknown)}",
                               "give both splits the same class folders")
-        keys = _keys(names)
+        keys, labels = _keys(names), {name: number for number, name in enumerate(classes)}
         size = limit
         for i in np.random.Generator(np.random.PCG64(0)).permutation(len(names)):
             name = names[i]
@@ -132,8 +136,8 @@ def _plan(folder: Path, limit: int) -> tuple[list[str], dict[str, list[tuple[str
                 number = sum(shard.startswith(split) for shard in plan)
                 shard, size = plan.setdefault(f"{split}-{number:06d}.tar", []), 0
             size += length + MEMBER_OVERHEAD
-            label = classes.index(tops[i]) if tops[i] else -1
-            shard.append((f"{split}/{name}" if has_splits else name, keys[i], label, length))
+            file = f"{split}/{name}" if has_splits else name
+            shard.append((file, keys[i], labels.get(tops[i], -1), length))
     return classes, plan
 
 
@@ -160,10 +164,6 @@ def _keys(names: list[str]) -> list[str]:
     return keys
 
 
-def _digest(plan: object) -> str:
-    return hashlib.sha256(json.dumps(plan).encode()).hexdigest()
-
-
 def _earlier(out: Path, digest: str) -> dict[str, dict]:
     """The shards that an earlier run of the same plan recorded."""
     record = {"plan": None, "shards": {}}
@@ -184,8 +184,8 @@ def _is_whole(path: Path, made: dict) -> bool:
     if not made["samples"]:
         return True
     try:
-        return path.stat().st_size == made["bytes"] and len(ShardIndex.open([str(path)], "out")) == made["samples"]
-    except (OSError, ConfigError) as error:
+        return len(ShardIndex.open([str(path)], "out")) == made["samples"]
+    except ConfigError as error:
         log.warning("%s is made again (%s)", path, error)
         return False
 
@@ -199,7 +199,7 @@ def _read(path: Path) -> tuple[bytes, str | None]:
     return data, None
 
 
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+def _record(out: Path, digest: str, done: dict[str, dict]) -> None:
+    temporary = out / ".pack.json.tmp"
+    temporary.write_text(json.dumps({"plan": digest, "shards": done}))
+    os.replace(temporary, out / "pack.json")

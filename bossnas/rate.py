@@ -49,6 +49,7 @@ def rate_block(online: Supernet, target: Supernet, predictor: nn.Module, block: 
     one rank. ``advance`` is called once per calibrated path and once per rated batch and path.
     """
     assert len(winners) == block, "the prefix holds exactly the blocks before this one"
+    assert len(paths) >= dist.world_size(), "a rank without a path"
     mine = paths[dist.rank()::dist.world_size()]
     with autocast():
         inputs = [target.features(winners, x) for x in calibration]
@@ -62,11 +63,11 @@ def rate_block(online: Supernet, target: Supernet, predictor: nn.Module, block: 
             x = target.features(winners, torch.cat([view_a, view_b]))
             targets, predictions = [], []
             for path, (of_target, of_online) in zip(mine, tables, strict=True):
-                targets.append(target.embed(block, [Item(path, x)], of_target)[0].float())
+                targets.append(_full(target.embed(block, [Item(path, x)], of_target)[0]))
                 o = online.embed(block, [Item(path, x)], of_online)[0]
-                predictions.append(predictor(o, 1, of_online).float())
+                predictions.append(_full(predictor(o, 1, of_online)))
                 advance()
-            centre_a, centre_b = _centre(targets, len(paths), like=x).chunk(2)
+            centre_a, centre_b = _centre(targets, len(paths)).chunk(2)
             for i, o in enumerate(predictions):
                 o_a, o_b = o.chunk(2)
                 total[i] += bootstrap.path_loss(o_a, o_b, centre_a, centre_b).double().sum().item()
@@ -74,25 +75,26 @@ def rate_block(online: Supernet, target: Supernet, predictor: nn.Module, block: 
     return dict(zip(paths, _interleave(total / images, len(paths)), strict=True))
 
 
-def _centre(targets: list[Tensor], count: int, like: Tensor) -> Tensor:
+def _full(t: Tensor) -> Tensor:
+    """At least float32: sums over paths lose too much in bf16."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _centre(targets: list[Tensor], count: int) -> Tensor:
     """Population centre over all ranks' paths, summed in the order of the paths whatever the number of ranks."""
     world = dist.world_size()
     if world == 1:
         return bootstrap.population_centre(targets)
-    width = targets[0].shape[1] if targets else 0
-    width = int(max(w.item() for w in dist.all_gather(torch.tensor(width))))
-    slots = torch.zeros((count + world - 1) // world, like.shape[0], width, device=like.device)
-    for i, t in enumerate(targets):
-        slots[i] = t
-    gathered = dist.all_gather(slots)
+    slots = targets + [torch.zeros_like(targets[0])] * (-(-count // world) - len(targets))
+    gathered = dist.all_gather(torch.stack(slots))
     return bootstrap.population_centre([gathered[p % world][p // world] for p in range(count)])
 
 
 def _interleave(mine: Tensor, count: int) -> list[float]:
     """All paths' scores in order, from each rank's share."""
     world = dist.world_size()
-    slots = torch.zeros((count + world - 1) // world, dtype=torch.float64)
-    slots[: len(mine)] = mine
+    slots = torch.zeros(-(-count // world), dtype=torch.float64)
+    slots[:len(mine)] = mine
     gathered = dist.all_gather(slots)
     return [gathered[p % world][p // world].item() for p in range(count)]
 

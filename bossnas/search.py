@@ -19,7 +19,7 @@ from bossnas.paths import Path, decode, encode
 from bossnas.rate import best, calibrate, rate_block
 from bossnas.spaces import Space
 from bossnas.supernet import Item, Supernet
-from bossnas.train import RunState, Step, passes, sample_paths, train_block
+from bossnas.train import RunState, Step, train_block
 
 CALIBRATION_VIEW = 1  # METHOD 4: view index 1 of the calibration batch
 
@@ -40,6 +40,7 @@ class Run:
     accumulate: int
     steps_per_epoch: int
     state: RunState
+    bad: dict[int, str]  # unreadable training images met so far
 
     @property
     def view_ids(self) -> list[int]:
@@ -103,8 +104,9 @@ def build(config: Config) -> Run:
     if config.engine.name == "single" and dist.world_size() > 1:
         raise ConfigError("engine.name", f"single is for one process, but {dist.world_size()} were started",
                           "set it to deepspeed")
-    train_set, val_set, is_sample = data.open_data(config.data.train, config.data.val)
-    if is_sample and dist.rank() == 0:
+    images = data.open_data(config.data.train, config.data.val)
+    train_set, val_set = images.train, images.val
+    if images.is_sample and dist.rank() == 0:
         logger.warning("DEMONSTRATION: no data.train is set, so this run uses the embedded sample of Fashion-MNIST "
                        "(%d training, %d validation images of 28x28 pixels). Its result says nothing about your data.",
                        len(train_set), len(val_set))
@@ -118,7 +120,7 @@ def build(config: Config) -> Run:
     target = copy.deepcopy(online).requires_grad_(False)
     return Run(config, space, online.to(device), target.to(device), predictors.to(device), train_set, val_set,
                views.recipe(config.data.recipe, config.space.image_size), device, accumulate,
-               config.train.steps_per_epoch or len(train_set) // config.train.batch, RunState())
+               config.train.steps_per_epoch or len(train_set) // config.train.batch, RunState(), {})
 
 
 def _block_stage(run: Run, folder: Folder, metrics: log.Metrics, engine_folder: Folder | None) -> None:
@@ -165,9 +167,7 @@ def _block_stage(run: Run, folder: Folder, metrics: log.Metrics, engine_folder: 
 
 def _engine(run: Run, trained: nn.ModuleDict) -> Engine:
     train = run.config.train
-    paths = sample_paths(run.space, run.state.block, run.state.winners, run.config.seed, 0)
-    parts = passes(len(paths), train.paths_per_pass)
-    engine = engines.make(run.config.engine.name, accumulate=run.accumulate * parts, micro_batch=train.micro_batch,
+    engine = engines.make(run.config.engine.name, accumulate=run.accumulate, micro_batch=train.micro_batch,
                           precision=train.precision, clip=train.clip, section=run.config.engine.deepspeed)
     engine.wrap(trained, lambda sharded: LARS(
         parameter_groups(trained), train.lr, train.momentum, train.weight_decay, train.trust, sharded=sharded))
@@ -184,7 +184,7 @@ def _train_batches(run: Run) -> Iterator[list[Tensor]]:
             run.train_set, run.recipe, run.view_ids, run.space.view_pairs, seed=config.seed,
             epoch=state.block * config.train.epochs + epoch, start=start * run.accumulate, steps=per_epoch,
             batch=config.train.micro_batch, rank=dist.rank(), world=dist.world_size(), workers=config.data.workers,
-            max_bad=config.data.max_bad)
+            max_bad=config.data.max_bad, bad=run.bad)
         start = 0
 
 
@@ -194,7 +194,8 @@ def _calibration(run: Run) -> list[Tensor]:
     count = min(rating.calibration_images * rating.calibration_batches, len(run.train_set))
     chosen = data.fixed_batches(run.train_set, run.recipe, [CALIBRATION_VIEW], run.space.view_pairs, shuffle=True,
                                 seed=run.config.seed, count=count, batch=rating.calibration_images,
-                                max_bad=run.config.data.max_bad)
+                                workers=run.config.data.workers,
+                                max_bad=run.config.data.max_bad, bad=run.bad)
     return [batch[0].to(run.device) for batch in chosen]
 
 
@@ -203,7 +204,7 @@ def _validation(run: Run) -> Iterator[list[Tensor]]:
     count = min(run.config.data.val_images or len(run.val_set), len(run.val_set))
     for batch in data.fixed_batches(run.val_set, run.recipe, [0, run.space.view_pairs], run.space.view_pairs,
                                     shuffle=False, seed=run.config.seed, count=count, batch=run.config.rating.batch,
-                                    max_bad=run.config.data.max_bad):
+                                    workers=run.config.data.workers, max_bad=run.config.data.max_bad, bad={}):
         yield [x.to(run.device) for x in batch]
 
 

@@ -163,19 +163,24 @@ def _expand(pattern: str | list[str], field: str) -> list[Path]:
     names: list[str] = []
     for text in [pattern] if isinstance(pattern, str) else pattern:
         if re.match(r"(pipe:|[a-z0-9]+://)", text):
-            raise ConfigError(field, f"{text!r} is not a local path", "copy the shards to a local or shared disk")
-        for name in braceexpand.braceexpand(text):
-            names += sorted(glob.glob(name)) if glob.has_magic(name) and not os.path.exists(name) else [name]
+            raise ConfigError(field, f"{text!r} is not a local path", "copy the shards to a disk")
+        try:
+            expanded = [text] if os.path.exists(text) else list(braceexpand.braceexpand(text))
+        except braceexpand.UnbalancedBracesError:
+            raise ConfigError(field, f"{text!r} has unbalanced braces", "close them") from None
+        for name in expanded:
+            is_glob = glob.has_magic(name) and not os.path.exists(name)
+            names += sorted(glob.glob(name)) if is_glob else [name]
     if not names:
-        raise ConfigError(field, f"no file matches {pattern!r}", "check the path, or make shards: bossnas pack")
+        raise ConfigError(field, f"no file matches {pattern!r}", "check the path, or run bossnas pack")
     for name in names:
         if os.path.isdir(name):
             raise ConfigError(field, f"{name} is a folder", f"name its shards, such as '{name}/train-*.tar'")
         if _kind(Path(name)) is None:
-            raise ConfigError(field, f"{name} is not a shard", f"use a pattern that ends in {', '.join(OPENERS)}")
+            raise ConfigError(field, f"{name} is not a shard", f"name files ending in {', '.join(OPENERS)}")
     missing = [name for name in names if not os.path.exists(name)]
     if missing:
-        raise ConfigError(field, f"{len(missing)} of {len(names)} shards are missing, the first is {missing[0]}",
+        raise ConfigError(field, f"{len(missing)} of {len(names)} shards are missing, first {missing[0]}",
                           "restore them or correct the pattern")
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -218,10 +223,12 @@ def _scan(path: Path, field: str) -> dict[str, np.ndarray]:
         with (open(path, "rb") if _kind(path) == ".tar" else io.BytesIO(_unpack(path))) as stream:
             _read_headers(stream, rows, path, field)
     except TAR_ERRORS as error:
-        raise ConfigError(field, f"the shard {path} is damaged ({error})", "copy it again or repack it") from error
+        raise ConfigError(field, f"the shard {path} is damaged ({error})",
+                          "copy it again or repack it") from error
     rows = [row for row in rows if row[1] >= 0]
     if not rows:
-        raise ConfigError(field, f"the shard {path} holds no {', '.join(EXTENSIONS)} image", "remove or repack it")
+        raise ConfigError(field, f"the shard {path} holds no {', '.join(EXTENSIONS)} image",
+                          "remove or repack it")
     keys = [row[0].encode("utf-8", "surrogateescape") for row in rows]
     column = {name: np.array([row[i] for row in rows], np.int64)
               for i, name in ((1, "offset"), (2, "size"), (3, "label"))}
@@ -244,7 +251,8 @@ def _read_headers(stream: io.BufferedIOBase, rows: list[list], path: Path, field
                 stream.seek(member.offset_data)
                 text = stream.read(member.size).strip()
                 if not text.isdigit():
-                    raise ConfigError(field, f"{path}/{key}.cls is no class number: {text[:20]!r}", "repack it")
+                    raise ConfigError(field, f"{path}/{key}.cls is no class number: {text[:20]!r}",
+                                      "repack it with class numbers")
                 rows[-1][3] = int(text)
         # tarfile takes a damaged header for the end; a whole tar ends in blocks of zeros and nothing else
         stream.seek(tar.offset)

@@ -49,19 +49,13 @@ def sample_paths(space: Space, block: int, winners: Sequence[Path], seed: int, m
     return space.sample(block, list(winners), np.random.default_rng([seed, PATHS, block, micro]))
 
 
-def passes(path_count: int, paths_per_pass: int | None) -> int:
-    """Backward passes per micro-batch, when at most ``paths_per_pass`` paths share one."""
-    return -(-path_count // (paths_per_pass or path_count))
-
-
 def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space: Space, engine: Engine,
                 batches: Iterator[list[Tensor]], state: RunState, settings: TrainConfig, *, accumulate: int,
                 steps_per_epoch: int, seed: int, device: torch.device) -> Iterator[Step]:
     """Trains block ``state.block`` from ``state.step`` to the end of its stage; yields after every optimizer step.
 
     ``batches`` gives the micro-batches from there on: per view one tensor [n, 3, S, S], views 0..J-1 of kind A and
-    J..2J-1 of kind B. ``engine`` wraps the block's trainable modules and expects `passes` backward calls for each of
-    the ``accumulate`` micro-batches. The caller may rate or save between two steps.
+    J..2J-1 of kind B. ``engine`` wraps the block's trainable modules. The caller may rate or save between two steps.
     """
     block, pairs, total = state.block, space.view_pairs, settings.epochs * steps_per_epoch
     trained, followers = online.part(block), target.part(block)
@@ -94,10 +88,9 @@ def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space:
                 target_a = bootstrap.ensemble_target(projections[0::2])
                 target_b = bootstrap.ensemble_target(projections[1::2])
 
-            parts = passes(len(paths), settings.paths_per_pass)
-            size = -(-len(paths) // parts)
-            for part in range(parts):
-                chosen = range(part * size, min((part + 1) * size, len(paths)))
+            size = settings.paths_per_pass or len(paths)
+            for start in range(0, len(paths), size):
+                chosen = range(start, min(start + size, len(paths)))
                 items = [Item(paths[j], features[v]) for j in chosen for v in (j % pairs, j % pairs + pairs)]
                 with engine.autocast():
                     projections = online.embed(block, items)
@@ -105,9 +98,9 @@ def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space:
                     losses = [bootstrap.path_loss(a, b, target_a, target_b).mean()
                               for a, b in zip(predicted[0::2], predicted[1::2], strict=True)]
                     loss = torch.stack(losses).sum()
-                engine.micro(loss * parts, last=m == accumulate - 1 and part == parts - 1)
+                engine.micro(loss, last=m == accumulate - 1 and chosen.stop == len(paths))
                 loss_sum += loss.detach() / len(paths)
-                spread_sum += bootstrap.spread(projections[0].detach()) / parts
+                spread_sum += bootstrap.spread(projections[0].detach()) * len(chosen) / len(paths)
             seen += n * dist.world_size()
 
         epoch = state.step // steps_per_epoch

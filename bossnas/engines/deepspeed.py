@@ -1,8 +1,9 @@
 """DeepSpeed ZeRO 0, 1 and 2, exact for a supernet in which most parameters have no gradient in a step.
 
-ZeRO fills missing gradients with zeros; LARS leaves all-zero gradients alone, which makes that a true skip. ZeRO 1
-and 2 flatten all parameters into one vector and give each rank an equal share; LARS knows the parameters in it.
-ZeRO 3 applies stale gradients to parameters that a step did not use and is refused, as is optimizer offload.
+ZeRO fills missing gradients with zeros; LARS leaves all-zero gradients alone, which makes that a true skip.
+ZeRO 1 and 2 flatten all parameters into one vector and give each rank an equal share; LARS knows the
+parameters in it. ZeRO 3 applies stale gradients to parameters that a step did not use and is refused, as is
+optimizer offload.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib.util
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,56 +29,98 @@ from bossnas.engines import protocol
 
 FIELD = "engine.deepspeed"
 # What DeepSpeed alone knows. Everything else is filled from our config, or means nothing here.
-FREE_KEYS = {"zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
-             "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "comms_logger",
-             "timers", "tensorboard", "csv_monitor", "wandb", "comet"}
-ZERO_KEYS = {"stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
-             "use_multi_rank_bucket_allreduce", "allgather_bucket_size", "overlap_comm", "compute_grad_norm"}
+FREE_KEYS = {
+    "zero_optimization",
+    "communication_data_type",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "log_level",
+    "comms_logger",
+    "timers",
+    "tensorboard",
+    "csv_monitor",
+    "wandb",
+    "comet",
+}
+ZERO_KEYS = {
+    "stage",
+    "contiguous_gradients",
+    "reduce_scatter",
+    "reduce_bucket_size",
+    "allgather_partitions",
+    "use_multi_rank_bucket_allreduce",
+    "allgather_bucket_size",
+    "overlap_comm",
+    "compute_grad_norm",
+}
 ZERO_FIXED = {  # key: the one value that works here, why
     "ignore_unused_parameters": (True, "a step uses only the sampled paths"),
     "round_robin_gradients": (False, "LARS reads the parameters in their own order"),
     "parameter_alignment": (False, "LARS reads the parameters end to end"),
     "elastic_checkpoint": (False, "bossnas writes the optimizer state itself, for any number of ranks"),
-    "offload_optimizer": (None, "DeepSpeed's offload applies stale gradients to paths that a step did not sample"),
+    "offload_optimizer": (None, "it applies stale gradients to paths that a step did not sample"),
     "offload_param": (None, "it belongs to ZeRO 3, which is refused"),
 }
 
 
-def deepspeed_config(section: dict, micro_batch: int, accumulate: int, precision: str, clip: float,
-                     world_size: int) -> dict:
+def deepspeed_config(
+    section: dict, micro_batch: int, accumulate: int, precision: str, clip: float, world_size: int
+) -> dict:
     """The config given to DeepSpeed: ``section`` plus what our own config says.
 
-    ``section`` may repeat our values (or say "auto"). Raises ConfigError, naming ``engine.deepspeed.<key>``, for a
-    contradiction, an unknown key, ZeRO 3 and offload.
+    ``section`` may repeat our values (or say "auto"). Raises ConfigError, naming
+    ``engine.deepspeed.<key>``, for a contradiction, an unknown key, ZeRO 3 and offload.
     """
-    ours: dict[str, Any] = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": accumulate,
-                            "gradient_clipping": clip, "zero_allow_untested_optimizer": True}
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": clip,
+        "zero_allow_untested_optimizer": True,
+    }
     batch = micro_batch * accumulate * world_size
     said = dict(ours, train_batch_size=batch)
-    sources = {"train_batch_size": "train.batch", "train_micro_batch_size_per_gpu": "train.micro_batch",
-               "gradient_accumulation_steps": "train.batch or train.micro_batch", "gradient_clipping": "train.clip"}
+    sources = {
+        "train_batch_size": "train.batch",
+        "train_micro_batch_size_per_gpu": "train.micro_batch",
+        "gradient_accumulation_steps": "train.batch or train.micro_batch",
+        "gradient_clipping": "train.clip",
+    }
     result = {}
     for key, value in section.items():
         if key in FREE_KEYS:
             result[key] = value
         elif key in said:
             if value != "auto" and value != said[key]:
-                raise ConfigError(f"{FIELD}.{key}", f"is {value!r}, but this run needs {said[key]!r}",
-                                  f"remove it and set {sources[key]}" if key in sources else "remove it")
+                raise ConfigError(
+                    f"{FIELD}.{key}",
+                    f"is {value!r}, but this run needs {said[key]!r}",
+                    f"remove it and set {sources[key]}" if key in sources else "remove it",
+                )
         elif key in ("bf16", "fp16", "bfloat16", "torch_autocast"):
             _check_precision(key, value, precision)
         elif key == "optimizer":
             kind = value.get("type", "") if isinstance(value, dict) else value
             if str(kind).lower() != "lars" or isinstance(value, dict) and value.get("params"):
-                raise ConfigError(f"{FIELD}.optimizer", "the optimizer is LARS with the values of the train section",
-                                  "remove it and set train.lr, train.momentum, train.weight_decay, train.trust")
+                raise ConfigError(
+                    f"{FIELD}.optimizer",
+                    "the optimizer is LARS with the values of the train section",
+                    "remove it and set train.lr, train.momentum, train.weight_decay, train.trust",
+                )
         elif key == "scheduler":
             if value is not None:
-                raise ConfigError(f"{FIELD}.scheduler", "the schedule is the method's own",
-                                  "remove it and set train.lr, train.epochs, train.warmup_epochs")
+                raise ConfigError(
+                    f"{FIELD}.scheduler",
+                    "the schedule is the method's own",
+                    "remove it and set train.lr, train.epochs, train.warmup_epochs",
+                )
         elif not key.startswith("_"):  # _comment
-            raise ConfigError(f"{FIELD}.{key}", "unknown, or without effect here",
-                              f"remove it; known: {', '.join(sorted(FREE_KEYS))}")
+            raise ConfigError(
+                f"{FIELD}.{key}",
+                "unknown, or without effect here",
+                f"remove it; known: {', '.join(sorted(FREE_KEYS))}",
+            )
     result["zero_optimization"] = _zero_config(result.get("zero_optimization", {}), clip)
     return result | ours
 
@@ -85,11 +129,18 @@ def _check_precision(key: str, value: Any, precision: str) -> None:
     enabled = value.get("enabled", False) if isinstance(value, dict) else value
     if not enabled or enabled == "auto":
         return
-    same = key == "torch_autocast" and precision == "bf16" and value.get("dtype", "bfloat16") in ("bfloat16", "bf16")
+    same = (
+        key == "torch_autocast"
+        and precision == "bf16"
+        and value.get("dtype", "bfloat16") in ("bfloat16", "bf16")
+    )
     if not same:
-        raise ConfigError(f"{FIELD}.{key}", f"contradicts train.precision {precision!r}, which is done by autocast "
-                          "(batch norm breaks with low-precision weights)",
-                          "remove it and set train.precision to bf16" if precision == "fp32" else "remove it")
+        raise ConfigError(
+            f"{FIELD}.{key}",
+            f"contradicts train.precision {precision!r}, which is done by autocast "
+            "(batch norm breaks with low-precision weights)",
+            "remove it and set train.precision to bf16" if precision == "fp32" else "remove it",
+        )
 
 
 def _zero_config(zero: Any, clip: float) -> dict:
@@ -98,8 +149,11 @@ def _zero_config(zero: Any, clip: float) -> dict:
         raise ConfigError(field, f"is {zero!r}", 'write {"stage": 0}, 1 or 2')
     stage = zero.get("stage", 0)
     if stage == 3:
-        raise ConfigError(f"{field}.stage", "ZeRO 3 applies stale gradients to paths that a step did not sample",
-                          "set it to 0, 1 or 2")
+        raise ConfigError(
+            f"{field}.stage",
+            "ZeRO 3 applies stale gradients to paths that a step did not sample",
+            "set it to 0, 1 or 2",
+        )
     if stage not in (0, 1, 2) or isinstance(stage, bool):
         raise ConfigError(f"{field}.stage", f"is {stage!r}", "set it to 0, 1 or 2")
     result = {"stage": stage}
@@ -112,8 +166,17 @@ def _zero_config(zero: Any, clip: float) -> dict:
         elif key in ZERO_KEYS:
             result[key] = value
         elif not key.startswith("_"):
-            raise ConfigError(f"{field}.{key}", "unknown, or without effect here",
-                              f"remove it; known: {', '.join(sorted(ZERO_KEYS))}")
+            raise ConfigError(
+                f"{field}.{key}",
+                "unknown, or without effect here",
+                f"remove it; known: {', '.join(sorted(ZERO_KEYS))}",
+            )
+    if stage == 1 and result.get("overlap_comm"):
+        raise ConfigError(
+            f"{field}.overlap_comm",
+            "under ZeRO 1 it loses the gradients of paths that the last micro-batch did not sample",
+            "remove it or set stage to 2",
+        )
     if clip > 0 and result.get("compute_grad_norm") is False:
         raise ConfigError(f"{field}.compute_grad_norm", f"is false, but train.clip is {clip}", "remove it")
     return result
@@ -122,8 +185,9 @@ def _zero_config(zero: Any, clip: float) -> dict:
 class DeepSpeedEngine:
     """Data parallelism by DeepSpeed, under its launcher, torchrun, srun or none.
 
-    ``accumulate``: micro-batches per update; ``micro_batch``: images per rank; ``precision``: fp32 | bf16 (autocast);
-    ``clip``: gradient norm limit, 0 none; ``section``: see ``deepspeed_config``, which also says what is refused.
+    ``accumulate``: micro-batches per update; ``micro_batch``: images per rank; ``precision``: fp32 | bf16
+    (autocast); ``clip``: gradient norm limit, 0 none; ``section``: see ``deepspeed_config``, which also
+    says what is refused.
     """
 
     def __init__(self, accumulate: int, micro_batch: int, precision: str, clip: float, section: dict):
@@ -134,25 +198,29 @@ class DeepSpeedEngine:
     def wrap(self, module: nn.Module, make_optimizer: Callable[[bool], Optimizer]) -> None:
         self._kind = protocol.device_type(module, self.precision)
         deepspeed = _import_deepspeed(self._kind)
+        _check_values(deepspeed, self.config)
         if self.sharded and not self.config["gradient_clipping"]:
             fields = deepspeed.runtime.zero.config.DeepSpeedZeroConfig.model_fields
             if "compute_grad_norm" in fields:  # otherwise a norm that nobody reads costs a copy per parameter
                 self.config["zero_optimization"].setdefault("compute_grad_norm", False)
         dist.ensure_group()
         self._lars = make_optimizer(self.sharded)
-        before = [p.detach().flatten().clone() for p in module.parameters() if p.requires_grad]
         index = next(module.parameters()).device.index
         logger = logging.getLogger("DeepSpeed")
         logger.setLevel(logging.ERROR)  # it warns of every client optimizer
         try:
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
-                args=SimpleNamespace(**({} if index is None else {"device_rank": index})), model=_Shell(module),
-                optimizer=self._lars, config=self.config, dist_init_required=False if _has_backend() else None)
+                args=SimpleNamespace(**({} if index is None else {"device_rank": index})),
+                model=_Shell(module),
+                optimizer=self._lars,
+                config=self.config,
+                dist_init_required=False if _has_backend() else None,
+            )
         finally:
             logger.setLevel(logging.WARNING)
         if self.sharded:
             self._lars.create_state()
-            self._check_layout(torch.cat(before))
+            self._check_layout(module)
 
     def autocast(self) -> AbstractContextManager:
         return protocol.autocast(self._kind, self.precision)
@@ -179,18 +247,22 @@ class DeepSpeedEngine:
         self._engine.destroy()
         del self._engine, self._optimizer, self._lars
 
-    def _check_layout(self, flat: Tensor) -> None:
-        """Fails loudly should a version of DeepSpeed lay the parameters out in another way than LARS assumes."""
+    def _check_layout(self, module: nn.Module) -> None:
+        """Fails loudly should a version of DeepSpeed lay the parameters out differently than LARS assumes."""
+        names = dict(module.named_parameters())
+        flat = torch.cat([names[name].detach().flatten() for name in self._lars.names])
         share = self._lars.param_groups[0]["params"][0].detach()
-        mine = flat[dist.rank() * share.numel():][:share.numel()]
-        fits = torch.equal(share[:len(mine)], mine)
+        mine = flat[dist.rank() * share.numel() :][: share.numel()]
+        fits = torch.equal(share[: len(mine)], mine)
         if dist.any_rank(not fits):
-            raise RuntimeError(f"DeepSpeed {sys.modules['deepspeed'].__version__} lays out the parameters in an "
-                               "unknown way; use zero_optimization.stage 0 or the version that bossnas names")
+            raise RuntimeError(
+                f"DeepSpeed {sys.modules['deepspeed'].__version__} lays out the parameters in an "
+                "unknown way; use zero_optimization.stage 0 or the version that bossnas names"
+            )
 
 
 class _Shell(nn.Module):
-    """The model that DeepSpeed sees. Its forward pass is the loss, so that DeepSpeed's hooks see each backward."""
+    """The model that DeepSpeed sees: its forward pass is the loss, so that its hooks see each backward."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -200,6 +272,16 @@ class _Shell(nn.Module):
         return loss
 
 
+def _check_values(deepspeed: ModuleType, config: dict) -> None:
+    """Has DeepSpeed read the config; raises ConfigError with its words when a value is of a wrong kind."""
+    parser = deepspeed.runtime.config
+    try:
+        parser.DeepSpeedConfig(dict(config, train_batch_size=None))
+    except (ValueError, TypeError, AssertionError, parser.DeepSpeedConfigError) as error:
+        words = " ".join(str(error).split("For further information")[0].split())
+        raise ConfigError(FIELD, f"DeepSpeed refuses it ({words})", "mend that value") from None
+
+
 def _has_backend() -> bool:
     from deepspeed import comm
 
@@ -207,16 +289,22 @@ def _has_backend() -> bool:
 
 
 def _import_deepspeed(kind: str) -> ModuleType:
-    """Imports DeepSpeed for ``kind`` (cpu | cuda) of device, without its log noise and its build of C++ code."""
+    """Imports DeepSpeed for device type ``kind`` (cpu | cuda), without its build of C++ code."""
     if importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError("engine.name", "deepspeed is not installed", "pip install deepspeed, or set it to single")
+        raise ConfigError(
+            "engine.name", "deepspeed is not installed", "pip install deepspeed, or set it to single"
+        )
     os.environ.setdefault("DS_ACCELERATOR", kind)
     import deepspeed
 
     found = deepspeed.get_accelerator().device_name().partition(":")[0]
     if found != kind:
-        raise ConfigError("engine.device", f"is {kind}, but DeepSpeed runs on {found}",
-                          f"set the environment variable DS_ACCELERATOR={kind}")
-    if kind == "cpu":  # a shared-memory all-reduce, compiled for a minute at the first start; gloo does the work
+        raise ConfigError(
+            "engine.device",
+            f"is {kind}, but DeepSpeed runs on {found}",
+            f"set the environment variable DS_ACCELERATOR={kind}",
+        )
+    if kind == "cpu":  # else a shared-memory all-reduce is compiled for a minute; gloo does the work
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
     return deepspeed

@@ -18,7 +18,7 @@ OPTIMIZER_FILE = "optimizer.pt"
 
 
 class Engine(Protocol):
-    """One engine per trained block. Forward passes call the wrapped module's own submodules, never the engine.
+    """One engine per trained block. Forward passes call the wrapped module's submodules, never the engine.
 
     All ranks of a data-parallel group sample the same paths and call every method at the same time.
     """
@@ -30,9 +30,10 @@ class Engine(Protocol):
         """Context of a forward pass in the run's precision."""
 
     def micro(self, loss: Tensor, last: bool) -> None:
-        """Back-propagates one micro-batch's scalar loss; ``last`` marks the update's last micro-batch.
+        """Back-propagates a micro-batch's scalar loss; ``last`` marks the update's last call.
 
-        The gradient of an update is (1 / accumulate) x the sum over its micro-batches, averaged over the ranks.
+        The gradient of an update is (1 / accumulate) x the sum over its calls, averaged over the ranks. A
+        micro-batch may come in several calls whose losses add up to its own.
         """
 
     def step(self, lr: float) -> None:
@@ -42,7 +43,7 @@ class Engine(Protocol):
         """Writes the optimizer's state into ``folder``. All ranks call it, between updates."""
 
     def load(self, folder: Path) -> None:
-        """Reads what ``save`` wrote, by any engine on any number of ranks, once the weights are in the module."""
+        """Reads what any engine on any number of ranks saved, once the weights are in the module."""
 
     def close(self) -> None:
         """Lets go of hooks and buffers. The module stays usable."""
@@ -75,5 +76,8 @@ def load_optimizer(optimizer: LARS, folder: Path) -> None:
     try:
         optimizer.load_full_state(state)
     except ValueError as error:
-        raise ConfigError("out", f"{folder} does not fit this run ({error})",
-                          "go on with the config of that run, or choose another folder") from None
+        raise ConfigError(
+            "out",
+            f"{folder} does not fit this run ({error})",
+            "go on with the config of that run, or choose another folder",
+        ) from None

@@ -1,7 +1,8 @@
 """Kernels of bossnas as plain functions over tensors; needs torch alone and can be used without bossnas.
 
-`gbn_act`: grouped batch norm + residual + activation. `attention`: self-attention over the positions of a map.
-`bossnas_kernels.reference` holds the plain PyTorch implementations, which are also the truth the tests rest on.
+`gbn_act`: grouped batch norm + residual + activation.
+`attention`: multi-head self-attention over the positions of a map.
+`bossnas_kernels.reference` holds their plain PyTorch implementations, the yardstick for every other one.
 """
 
 from __future__ import annotations

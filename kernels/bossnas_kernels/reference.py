@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 ACTIVATIONS = ("none", "relu", "silu")
 
 # Groups of at most this many elements are folded into channels and normalised by one call. Larger ones are
-# cheaper one by one: the copies that folding makes cost more than the calls it saves (kernels/bench/gbn_act.py).
+# cheaper one by one: the copies that folding makes cost more than the calls it saves (measured on CPU).
 _FOLD_ELEMENTS = 8 * 1024
 
 
@@ -38,10 +38,11 @@ def gbn_act(
     training: normalise by the batch (biased variance, as `F.batch_norm`); otherwise by running_mean and
         running_var, [C] or [groups, C], which are read and never written.
 
-    Returns (y, mean, var): y like x. In training mean and **unbiased** var of every group, [groups, C], without
-    gradient, which is what running statistics are averaged from; in evaluation the statistics used, [groups, C].
-    Both are fp32 (fp64 for an fp64 input).
-    Raises ValueError for shapes, groups or activations that do not fit, and for groups of one value per channel.
+    Returns (y, mean, var), y like x. In training mean and **unbiased** var are those of every group,
+    [groups, C], without gradient: what running statistics are averaged from; autograd may hold them, so do
+    not write to them. In evaluation they are the statistics used. Both are fp32 (fp64 for an fp64 input).
+    Raises ValueError for shapes, groups or activations that do not fit, and in training for groups of a
+    single value per channel.
     """
     if x.dim() not in (2, 4):
         raise ValueError(f"x: expected [groups*N, C, H, W] or [groups*N, C], got shape {tuple(x.shape)}")
@@ -53,12 +54,12 @@ def gbn_act(
     if act not in ACTIVATIONS:
         raise ValueError(f"act: expected one of {', '.join(ACTIVATIONS)}, got {act!r}")
     if residual is not None and residual.shape != x.shape:
-        raise ValueError(
-            f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}"
-        )
+        raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
     stats_dtype = torch.promote_types(x.dtype, torch.float32)
     weight = _per_channel("weight", weight, groups, channels).to(stats_dtype)
     bias = _per_channel("bias", bias, groups, channels).to(stats_dtype)
+    if residual is not None:
+        residual = residual.to(x.dtype)
 
     if not training:
         if running_mean is None or running_var is None:
@@ -66,7 +67,8 @@ def gbn_act(
         mean = _per_channel("running_mean", running_mean, groups, channels).to(stats_dtype)
         var = _per_channel("running_var", running_var, groups, channels).to(stats_dtype)
         if groups == 1 or max(t.dim() for t in (weight, bias, mean, var)) == 1:
-            y = F.batch_norm(x, mean.flatten(), var.flatten(), weight.flatten(), bias.flatten(), False, 0.0, eps)
+            flat = (t.flatten() for t in (mean, var, weight, bias))
+            y = F.batch_norm(x, *flat, False, 0.0, eps)
             y = _activate(y if residual is None else y + residual, act)
         else:
             y = _evaluate_groups(x, weight, bias, mean, var, residual, groups, act, eps)
@@ -96,7 +98,7 @@ def _activate(x: Tensor, act: str) -> Tensor:
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
-    # A map of one position or one channel is contiguous in both formats; the plain one is the faster of the two.
+    # A map of one position or one channel is contiguous in both formats; the plain one is the faster then.
     if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
@@ -146,8 +148,8 @@ class _GroupByGroup(torch.autograd.Function):
     """Training-mode groups one after another, each written straight into its rows of one result.
 
     Against an eager loop this saves the concatenation, the autograd nodes of every group, and, with ReLU, the
-    map before the activation: the backward pass reads the sign from the result. Activations are applied to one
-    group at a time, while it is in the cache, and no further temporary of the whole map is made.
+    map before the activation: the backward pass reads the sign from the result. Activations are applied to
+    one group at a time, while it is in the cache, and no further temporary of the whole map is made.
     """
 
     @staticmethod
@@ -177,7 +179,7 @@ class _GroupByGroup(torch.autograd.Function):
             elif act == "silu":
                 torch.ops.aten.silu.out(z_rows[g], out=y_rows[g])
         ctx.save_for_backward(x, weight, saved_mean, saved_rstd, None if act == "none" else z)
-        ctx.groups, ctx.act, ctx.eps, ctx.layout = groups, act, eps, layout
+        ctx.groups, ctx.act, ctx.eps, ctx.layout, ctx.shared_bias = groups, act, eps, layout, bias.dim() == 1
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
@@ -197,7 +199,9 @@ class _GroupByGroup(torch.autograd.Function):
         else:
             z_rows = z.chunk(groups)
             # Without a residual the gradient before the activation is only needed one group at a time.
-            dz_rows = (torch.empty_like(x_rows[0]),) * groups if dresidual is None else dresidual.chunk(groups)
+            dz_rows = (
+                (torch.empty_like(x_rows[0]),) * groups if dresidual is None else dresidual.chunk(groups)
+            )
         weight_rows, dweight_rows, dbias_rows = _group_rows(weight, groups), dweight.unbind(), dbias.unbind()
         mean_rows, rstd_rows = saved_mean.unbind(), saved_rstd.unbind()
         aten = torch.ops.aten
@@ -211,7 +215,9 @@ class _GroupByGroup(torch.autograd.Function):
                 (True, True, True), out0=dx_rows[g], out1=dweight_rows[g], out2=dbias_rows[g],
             )  # fmt: skip
         if weight.dim() == 1:
-            dweight, dbias = dweight.sum(0), dbias.sum(0)
+            dweight = dweight.sum(0)
+        if ctx.shared_bias:
+            dbias = dbias.sum(0)
         return dx, dweight, dbias, dresidual, None, None, None
 
 
@@ -222,16 +228,18 @@ def _group_rows(value: Tensor, groups: int) -> tuple[Tensor, ...]:
 def attention(qkv: Tensor, heads: int) -> Tensor:
     """Multi-head self-attention over the positions of a map: out_i = sum_j softmax_j(q_i.k_j / sqrt(d)) v_j.
 
-    qkv: [N, 3*heads*d, H, W], channels ordered q (all heads), k, v with d consecutive channels a head; tokens are
-    the H*W positions, row by row; no positional term. Returns [N, heads*d, H, W], channels_last for a
-    channels_last qkv. Raises ValueError for shapes that do not fit.
+    qkv: [N, 3*heads*d, H, W], channels ordered q (all heads), k, v, with d consecutive channels a head; the
+    tokens are the H*W positions, row by row; no positional term. Returns [N, heads*d, H, W] in the memory
+    format of qkv. Raises ValueError for shapes that do not fit.
     """
     if qkv.dim() != 4:
         raise ValueError(f"qkv: expected [N, 3*heads*d, H, W], got shape {tuple(qkv.shape)}")
-    if heads < 1 or qkv.shape[1] == 0 or qkv.shape[1] % (3 * heads):
-        raise ValueError(f"heads: expected a number with 3*heads dividing the {qkv.shape[1]} channels, got {heads}")
-    batch, _, height, width = qkv.shape
+    batch, channels, height, width = qkv.shape
+    if heads < 1 or channels == 0 or channels % (3 * heads):
+        raise ValueError(f"heads: expected 3*heads to divide the {channels} channels of qkv, got {heads}")
     layout = _memory_format(qkv)
-    q, k, v = qkv.reshape(batch, 3, heads, -1, height * width).transpose(-1, -2).unbind(1)
+    tokens = qkv.flatten(2).transpose(1, 2).contiguous()  # [N, H*W, 3*heads*d], free for channels_last
+    q, k, v = tokens.view(batch, height * width, 3, heads, -1).permute(2, 0, 3, 1, 4)
     out = F.scaled_dot_product_attention(q, k, v)  # [N, heads, H*W, d]
-    return out.transpose(-1, -2).reshape(batch, -1, height, width).contiguous(memory_format=layout)
+    out_NHWC = out.transpose(1, 2).reshape(batch, height, width, -1)
+    return out_NHWC.permute(0, 3, 1, 2).contiguous(memory_format=layout)

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# From a plain checkout to a found architecture on the embedded sample, no GPU needed.
+#
+# Installs into .venv (BOSSNAS_VENV: another folder; PYTHON: the interpreter, 3.10 to 3.13), searches with
+# DeepSpeed and prints where the results lie. Called again, it goes on. Arguments go to the search:
+#   bash launch/quickstart.sh --set out=runs/longer --set train.epochs=4
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. launch/env.sh
+prepare_environment "${BOSSNAS_VENV:-.venv}" "" || exit 1
+
+out=runs/quickstart
+for argument in "$@"; do
+    case $argument in
+        out=*) out=${argument#out=} ;;
+        --set=out=*) out=${argument#--set=out=} ;;
+    esac
+done
+
+deepspeed launch/train.py --config configs/quickstart_ds.json --resume auto "$@"
+
+echo
+echo "run folder:   $out"
+echo "architecture: $out/architecture.json"
+python -c '
+import json, pprint, sys
+pprint.pprint(json.load(open(sys.argv[1], encoding="utf-8")), width=100, compact=True, sort_dicts=False)
+' "$out/architecture.json"

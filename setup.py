@@ -1,0 +1,44 @@
+"""Packaging of bossnas: the library, its kernels (from kernels/bossnas_kernels) and the embedded sample."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+root = Path(__file__).resolve().parent
+version = re.search(r'^__version__ = "(.+)"$', (root / "bossnas/__init__.py").read_text("utf-8"), re.M)
+
+setup(
+    name="bossnas",
+    version=version[1],
+    description="Block-wise self-supervised neural architecture search for hybrid CNN-transformers",
+    long_description=(root / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=[*find_packages(include=["bossnas", "bossnas.*"]), "bossnas_kernels"],
+    package_dir={"bossnas_kernels": "kernels/bossnas_kernels"},
+    package_data={"bossnas.sample": ["*.tar.gz", "README.md", "LICENSE"]},
+    entry_points={"console_scripts": ["bossnas = bossnas.cli:main"]},
+    python_requires=">=3.10,<3.14",
+    install_requires=[
+        "torch>=2.11",
+        "torchvision",
+        "deepspeed",
+        "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        "webdataset",
+        "timm",
+        "pyyaml",
+        "numpy",
+        "pydantic>=2",
+        "rich",
+        "typer",
+        "pillow",
+        "safetensors",
+    ],
+    extras_require={
+        "gpu": ["nvidia-ml-py"],  # what torch.cuda.utilization and temperature need
+        "report": ["matplotlib", "tensorboard"],
+        "dev": ["pytest", "pytest-timeout", "ruff"],
+    },
+)

@@ -1,0 +1,55 @@
+"""One rank of test_dist.py: checks every collective, then leaves in the way that the test asks for."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+
+from bossnas import dist
+from bossnas.config import ConfigError
+
+
+def collectives() -> None:
+    me, n = dist.rank(), dist.world_size()
+    assert dist.device("cpu") == torch.device("cpu") and dist.local_rank() == me
+    parts = dist.all_gather(torch.full((2, 3), me, dtype=torch.float64).t())  # not contiguous
+    assert [part.unique().tolist() for part in parts] == [[r] for r in range(n)] and parts[0].shape == (3, 2)
+    assert dist.broadcast_object({"of": me, "x": torch.ones(2)})["of"] == 0
+    assert dist.any_rank(me == n - 1) is True and dist.any_rank(False) is False
+    assert dist.all_reduce_sum(torch.tensor([1.0 + me])).item() == n * (n + 1) / 2
+
+    whole = torch.arange(4 * n * 3).view(4 * n, 3)
+    mine = whole[me * 4 : me * 4 + 4]
+    index = torch.randperm(4 * n, generator=torch.Generator().manual_seed(5))
+    mixed = dist.shuffle(mine, index)
+    assert torch.equal(torch.cat(dist.all_gather(mixed)), whole[index])
+    assert torch.equal(dist.shuffle(mixed, index.argsort()), mine)
+    try:
+        dist.shuffle(mine, index[:-1])
+    except ValueError:
+        pass
+    else:
+        raise AssertionError("a short index was accepted")
+    dist.barrier()
+
+
+def main() -> None:
+    collectives()
+    if dist.rank() == 0:
+        print("collectives are right", flush=True)
+    how = sys.argv[-1]
+    if how == "user":
+        raise ConfigError("data.train", "no file matches", "name shards")
+    if how == "broken" and dist.rank() == 1:
+        raise RuntimeError("broken on purpose")
+    if how == "broken":
+        time.sleep(60)  # a rank that does not look
+    if how == "exit":
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(dist.run(main, timeout_minutes=1))

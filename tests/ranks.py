@@ -1,0 +1,61 @@
+"""Starts worker scripts in their own process group, under a launcher or none, and never waits for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(launcher: str, ranks: int, script: str, *arguments: str, timeout: float = 100) -> tuple[int, str]:
+    """Exit code and output of ``tests/script``. ``launcher``: python | torchrun | deepspeed."""
+    port = str(free_port())
+    front = {
+        "python": [],
+        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", port],
+        "deepspeed": [
+            "-m",
+            "deepspeed.launcher.runner",
+            "--num_accelerators",
+            str(ranks),
+            "--master_port",
+            port,
+        ],
+    }[launcher]
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in LAUNCHED and not name.startswith("SLURM_")
+    }
+    env |= {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
+    process = subprocess.Popen(
+        [sys.executable, *front, str(ROOT / "tests" / script), *arguments],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"{script} hangs under {launcher}:\n{output}") from None
+    return process.returncode, output

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Runs the linter and every test in a virtual environment of its own: bash tests/run.sh [pytest arguments]
+#
+# BOSSNAS_VENV: the environment's folder (default .venv-tests). PYTHON: the interpreter (default python3).
+# Exits with 0 only if linter and tests pass and at least one test ran. The last line counts all tests.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+. launch/env.sh
+prepare_environment "${BOSSNAS_VENV:-.venv-tests}" "[dev]" || exit 1
+
+reports=$(mktemp -d) || exit 1
+trap 'rm -rf "$reports"' EXIT
+failed=0
+
+run_pytest() { # name of the report, selection; then the script's own arguments
+    python -m pytest -q --junitxml="$reports/$1.xml" "${@:2}"
+    local code=$?
+    # 5, no test selected, is a failure unless arguments selected some of the tests.
+    if [ $code -ne 0 ] && ! { [ $code -eq 5 ] && [ ${#arguments[@]} -gt 0 ]; }; then
+        failed=1
+    fi
+}
+
+arguments=("$@")
+ruff check . || failed=1
+# The kernels' tests have a process of their own: Triton's interpreter is chosen before anything imports it.
+run_pytest kernels tests/kernels "$@"
+run_pytest rest tests --ignore=tests/kernels "$@"
+
+python - "$failed" "$reports/kernels.xml" "$reports/rest.xml" <<'PY'
+import sys
+import xml.etree.ElementTree as ET
+
+failed_before, *files = sys.argv[1:]
+passed = failed = skipped = 0
+for file in files:
+    try:
+        suites = list(ET.parse(file).getroot().iter("testsuite"))
+    except (OSError, ET.ParseError):
+        print(f"pytest left no report {file}: it could not start or was killed")
+        failed += 1
+        continue
+    for suite in suites:
+        bad = int(suite.get("failures")) + int(suite.get("errors"))
+        failed += bad
+        skipped += int(suite.get("skipped"))
+        passed += int(suite.get("tests")) - bad - int(suite.get("skipped"))
+if failed_before != "0" and not failed:
+    print("all tests passed, but something else failed: see above")
+if passed + failed == 0:
+    print("no test ran")
+print(f"{passed} passed, {failed} failed, {skipped} skipped")
+sys.exit(failed_before != "0" or failed > 0 or passed == 0)
+PY

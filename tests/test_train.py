@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bossnas import bootstrap, heads, spaces
+from bossnas.config import ConfigError, TrainConfig
+from bossnas.engines.single import SingleEngine
+from bossnas.ops import Attention
+from bossnas.optim import LARS, parameter_groups
+from bossnas.supernet import Item, Supernet
+from bossnas.train import RunState, sample_paths, train_block
+
+
+def setup(name="hytra", seed=0, block=0, winners=(), **settings):
+    torch.manual_seed(seed)
+    space = spaces.make(name, width=0.125, image_size=32, restricted=True, split="cifar10")
+    online = Supernet(space, 32, 16)
+    predictor = heads.predictor(32, 16)
+    target = copy.deepcopy(online).requires_grad_(False)
+    for b in range(block):
+        online.freeze(b)
+        target.freeze(b)
+    values = {"batch": 8, "micro_batch": 8, "epochs": 1, "lr": 1.0, "warmup_epochs": 0, **settings}
+    config = TrainConfig(**values)
+    run = SimpleNamespace(space=space, online=online, target=target, predictor=predictor, config=config,
+                          state=RunState(block=block, winners=list(winners)))
+    run.trained = nn.ModuleDict({**online.part(block), "predictor": predictor})
+    return run
+
+
+def train(run, steps, accumulate=1, data_seed=1, n=8):
+    engine = SingleEngine(accumulate, "fp32", 0.0)
+    engine.wrap(run.trained, lambda sharded: LARS(parameter_groups(run.trained), run.config.lr))
+    generator = torch.Generator().manual_seed(data_seed)
+    batches = iter([[torch.randn(n, 3, 32, 32, generator=generator) for _ in range(2 * run.space.view_pairs)]
+                    for _ in range(steps * accumulate)])
+    return list(train_block(run.online, run.target, run.predictor, run.space, engine, batches, run.state, run.config,
+                            accumulate=accumulate, steps_per_epoch=steps, seed=0, device=torch.device("cpu")))
+
+
+def snapshot(module):
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["hytra", "mbconv", "nats"])
+def test_every_sampled_candidate_moves_and_no_other(name):
+    """The original's attention candidates never move: their last gamma starts at 0 and LARS scales by its norm."""
+    run = setup(name)
+    before = snapshot(run.online)
+    train(run, steps=3)
+    used = [set() for _ in range(run.space.layers(0))]
+    for micro in range(3):
+        for path in sample_paths(run.space, 0, [], 0, micro):
+            for layer, choice in enumerate(path):
+                used[layer].add(choice)
+    moved = {k for k, v in run.online.state_dict().items() if not torch.equal(v, before[k])}
+    if name == "nats":  # all widths share the weights; each has norms of its own
+        for layer, choices in enumerate(used):
+            cell = f"blocks.0.{layer}." + ("cell.ops.01" if layer == 0 else "first")
+            assert choices == {i for i in range(8) if f"{cell}.norms.{i}.weight" in moved}
+        return
+    for layer, choices in enumerate(used):
+        for choice in range(len(run.space.candidates(0))):
+            prefix = f"blocks.0.{layer}.candidates.{choice}."
+            names = {k for k in before if k.startswith(prefix) and not k.endswith(("mean", "var"))}
+            changed = names & moved
+            if choice not in choices:
+                assert not changed, f"{prefix} was on no path"
+                continue
+            assert changed
+            if name == "hytra":
+                body = run.online.blocks[0][layer].candidates[choice].body
+                assert f"{prefix}body.3.weight" in moved, "the last gamma is stuck at zero"
+                if isinstance(body[0], Attention) and sum(choice == p[layer] for m in range(3) for p in sample_paths(
+                        run.space, 0, [], 0, m)) > 1:
+                    assert f"{prefix}body.0.qkv.weight" in moved, "attention weights did not train"
+    assert any("heads" not in k and ".qkv." in k for k in moved) or name != "hytra"
+    assert not any(k.startswith(("blocks.1", "projectors.1")) for k in moved), "later blocks are not trained"
+
+
+def test_loss_and_gradient_follow_the_method():
+    """One step against METHOD 3.3 written out: sum over paths, ensemble targets, mean logged."""
+    run = setup(lr=1e-3)
+    twin = copy.deepcopy(run)
+    generator = torch.Generator().manual_seed(1)
+    views = [torch.randn(8, 3, 32, 32, generator=generator) for _ in range(8)]
+    paths = sample_paths(run.space, 0, [], 0, 0)
+    for net in (twin.online, twin.target):
+        net.train()
+
+    def unit(t):
+        return t / t.norm(dim=1, keepdim=True)
+
+    with torch.no_grad():
+        T = [twin.target.embed(0, [Item(p, v)])[0] for j, p in enumerate(paths) for v in (views[j], views[4 + j])]
+        t_a, t_b = (sum(unit(t) for t in T[k::2]) / 4 for k in (0, 1))
+    losses = []
+    for j, path in enumerate(paths):
+        a, b = (twin.predictor(twin.online.embed(0, [Item(path, views[v])])[0]) for v in (j, 4 + j))
+        losses.append((-2 * (unit(a) * unit(t_b)).sum(1) - 2 * (unit(b) * unit(t_a)).sum(1)).mean())
+    sum(losses).backward()
+    truth = {k: p.grad for k, p in twin.trained.named_parameters() if p.grad is not None}
+
+    seen = {}
+    wrapped = run.trained
+    step = SingleEngine.step
+    try:
+        SingleEngine.step = lambda self, lr: seen.update(
+            {k: p.grad.clone() for k, p in wrapped.named_parameters() if p.grad is not None}) or step(self, lr)
+        report = train(run, steps=1)
+    finally:
+        SingleEngine.step = step
+    assert report[0].loss == pytest.approx(sum(losses).item() / 4, abs=1e-5)
+    assert seen.keys() == truth.keys()
+    for key, value in truth.items():
+        torch.testing.assert_close(seen[key], value, rtol=1e-3, atol=2e-5, msg=key)
+
+
+def test_paths_per_pass_is_only_a_memory_knob():
+    results = []
+    for limit in (None, 1, 3):
+        run = setup(paths_per_pass=limit)
+        losses = [s.loss for s in train(run, steps=2, accumulate=2)]
+        results.append((losses, snapshot(run.online)))
+    for losses, weights in results[1:]:
+        assert losses == pytest.approx(results[0][0], abs=1e-4)
+        for key, value in weights.items():
+            torch.testing.assert_close(value, results[0][1][key], rtol=1e-3, atol=1e-3)
+
+
+def test_the_prefix_is_frozen_and_the_target_follows():
+    run = setup(block=1, winners=[(5, 4, 3, 3)])
+    online, target = snapshot(run.online), snapshot(run.target)
+    train(run, steps=2)
+    for net, before in ((run.online, online), (run.target, target)):
+        for key, value in net.state_dict().items():
+            same = torch.equal(value, before[key])
+            if key.startswith(("stem", "blocks.0", "projectors.0", "blocks.2")):
+                assert same, f"{key} is not part of block 1"
+    moved = [k for k in target if not torch.equal(target[k], run.target.state_dict()[k])]
+    assert any(k.startswith("blocks.1") for k in moved) and any(k.startswith("projectors.1") for k in moved)
+
+
+def test_the_loss_falls():
+    run = setup("nats", lr=0.5, epochs=1)
+    views = [torch.randn(16, 3, 32, 32) for _ in range(2)]
+    engine = SingleEngine(1, "fp32", 0.0)
+    engine.wrap(run.trained, lambda sharded: LARS(parameter_groups(run.trained), run.config.lr))
+    steps = list(train_block(run.online, run.target, run.predictor, run.space, engine, iter([views] * 6), run.state,
+                             run.config, accumulate=1, steps_per_epoch=6, seed=0, device=torch.device("cpu")))
+    assert steps[-1].loss < steps[0].loss - 0.5
+    assert all(-4 <= s.loss <= 4 and s.spread > 0.1 for s in steps)
+    assert [s.ends_epoch for s in steps] == [False] * 5 + [True]
+
+
+def test_paths_are_a_function_of_the_position():
+    run = setup()
+    assert sample_paths(run.space, 0, [], 0, 7) == sample_paths(run.space, 0, [], 0, 7)
+    assert len({tuple(sample_paths(run.space, 0, [], 0, m)) for m in range(20)}) == 20
+    assert sample_paths(run.space, 0, [], 0, 7) != sample_paths(run.space, 0, [], 1, 7)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    run = setup("nats")
+    with torch.no_grad():
+        run.predictor[0].weight.fill_(float("nan"))
+    with pytest.raises(ConfigError, match="train.lr"):
+        train(run, steps=1)
+
+
+def test_losses_and_spread():
+    a = torch.randn(5, 7, dtype=torch.float64)
+    torch.testing.assert_close(bootstrap.loss(a, 3 * a), torch.full((5,), -2.0, dtype=torch.float64))
+    torch.testing.assert_close(bootstrap.path_loss(a, a, -a, -a), torch.full((5,), 4.0, dtype=torch.float64))
+    b = torch.randn(5, 7, dtype=torch.float64)
+    torch.testing.assert_close(bootstrap.ensemble_target([a, b]), (F.normalize(a) + F.normalize(b)) / 2)
+    torch.testing.assert_close(bootstrap.population_centre([a, b]), (a + b) / 2)
+    assert bootstrap.spread(torch.ones(6, 4)) == 0
+    assert 0.9 < bootstrap.spread(torch.randn(4000, 16)) < 1.1
