@@ -96,9 +96,10 @@ class PooledPointwise(nn.Module):
             rows = x.view(groups, -1, *x.shape[1:]).transpose(1, 2).flatten(2)  # [G, C_in, N*H*W]
             center = rows.mean(2, keepdim=True)
             rows, count = rows - center, rows.shape[2]
-            covariance = rows @ rows.mT / count
+            covariance = torch.bmm(rows, rows.mT) / count
             mean = center[..., 0] @ weight.T  # [G, C_out]
-            biased = ((weight @ covariance) * weight).sum(2)
+            # bmm, not @: matmul chooses its kernel by requires_grad, and a rating must not depend on that
+            biased = (torch.bmm(weight.expand(groups, -1, -1), covariance) * weight).sum(2)
             if stats is not None:
                 _record(norm, stats, mean, biased * (count / max(count - 1, 1)))
         else:

@@ -18,7 +18,7 @@ from bossnas.optim import LARS, parameter_groups
 from bossnas.paths import Path, decode, encode
 from bossnas.rate import best, calibrate, rate_block
 from bossnas.spaces import Space
-from bossnas.supernet import Item, Supernet
+from bossnas.supernet import Supernet
 from bossnas.train import RunState, Step, train_block
 
 CALIBRATION_VIEW = 1  # METHOD 4: view index 1 of the calibration batch
@@ -101,9 +101,7 @@ def build(config: Config) -> Run:
     space = spaces.make(config.space.name, width=config.space.width, image_size=config.space.image_size,
                         restricted=config.space.restricted, split=config.space.split)
     accumulate = accumulation(config, dist.world_size())
-    if config.engine.name == "single" and dist.world_size() > 1:
-        raise ConfigError("engine.name", f"single is for one process, but {dist.world_size()} were started",
-                          "set it to deepspeed")
+    _make_engine(config, accumulate).check(device.type)
     images = data.open_data(config.data.train, config.data.val)
     train_set, val_set = images.train, images.val
     if images.is_sample and dist.rank() == 0:
@@ -166,12 +164,15 @@ def _block_stage(run: Run, folder: Folder, metrics: log.Metrics, engine_folder: 
 
 
 def _engine(run: Run, trained: nn.ModuleDict) -> Engine:
-    train = run.config.train
-    engine = engines.make(run.config.engine.name, accumulate=run.accumulate, micro_batch=train.micro_batch,
-                          precision=train.precision, clip=train.clip, section=run.config.engine.deepspeed)
+    train, engine = run.config.train, _make_engine(run.config, run.accumulate)
     engine.wrap(trained, lambda sharded: LARS(
         parameter_groups(trained), train.lr, train.momentum, train.weight_decay, train.trust, sharded=sharded))
     return engine
+
+
+def _make_engine(config: Config, accumulate: int) -> Engine:
+    return engines.make(config.engine.name, accumulate=accumulate, micro_batch=config.train.micro_batch,
+                        precision=config.train.precision, clip=config.train.clip, section=config.engine.deepspeed)
 
 
 def _train_batches(run: Run) -> Iterator[list[Tensor]]:

@@ -19,6 +19,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def environment() -> dict[str, str]:
+    """Of a process that is started from a test: this checkout's code, one thread, CPU, no ranks inherited."""
+    env = {name: value for name, value in os.environ.items()
+           if name not in LAUNCHED and not name.startswith("SLURM_")}
+    return env | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1",
+                  "DS_ACCELERATOR": "cpu"}
+
+
 def start(launcher: str, ranks: int, script: str, *arguments: str, timeout: float = 100) -> tuple[int, str]:
     """Exit code and output of ``tests/script``. ``launcher``: python | torchrun | deepspeed."""
     port = str(free_port())
@@ -34,19 +42,9 @@ def start(launcher: str, ranks: int, script: str, *arguments: str, timeout: floa
             port,
         ],
     }[launcher]
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in LAUNCHED and not name.startswith("SLURM_")
-    }
-    env |= {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-    }
     process = subprocess.Popen(
         [sys.executable, *front, str(ROOT / "tests" / script), *arguments],
-        env=env,
+        env=environment(),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 
 import pytest
+import ranks
 import torch
 
 from bossnas import dist
 from bossnas.config import ConfigError
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import ranks  # noqa: E402
 
 
 @pytest.fixture

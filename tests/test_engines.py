@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
+import engine_worker as worker
 import pytest
+import ranks
 import torch
 
 from bossnas.config import ConfigError
 from bossnas.engines import make
 from bossnas.optim import LARS, parameter_groups
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import engine_worker as worker  # noqa: E402
-import ranks  # noqa: E402
 
 LIMIT = 3e-7  # float32 sums in another order, three updates
 STAGES = (0, 1, 2)

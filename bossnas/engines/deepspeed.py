@@ -195,10 +195,14 @@ class DeepSpeedEngine:
         self.config = deepspeed_config(section, micro_batch, accumulate, precision, clip, dist.world_size())
         self.sharded = self.config["zero_optimization"]["stage"] > 0
 
+    def check(self, kind: str) -> None:
+        protocol.check_precision(kind, self.precision)
+        _check_values(_import_deepspeed(kind), self.config)
+
     def wrap(self, module: nn.Module, make_optimizer: Callable[[bool], Optimizer]) -> None:
-        self._kind = protocol.device_type(module, self.precision)
+        self._kind = next(module.parameters()).device.type
+        self.check(self._kind)
         deepspeed = _import_deepspeed(self._kind)
-        _check_values(deepspeed, self.config)
         if self.sharded and not self.config["gradient_clipping"]:
             fields = deepspeed.runtime.zero.config.DeepSpeedZeroConfig.model_fields
             if "compute_grad_norm" in fields:  # otherwise a norm that nobody reads costs a copy per parameter

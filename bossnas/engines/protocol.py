@@ -23,6 +23,9 @@ class Engine(Protocol):
     All ranks of a data-parallel group sample the same paths and call every method at the same time.
     """
 
+    def check(self, kind: str) -> None:
+        """Raises ConfigError if the settings cannot work on devices of type ``kind`` (cpu | cuda)."""
+
     def wrap(self, module: nn.Module, make_optimizer: Callable[[bool], Optimizer]) -> None:
         """Takes over ``module``, which is on its device. ``make_optimizer(sharded)`` builds its optimizer."""
 
@@ -54,12 +57,10 @@ def autocast(device_type: str, precision: str) -> AbstractContextManager:
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-def device_type(module: nn.Module, precision: str) -> str:
-    """cpu | cuda, where ``module`` is. Raises ConfigError when it cannot do ``precision`` there."""
-    kind = next(module.parameters()).device.type
+def check_precision(kind: str, precision: str) -> None:
+    """Raises ConfigError when devices of type ``kind`` (cpu | cuda) cannot do ``precision``."""
     if precision == "bf16" and kind == "cuda" and not torch.cuda.is_bf16_supported():
         raise ConfigError("train.precision", "this GPU has no bfloat16", "set it to fp32")
-    return kind
 
 
 def save_optimizer(optimizer: LARS, folder: Path, write: bool) -> None:

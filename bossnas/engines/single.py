@@ -19,8 +19,11 @@ class SingleEngine:
     def __init__(self, accumulate: int, precision: str, clip: float):
         self.accumulate, self.precision, self.clip = accumulate, precision, clip
 
+    def check(self, kind: str) -> None:
+        protocol.check_precision(kind, self.precision)
+
     def wrap(self, module: nn.Module, make_optimizer: Callable[[bool], Optimizer]) -> None:
-        self._kind = protocol.device_type(module, self.precision)
+        self._kind = next(module.parameters()).device.type
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._optimizer = make_optimizer(False)
 

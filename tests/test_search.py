@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections import namedtuple
+
+import pytest
+import torch
+from ranks import environment
+
+from bossnas import checkpoint, cli, cost, runfolder, search
+from bossnas.config import ConfigError, load
+from bossnas.paths import decode
+
+TINY = ["space.width=0.0625", "space.image_size=32", "heads.hidden=16", "heads.out=8", "data.workers=0",
+        "train.batch=16", "train.micro_batch=8", "train.epochs=2", "train.steps_per_epoch=2", "train.lr=0.5",
+        "data.val_images=24", "rating.batch=16", "rating.calibration_images=16", "rating.every_epochs=1",
+        "checkpoint.every_steps=1"]
+
+
+def config(out, *more):
+    return load(None, [*TINY, f"out={out}", *more])
+
+
+def arguments(out, *more, file=None):
+    sets = [f"--set={o}" for o in [*TINY, f"out={out}", *more]]
+    return [*(["--config", str(file)] if file else []), *sets]
+
+
+def ratings(folder):
+    return {f.name: json.loads(f.read_text()) for f in sorted((folder / "ratings").glob("*.json"))}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One undisturbed run, which several tests look at."""
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    search.search(config(folder))
+    return folder
+
+
+def test_the_run_folder_holds_everything(finished):
+    architecture = json.loads((finished / "architecture.json").read_text())
+    winners = json.loads((finished / "winners.json").read_text())["winners"]
+    assert architecture["paths"] == winners and architecture["architecture"] == "|".join(winners)
+    assert len(winners) == 4 and sum(len(s) for s in architecture["retraining_encoding"]) == 16
+    run = search.build(load(finished / "config.json"))
+    run.online.eval()
+    x = torch.zeros(1, 3, 32, 32)
+    paths = [decode(w) for w in winners]
+    price = cost.count([run.online.stem, run.online.blocks], lambda: run.online.features(paths, x))
+    assert (architecture["macs"], architecture["params"]) == (price["macs"], price["params"])
+    for block in range(4):
+        rating = ratings(finished)[f"block_{block}.json"]
+        paths = run.space.paths(block, [decode(w) for w in winners[:block]])
+        assert [decode(p) for p in rating["paths"]] == paths and rating["prefix"] == winners[:block]
+        assert min(rating["paths"], key=rating["paths"].get) == winners[block]
+        assert all(-4 <= s <= 4 for s in rating["paths"].values())
+        assert f"block_{block}_epoch_1.json" in ratings(finished)
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    trained = [(line["block"], line["step"]) for line in lines if line["kind"] == "train"]
+    assert trained == [(b, s) for b in range(4) for s in range(1, 5)]
+    assert {"loss", "spread", "lr", "images", "images_per_second"} <= lines[0].keys()
+    assert json.loads((finished / "versions.json").read_text())["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert "DEMONSTRATION" in (finished / "log.txt").read_text()
+    assert load(finished / "config.json") == config(finished)
+    assert len(list((finished / "checkpoints").glob("block*"))) == 2
+
+
+def test_one_seed_gives_one_result_and_another_seed_another(finished, tmp_path):
+    search.search(config(tmp_path / "b"))
+    assert ratings(tmp_path / "b") == ratings(finished)
+    search.search(config(tmp_path / "c", "seed=1"))
+    assert ratings(tmp_path / "c") != ratings(finished)
+
+
+def test_rating_again_from_the_last_checkpoint_gives_the_same(finished):
+    before = {f: f.read_bytes() for f in (finished / "ratings").glob("block_?.json")}
+    for file in before:
+        file.write_text("{}")
+    assert search.rerate(finished) == [0, 1, 2, 3]
+    assert {f: f.read_bytes() for f in before} == before
+    with pytest.raises(ConfigError, match="--block"):
+        search.rerate(finished, [4])
+
+
+@pytest.mark.parametrize("engine", ["single", "deepspeed"])
+def test_kill_9_in_mid_block_then_resume_is_bit_identical(finished, tmp_path, engine, project_root):
+    folder = tmp_path / "killed"
+    command = [sys.executable, str(project_root / "launch/train.py"), *arguments(
+        folder, f"engine.name={engine}", file=finished / "config.json")]
+    # deepspeed in one process trains alike, but not to the bit, so it is compared with itself
+    truth = finished
+    if engine == "deepspeed":
+        truth = tmp_path / "undisturbed"
+        subprocess.run([c.replace(str(folder), str(truth)) for c in command], check=True, env=environment(), capture_output=True, timeout=300)
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 200
+        while not (metrics.exists() and any(
+                '"block": 1, "step": 3' in line for line in metrics.read_text().splitlines())):
+            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (folder / "architecture.json").exists()
+    refused = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100)
+    assert refused.returncode == 2 and "--resume auto" in refused.stderr
+    subprocess.run([*command, "--resume", "auto"], check=True, env=environment(), capture_output=True, timeout=300)
+    assert ratings(folder) == ratings(truth)
+    ours, theirs = (checkpoint.load(checkpoint.latest(f / "checkpoints")) for f in (folder, truth))
+    for part in ("online", "target", "predictors"):
+        assert all(torch.equal(v, theirs[part][k]) for k, v in ours[part].items())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    trained = [(line["block"], line["step"]) for line in lines if line["kind"] == "train"]
+    assert trained == [(b, s) for b in range(4) for s in range(1, 5)], "no step missing, none twice"
+
+
+def test_two_deepspeed_ranks_run_the_users_line(tmp_path, project_root):
+    out = tmp_path / "two"
+    command = ["deepspeed", "--num_accelerators", "2", "launch/train.py", "--config", "configs/hytra_ds.json",
+               *arguments(out, "data.train=null", "data.val=null", "train.warmup_epochs=0", "train.epochs=1",
+                          "train.precision=fp32", "rating.calibration_batches=2", "space.width=0.05")]
+    path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+    done = subprocess.run(command, env={**environment(), "PATH": path}, capture_output=True, text=True, timeout=400,
+                          cwd=project_root, start_new_session=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert len(json.loads((out / "architecture.json").read_text())["paths"]) == 4
+    # the ranks shared one batch: as many steps as one rank takes
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert sum(line["kind"] == "train" for line in lines) == 8 and lines[-2]["images"] == 4 * 2 * 16
+    assert search.rerate(out)  # one rank rates what two trained; to the bit, since paths are split, not images
+
+
+def test_a_finished_run_resumes_to_nothing(finished):
+    before = (finished / "metrics.jsonl").read_text()
+    search.search(config(finished), resume=True)
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_nats_trains_on_cifar_shards(shared, tmp_path, project_root):
+    cifar = shared / "data/cifar10"
+    search.search(load(project_root / "configs/nats_cifar10.yaml", [
+        f"data.train={cifar}/train-*.tar", f"data.val={cifar}/test-*.tar", f"out={tmp_path / 'nats'}",
+        "space.width=0.125", "train.batch=16", "train.micro_batch=16", "train.epochs=1", "train.steps_per_epoch=2",
+        "train.warmup_epochs=0", "data.val_images=32", "rating.calibration_images=32", "rating.calibration_batches=1",
+        "heads.hidden=32", "heads.out=16", "data.workers=0"]))
+    before = ratings(tmp_path / "nats")
+    assert [len(before[f"block_{b}.json"]["paths"]) for b in range(3)] == [64, 64, 8]
+    search.rerate(tmp_path / "nats")
+    assert ratings(tmp_path / "nats") == before
+
+
+def _empty_tar(path):
+    tarfile.open(path, "w").close()
+    return path
+
+
+@pytest.mark.parametrize("change, words", [
+    (["data.train=nowhere/*.tar", "data.val=nowhere/*.tar"], "data.train"),
+    (["data.train={tmp}/empty.tar", "data.val={tmp}/empty.tar"], "data.train"),
+    (["train.epoch=3"], "did you mean 'epochs'"),
+    (["train.epochs=few"], "train.epochs"),
+    (["train.batch=4096"], "an epoch takes 8192 images, but data.train has 2000"),
+    (["space.image_size=16"], "space.image_size: 16 px leaves no pixel"),
+    (["space.name=resnet"], "space.name: there is no space 'resnet'"),
+    (["engine.device=cuda"], "engine.device"),
+    (["engine.name=deepspeed", "engine.deepspeed={train_batch_size: 3}"], "engine.deepspeed.train_batch_size"),
+    (["engine.name=deepspeed", "engine.deepspeed={zero_optimization: {stage: 3}}"], "stage"),
+])
+def test_mistakes_end_with_one_line_and_leave_nothing(tmp_path, capfd, change, words):
+    if words == "engine.device" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    _empty_tar(tmp_path / "empty.tar")
+    (tmp_path / "c.json").write_text("{}")
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["search", *arguments(out, *(c.replace("{tmp}", str(tmp_path)) for c in change), file=tmp_path / "c.json")])
+    assert caught.value.code == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("DEMONSTRATION")]
+    assert len(errors) == 1 and errors[0].startswith("error: ") and words in errors[0], errors
+    assert not out.exists()
+
+
+def test_batch_that_the_ranks_cannot_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(search.dist, "world_size", lambda group=None: 3)
+    with pytest.raises(ConfigError, match="train.batch: 16 images cannot be divided over 3 ranks"):
+        search.search(config(tmp_path / "a"))
+
+
+def test_a_folder_with_another_run_is_refused_and_unharmed(finished, tmp_path):
+    before = {f: f.read_bytes() for f in finished.rglob("*") if f.is_file()}
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match=r"out: .* holds another run \(seed, train.lr differ\)"):
+            search.search(config(finished, "seed=5", "train.lr=0.25"), resume)
+    with pytest.raises(ConfigError, match="--resume auto"):
+        search.search(config(finished))
+    assert {f: f.read_bytes() for f in before} == before
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/a.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty"):
+        search.search(config(tmp_path / "full"))
+    with pytest.raises(ConfigError, match="--run"):
+        search.rerate(tmp_path)
+
+
+def test_a_disk_without_room_is_found_before_the_start(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda place: usage(10**9, 10**9, 10**6))
+    with pytest.raises(ConfigError, match="out"):
+        search.search(config(tmp_path / "a"))
+    assert not (tmp_path / "a").exists()
+
+
+def test_workers_and_keep_may_change_on_resume(tmp_path):
+    runfolder.prepare(tmp_path, config(tmp_path))
+    assert runfolder.claim(config(tmp_path, "data.workers=3", "checkpoint.keep=5"), resume=True) == tmp_path
+
+
+@pytest.mark.parametrize("command", ["search", "rate", "pack"])
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0 and f"Example: bossnas {command}" in capsys.readouterr().out
