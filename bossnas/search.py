@@ -89,9 +89,7 @@ def rerate(folder: Folder, blocks: list[int] | None = None) -> list[int]:
     if not set(chosen) <= set(done):
         raise ConfigError("--block", f"of {chosen} the run has finished only {done}", "name finished blocks")
     for block in chosen:
-        winners = run.state.winners[:block]
-        scores = _rate(run, block, winners)
-        _write_rating(folder, run, block, winners, scores, "ratings", f"block_{block}.json")
+        _write_rating(folder, run, block, _rate(run, block), f"block_{block}.json")
     return chosen
 
 
@@ -123,16 +121,12 @@ def build(config: Config) -> Run:
 
 def _block_stage(run: Run, folder: Folder, metrics: log.Metrics, engine_folder: Folder | None) -> None:
     """Trains the block that the state names, rates it, and moves the state to the next one."""
-    config, state, space = run.config, run.state, run.space
+    config, state = run.config, run.state
     block, total = state.block, config.train.epochs * run.steps_per_epoch
     main = dist.rank() == 0
-    trained = nn.ModuleDict({**run.online.part(block), "predictor": run.predictors[block]})
-    engine = _engine(run, trained)
+    engine, steps = start_block(run)
     if engine_folder is not None and state.step:
         engine.load(engine_folder)
-    steps = train_block(run.online, run.target, run.predictors[block], space, engine, _train_batches(run), state,
-                        config.train, accumulate=run.accumulate, steps_per_epoch=run.steps_per_epoch,
-                        seed=config.seed, device=run.device)
     with log.progress(f"block {block} train", total, state.step, main) as task:
         for step in steps:
             _report(metrics, state, step, config.train.collapse_below)
@@ -145,29 +139,40 @@ def _block_stage(run: Run, folder: Folder, metrics: log.Metrics, engine_folder: 
                     _save(run, folder, engine)
     engine.close()
 
-    scores = _rate(run, block, state.winners)
+    scores = _rate(run, block)
     winner = best(scores)
-    run.online.freeze(block)
-    run.target.freeze(block)
-    of_target, _ = calibrate(run.online, run.target, run.predictors[block], block, winner,
-                             [run.target.features(state.winners, x) for x in _calibration(run)])
-    of_target.write()
-    if main:
-        _write_rating(folder, run, block, state.winners, scores, "ratings", f"block_{block}.json")
+    _write_rating(folder, run, block, scores, f"block_{block}.json")
     logger.info("block %d: best of %d paths is %s with score %+.4f", block, len(scores), encode(winner), scores[winner])
     metrics.write("rating", block, state.step, best=scores[winner], path=encode(winner))
-    state.winners.append(winner)
-    state.block, state.step = block + 1, 0
+    freeze_winner(run, winner)
     if main:
         runfolder.write_json(folder / "winners.json", {"winners": [encode(p) for p in state.winners]})
     _save(run, folder, None)
 
 
-def _engine(run: Run, trained: nn.ModuleDict) -> Engine:
-    train, engine = run.config.train, _make_engine(run.config, run.accumulate)
+def freeze_winner(run: Run, winner: Path) -> None:
+    """Ends the current block's stage: its weights freeze, with the winner's calibrated statistics as their buffers,
+    and the state moves on to the next block."""
+    block, state = run.state.block, run.state
+    of_target, _ = calibrate(run.online, run.target, run.predictors[block], block, winner,
+                             [run.target.features(state.winners, x) for x in _calibration(run)])
+    of_target.write()
+    run.online.freeze(block)
+    run.target.freeze(block)
+    state.winners.append(winner)
+    state.block, state.step = block + 1, 0
+
+
+def start_block(run: Run) -> tuple[Engine, Iterator[Step]]:
+    """The engine of the state's block and its training, one optimizer step per item; nothing has run yet."""
+    config, block, train = run.config, run.state.block, run.config.train
+    trained = nn.ModuleDict({**run.online.part(block), "predictor": run.predictors[block]})
+    engine = _make_engine(config, run.accumulate)
     engine.wrap(trained, lambda sharded: LARS(
         parameter_groups(trained), train.lr, train.momentum, train.weight_decay, train.trust, sharded=sharded))
-    return engine
+    return engine, train_block(
+        run.online, run.target, run.predictors[block], run.space, engine, _train_batches(run), run.state, train,
+        accumulate=run.accumulate, steps_per_epoch=run.steps_per_epoch, seed=config.seed, device=run.device)
 
 
 def _make_engine(config: Config, accumulate: int) -> Engine:
@@ -209,7 +214,9 @@ def _validation(run: Run) -> Iterator[list[Tensor]]:
         yield [x.to(run.device) for x in batch]
 
 
-def _rate(run: Run, block: int, winners: list[Path]) -> dict[Path, float]:
+def _rate(run: Run, block: int) -> dict[Path, float]:
+    """Rates the block on the winners of the blocks before it."""
+    winners = run.state.winners[:block]
     paths = run.space.paths(block, winners)
     count = min(run.config.data.val_images or len(run.val_set), len(run.val_set))
     batches = -(-count // run.config.rating.batch)
@@ -223,12 +230,11 @@ def _rate(run: Run, block: int, winners: list[Path]) -> dict[Path, float]:
 def _rate_midway(run: Run, folder: Folder, metrics: log.Metrics, epochs: int) -> None:
     """A rating while the block still trains. It informs; it never enters the block's own prefix."""
     block, state = run.state.block, run.state
-    scores = _rate(run, block, state.winners)
+    scores = _rate(run, block)
     leader = best(scores)
     logger.info("block %d after %d epochs: leader %s with score %+.4f", block, epochs, encode(leader), scores[leader])
     metrics.write("rating", block, state.step, best=scores[leader], path=encode(leader))
-    if dist.rank() == 0:
-        _write_rating(folder, run, block, state.winners, scores, "ratings", f"block_{block}_epoch_{epochs}.json")
+    _write_rating(folder, run, block, scores, f"block_{block}_epoch_{epochs}.json")
 
 
 def _report(metrics: log.Metrics, state: RunState, step: Step, collapse_below: float) -> None:
@@ -240,11 +246,10 @@ def _report(metrics: log.Metrics, state: RunState, step: Step, collapse_below: f
                        "lower train.lr", state.block, state.step, step.spread, collapse_below)
 
 
-def _write_rating(folder: Folder, run: Run, block: int, winners: list[Path], scores: dict[Path, float],
-                  *where: str) -> None:
+def _write_rating(folder: Folder, run: Run, block: int, scores: dict[Path, float], name: str) -> None:
     if dist.rank() == 0:
-        runfolder.write_json(folder.joinpath(*where), {
-            "block": block, "prefix": [encode(p) for p in winners], "score": "population_centre",
+        runfolder.write_json(folder / "ratings" / name, {
+            "block": block, "prefix": [encode(p) for p in run.state.winners[:block]], "score": "population_centre",
             "candidates": run.space.candidates(block), "paths": {encode(p): s for p, s in scores.items()}})
 
 

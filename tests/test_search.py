@@ -66,7 +66,8 @@ def test_the_run_folder_holds_everything(finished):
     trained = [(line["block"], line["step"]) for line in lines if line["kind"] == "train"]
     assert trained == [(b, s) for b in range(4) for s in range(1, 5)]
     assert {"loss", "spread", "lr", "images", "images_per_second"} <= lines[0].keys()
-    assert json.loads((finished / "versions.json").read_text())["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    versions = json.loads((finished / "versions.json").read_text())
+    assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert "DEMONSTRATION" in (finished / "log.txt").read_text()
     assert load(finished / "config.json") == config(finished)
     assert len(list((finished / "checkpoints").glob("block*"))) == 2
@@ -98,7 +99,8 @@ def test_kill_9_in_mid_block_then_resume_is_bit_identical(finished, tmp_path, en
     truth = finished
     if engine == "deepspeed":
         truth = tmp_path / "undisturbed"
-        subprocess.run([c.replace(str(folder), str(truth)) for c in command], check=True, env=environment(), capture_output=True, timeout=300)
+        subprocess.run([c.replace(str(folder), str(truth)) for c in command], check=True, env=environment(),
+                       capture_output=True, timeout=300)
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 200
@@ -180,8 +182,9 @@ def test_mistakes_end_with_one_line_and_leave_nothing(tmp_path, capfd, change, w
     _empty_tar(tmp_path / "empty.tar")
     (tmp_path / "c.json").write_text("{}")
     out = tmp_path / "run"
+    change = [c.replace("{tmp}", str(tmp_path)) for c in change]
     with pytest.raises(SystemExit) as caught:
-        cli.main(["search", *arguments(out, *(c.replace("{tmp}", str(tmp_path)) for c in change), file=tmp_path / "c.json")])
+        cli.main(["search", *arguments(out, *change, file=tmp_path / "c.json")])
     assert caught.value.code == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("DEMONSTRATION")]
     assert len(errors) == 1 and errors[0].startswith("error: ") and words in errors[0], errors
