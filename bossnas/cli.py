@@ -21,7 +21,7 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE
 Resume = Annotated[str, typer.Option(help="auto: continue the run that the folder holds; never: refuse.")]
 
 
-@app.command(name="search", epilog="Example: bossnas search --config configs/quickstart.yaml --set out=runs/a")
+@app.command(name="search", epilog="Example: bossnas search --config configs/quickstart_ds.json --set out=runs/a")
 def search_command(config: ConfigFile, overrides: Overrides = None, resume: Resume = "never",
                    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0) -> None:
     """Search an architecture: train, rate and select block by block. Results go to the config's `out` folder."""
@@ -50,8 +50,12 @@ def pack(folder: Annotated[Path, typer.Argument(help="Image folder; train/ and v
     """Pack an image folder into WebDataset shards. An interrupted packing continues when called again."""
     from bossnas.pack import pack as pack_folder
 
-    for name, value in pack_folder(folder, out, shard_mb=shard_mb).items():
-        typer.echo(f"{name}: {value}")
+    result = pack_folder(folder, out, shard_mb=shard_mb)
+    for split, size in result["splits"].items():
+        typer.echo(f"{split}: {size['samples']} images in {size['shards']} shards, {size['bytes'] / 1e6:.1f} MB, "
+                   f"as {out / split}-*.tar")
+    typer.echo(f"{len(result['classes'])} classes, {len(result['bad'])} unreadable images left out, "
+               f"{result['kept']} shards kept from an earlier run")
 
 
 def _version(show: bool) -> None:

@@ -38,6 +38,8 @@ def pack(folder: str | Path, out: str | Path, shard_mb: int = 64, progress: bool
     folder, out = Path(folder), Path(out)
     if shard_mb < 1:
         raise ConfigError("shard_mb", f"{shard_mb} is too small", "use 1 or more")
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError("out", f"{out} lies in the image folder", "choose a folder outside of it")
     classes, plan = _plan(folder, shard_mb << 20)
     digest = hashlib.sha256(json.dumps([shard_mb, classes, plan]).encode()).hexdigest()
     done, kept = _earlier(out, digest), 0

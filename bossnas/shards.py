@@ -22,7 +22,7 @@ from pathlib import Path
 
 import braceexpand
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from bossnas.config import ConfigError
 
@@ -53,6 +53,8 @@ def decode(data: bytes) -> Image.Image:
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
         return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise BadImage("no JPEG, PNG or WebP") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
         raise BadImage(f"{type(error).__name__}: {error}") from error
 

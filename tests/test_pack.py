@@ -68,11 +68,13 @@ def test_webdataset_reads_packed_shards(tmp_path, monkeypatch):
 
 
 def test_pack_without_classes_and_with_bad_images(tmp_path, caplog):
+    images = tmp_path / "images"
+    images.mkdir()
     for i in range(4):
-        (tmp_path / f"{i}.png").write_bytes(picture(i))
-    (tmp_path / "2.jpg").write_bytes(picture(2, "jpg"))
-    (tmp_path / "torn.png").write_bytes(picture(9)[:60])
-    summary = pack(tmp_path, tmp_path / "out", progress=False)
+        (images / f"{i}.png").write_bytes(picture(i))
+    (images / "2.jpg").write_bytes(picture(2, "jpg"))
+    (images / "torn.png").write_bytes(picture(9)[:60])
+    summary = pack(images, tmp_path / "out", progress=False)
     assert [entry["file"] for entry in summary["bad"]] == ["torn.png"] and "torn.png" in caplog.text
     index = ShardIndex.open(str(tmp_path / "out" / "*.tar"))
     assert sorted(index.key(i) for i in range(5)) == ["0", "1", "2", "2_2", "3"] and len(index) == 5
@@ -151,3 +153,9 @@ def test_pack_names_what_is_wrong(tmp_path, monkeypatch):
     (tmp_path / "bad" / "a.png").write_bytes(b"?")
     with pytest.raises(ConfigError, match="none of the 1 images"):
         pack(tmp_path / "bad", tmp_path / "out", progress=False)
+
+
+def test_the_shards_may_not_lie_among_the_images(tmp_path):
+    for out in (tmp_path, tmp_path / "shards"):
+        with pytest.raises(ConfigError, match="out: .* lies in the image folder"):
+            pack(tmp_path, out, progress=False)
