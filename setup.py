@@ -34,7 +34,6 @@ setup(
         "rich",
         "typer",
         "pillow",
-        "safetensors",
     ],
     extras_require={
         "gpu": ["nvidia-ml-py"],  # what torch.cuda.utilization and temperature need

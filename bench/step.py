@@ -37,7 +37,13 @@ def main() -> None:
     run = search.build(load(options.config, options.overrides))
     if not 0 <= options.block < run.space.blocks:
         raise ConfigError("--block", f"there is no block {options.block}", f"choose 0 to {run.space.blocks - 1}")
-    prefix = [decode(text) for text in options.prefix.split("|") if text]
+    try:
+        prefix = [decode(text) for text in options.prefix.split("|") if text]
+    except ValueError:
+        raise ConfigError("--prefix", f"{options.prefix!r} is not a list of paths", "write 5433|3230") from None
+    stage = run.config.train.epochs * run.steps_per_epoch
+    if not 1 <= options.steps <= stage:
+        raise ConfigError("--steps", f"{options.steps} is not within the stage of {stage} steps", "change it")
     for block in range(options.block):
         paths = run.space.paths(block, run.state.winners)
         winner = prefix[block] if block < len(prefix) else paths[0]

@@ -9,9 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def full(t: Tensor) -> Tensor:
+    """At least float32: cosines and sums over paths lose too much in bf16."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 def ensemble_target(projections: Sequence[Tensor]) -> Tensor:
     """Mean over the paths of the L2-normalised target projections, each [N, D] -> [N, D]. Not normalised again."""
-    return torch.stack([F.normalize(p, dim=1) for p in projections]).mean(0)
+    return torch.stack([F.normalize(full(p), dim=1) for p in projections]).mean(0)
 
 
 def population_centre(projections: Sequence[Tensor]) -> Tensor:
@@ -21,7 +26,7 @@ def population_centre(projections: Sequence[Tensor]) -> Tensor:
 
 def loss(predicted: Tensor, target: Tensor) -> Tensor:
     """-2 cos(predicted, target) for each image: [N, D], [N, D] -> [N], in [-2, 2]."""
-    return -2 * F.cosine_similarity(predicted, target, dim=1)
+    return -2 * F.cosine_similarity(full(predicted), full(target), dim=1)
 
 
 def path_loss(predicted_a: Tensor, predicted_b: Tensor, target_a: Tensor, target_b: Tensor) -> Tensor:

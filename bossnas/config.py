@@ -115,6 +115,9 @@ def validate(values: dict) -> Config:
     if config.train.batch % config.train.micro_batch:
         raise ConfigError("train.batch", f"{config.train.batch} is not a multiple of train.micro_batch "
                           f"{config.train.micro_batch}", "choose a multiple")
+    if config.train.warmup_epochs > config.train.epochs:
+        raise ConfigError("train.warmup_epochs", f"{config.train.warmup_epochs:g} is more than train.epochs "
+                          f"{config.train.epochs}, so the learning rate never reaches train.lr", "lower it")
     return config
 
 

@@ -3,7 +3,7 @@
 The global batch i of an epoch is a slice of one permutation seeded by (seed, epoch); a rank takes its part
 of every global batch. A view's randomness is seeded by (seed, epoch, sample, view). So the same images and
 pixels come for any ranks and workers of the same global batch, and a run may go on anywhere: its place
-is a Position, two numbers.
+is two numbers, the epoch and the micro-batch.
 """
 
 from __future__ import annotations
@@ -31,14 +31,6 @@ SAMPLE = Path(__file__).parent / "sample"
 FIXED_EPOCH = 2**31 - 1  # the epoch of fixed batches: none that a training reaches
 PREFETCH = 2  # batches that every worker makes ahead
 SHOWN = 10  # unreadable images that an error lists
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands: the epoch, and the micro-batch within it that comes next."""
-
-    epoch: int = 0
-    micro: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ One process makes no process group, and every function here then is the trivial 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -15,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from bossnas.config import ConfigError
 
+T = TypeVar("T")
 USER_ERROR = 2  # exit code of a mistake that the user can mend
 GRACE_SECONDS = 3.0  # the other ranks leave rank 0 this long to report the mistake that all of them see
 
@@ -46,6 +48,9 @@ def init(timeout_minutes: float = 30) -> None:
             )
     os.environ.setdefault("LOCAL_RANK", "0")
     _gloo_interface()
+    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():  # else the ranks fight for the cores
+        ranks_here = _env_int("LOCAL_WORLD_SIZE", _env_int("LOCAL_SIZE", 1))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     torch_dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
 
@@ -118,13 +123,21 @@ def all_reduce_sum(x: Tensor, group: Any = None) -> Tensor:
     return x
 
 
-def broadcast_object(obj: Any) -> Any:
-    """Rank 0's ``obj`` (anything picklable), on every rank."""
-    if world_size() == 1:
-        return obj
-    box = [obj]
-    torch_dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    return box[0]
+def together(function: Callable[[], T]) -> T:
+    """Runs ``function`` (no collectives inside) on every rank. A ConfigError of one is raised on all of them."""
+    result, mine = None, None
+    try:
+        result = function()
+    except ConfigError as error:
+        mine = (error.field, error.problem, error.fix)
+    errors = [mine]
+    if world_size() > 1:
+        errors = [None] * world_size()
+        torch_dist.all_gather_object(errors, mine)
+    for parts in errors:
+        if parts is not None:
+            raise ConfigError(*parts)
+    return result
 
 
 def shuffle(x: Tensor, index: Tensor) -> Tensor:
@@ -188,11 +201,27 @@ def run(function: Callable[[], Any], timeout_minutes: float = 30) -> int:
         code = request.code if isinstance(request.code, int) else int(request.code is not None)
         if isinstance(request.code, str):
             print(request.code, file=sys.stderr)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            code = _unexpected()
+        else:
+            code = USER_ERROR
+            print(f"error: out: the disk is full ({error.filename or 'while writing'}); free some space and go on with "
+                  "--resume auto", file=sys.stderr)
     except Exception:
-        code = 1
-        print(f"rank {rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, end="")
+        code = _unexpected()
     shutdown(code)
     return code
+
+
+def _unexpected() -> int:
+    """Reports the exception at hand. With other ranks it waits: often it is their end that caused it, and then the
+    launcher acts on their exit code first."""
+    text = traceback.format_exc()
+    if world_size() > 1:
+        time.sleep(GRACE_SECONDS)
+    print(f"rank {rank()} failed:\n{text}", file=sys.stderr, end="")
+    return 1
 
 
 def _env_int(name: str, default: int) -> int:

@@ -19,7 +19,7 @@ def mlp(width: int, hidden: int, out: int, std: float | None) -> Chain:
 
 
 class Projector(nn.Module):
-    """Block output [groups*N, C, H, W] of candidate ``choice`` -> embedding [groups*N, out].
+    """Block outputs to embeddings: `pool` for each kind of output, then ``mlp`` for all of them in one batch.
 
     ``adapter(x, choice, groups, stats)`` brings each kind of block output to ``width`` channels (a map or pooled).
     """
@@ -29,9 +29,10 @@ class Projector(nn.Module):
         self.adapter = adapter
         self.mlp = mlp(width, hidden, out, std=None)
 
-    def forward(self, x: Tensor, choice: int, groups: int = 1, stats: Statistics | None = None) -> Tensor:
+    def pool(self, x: Tensor, choice: int, groups: int = 1, stats: Statistics | None = None) -> Tensor:
+        """Output [groups*N, C, H, W] of candidate ``choice`` -> [groups*N, width]."""
         x = self.adapter(x, choice, groups, stats)
-        return self.mlp(x.mean((2, 3)) if x.dim() == 4 else x, groups, stats)
+        return x.mean((2, 3)) if x.dim() == 4 else x
 
 
 def predictor(hidden: int, out: int) -> Chain:

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bossnas.runfolder import write_text
+
 logger = logging.getLogger("bossnas")
 console = Console(stderr=True)
 PLAIN_SECONDS = 10  # without a terminal, progress is a line this often
@@ -22,7 +24,10 @@ PLAIN_SECONDS = 10  # without a terminal, progress is a line this often
 
 def setup(folder: Path | None, main: bool = True) -> None:
     """Console logging on the main rank (warnings alone elsewhere), and ``folder``/log.txt when given."""
-    logger.handlers.clear()
+    while logger.handlers:
+        handler = logger.handlers[0]
+        logger.removeHandler(handler)
+        handler.close()
     logger.propagate = False
     logger.setLevel(logging.INFO)
     screen = (RichHandler(console=console, show_path=False, show_time=False, markup=False) if console.is_terminal
@@ -50,7 +55,7 @@ class Metrics:
         if path.exists():
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _complete(line)]
             kept = [line for line in lines if keep(json.loads(line))]
-            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            write_text(path, "".join(line + "\n" for line in kept))
         self.file = path.open("a", encoding="utf-8")
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter

@@ -9,6 +9,7 @@ import numpy as np
 
 Path = tuple[int, ...]
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+MAX_CANDIDATES = len(_DIGITS)
 
 
 def encode(path: Path) -> str:

@@ -49,8 +49,7 @@ def rate_block(online: Supernet, target: Supernet, predictor: nn.Module, block: 
     one rank. ``advance`` is called once per calibrated path and once per rated batch and path.
     """
     assert len(winners) == block, "the prefix holds exactly the blocks before this one"
-    assert len(paths) >= dist.world_size(), "a rank without a path"
-    mine = paths[dist.rank()::dist.world_size()]
+    mine = paths[dist.rank()::dist.world_size()] or paths[:1]  # a surplus rank keeps in step; its result is not used
     with autocast():
         inputs = [target.features(winners, x) for x in calibration]
         tables = []
@@ -63,9 +62,9 @@ def rate_block(online: Supernet, target: Supernet, predictor: nn.Module, block: 
             x = target.features(winners, torch.cat([view_a, view_b]))
             targets, predictions = [], []
             for path, (of_target, of_online) in zip(mine, tables, strict=True):
-                targets.append(_full(target.embed(block, [Item(path, x)], of_target)[0]))
+                targets.append(bootstrap.full(target.embed(block, [Item(path, x)], of_target)[0]))
                 o = online.embed(block, [Item(path, x)], of_online)[0]
-                predictions.append(_full(predictor(o, 1, of_online)))
+                predictions.append(bootstrap.full(predictor(o, 1, of_online)))
                 advance()
             centre_a, centre_b = _centre(targets, len(paths)).chunk(2)
             for i, o in enumerate(predictions):
@@ -73,11 +72,6 @@ def rate_block(online: Supernet, target: Supernet, predictor: nn.Module, block: 
                 total[i] += bootstrap.path_loss(o_a, o_b, centre_a, centre_b).double().sum().item()
             images += len(view_a)
     return dict(zip(paths, _interleave(total / images, len(paths)), strict=True))
-
-
-def _full(t: Tensor) -> Tensor:
-    """At least float32: sums over paths lose too much in bf16."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _centre(targets: list[Tensor], count: int) -> Tensor:

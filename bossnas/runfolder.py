@@ -38,10 +38,11 @@ def claim(config: Config, resume: bool) -> Path:
 def prepare(folder: Path, config: Config) -> None:
     """Writes the resolved config and the versions into the claimed folder."""
     try:
-        (folder / "ratings").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError("out", f"cannot make {folder} ({error.strerror})", "choose another folder") from None
     write_text(folder / "config.json", dump(config))
+    (folder / "ratings").mkdir(exist_ok=True)
     write_json(folder / "versions.json", _versions())
 
 

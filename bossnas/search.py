@@ -54,12 +54,8 @@ def search(config: Config, resume: bool = False) -> Folder:
     """
     main = dist.rank() == 0
     log.setup(None, main)
-    folder = runfolder.claim(config, resume) if main else Folder(config.out)
-    run = build(config)
-    checkpoint.require_room(folder, _checkpoint_bytes(run) * (config.checkpoint.keep + 1))
-    if main:
-        runfolder.prepare(folder, config)
-    dist.barrier()
+    folder = Folder(config.out)
+    run = dist.together(lambda: _start(config, resume))
     log.setup(folder, main)
     engine_folder = _restore(run, folder)
     state = run.state
@@ -78,13 +74,27 @@ def search(config: Config, resume: bool = False) -> Folder:
     return folder
 
 
+def _start(config: Config, resume: bool) -> Run:
+    """Checks everything that can be checked beforehand; only then does the main rank write into the run folder."""
+    if dist.rank() > 0:
+        return build(config)
+    folder = runfolder.claim(config, resume)
+    run = build(config)
+    held = sum(f.stat().st_size for f in (folder / "checkpoints").rglob("*") if f.is_file())
+    checkpoint.require_room(folder, max(_checkpoint_bytes(run) * (config.checkpoint.keep + 1) - held, 0))
+    runfolder.prepare(folder, config)
+    return run
+
+
 def rerate(folder: Folder, blocks: list[int] | None = None) -> list[int]:
     """Rates finished blocks again from the run's last checkpoint and rewrites their ratings; returns the blocks."""
     config = runfolder.read_config(folder)
     log.setup(folder, dist.rank() == 0)
-    run = build(config)
-    _restore(run, folder, required=True)
+    run = dist.together(lambda: build(config))
+    _restore(run, folder)
     done = list(range(run.state.block))
+    if not done:
+        raise ConfigError("--run", f"{folder} has finished no block", "wait, or go on with its search")
     chosen = done if blocks is None else blocks
     if not set(chosen) <= set(done):
         raise ConfigError("--block", f"of {chosen} the run has finished only {done}", "name finished blocks")
@@ -102,10 +112,6 @@ def build(config: Config) -> Run:
     _make_engine(config, accumulate).check(device.type)
     images = data.open_data(config.data.train, config.data.val)
     train_set, val_set = images.train, images.val
-    if images.is_sample and dist.rank() == 0:
-        logger.warning("DEMONSTRATION: no data.train is set, so this run uses the embedded sample of Fashion-MNIST "
-                       "(%d training, %d validation images of 28x28 pixels). Its result says nothing about your data.",
-                       len(train_set), len(val_set))
     needed = config.train.batch * (config.train.steps_per_epoch or 1)
     if len(train_set) < needed:
         raise ConfigError("train.steps_per_epoch" if config.train.steps_per_epoch else "train.batch",
@@ -131,12 +137,11 @@ def _block_stage(run: Run, folder: Folder, metrics: log.Metrics, engine_folder: 
         for step in steps:
             _report(metrics, state, step, config.train.collapse_below)
             task.advance(f"loss {step.loss:+.3f}  {step.images_per_second:.0f} images/s")
-            if state.step < total:
-                every = config.rating.every_epochs
-                if step.ends_epoch and every and (step.epoch + 1) % every == 0:
-                    _rate_midway(run, folder, metrics, step.epoch + 1)
-                if state.step % config.checkpoint.every_steps == 0:
-                    _save(run, folder, engine)
+            every = config.rating.every_epochs
+            if step.ends_epoch and every and (step.epoch + 1) % every == 0 and state.step < total:
+                _rate_midway(run, folder, metrics, step.epoch + 1)
+            if state.step % config.checkpoint.every_steps == 0 or state.step == total:
+                _save(run, folder, engine)
     engine.close()
 
     scores = _rate(run, block)
@@ -154,8 +159,9 @@ def freeze_winner(run: Run, winner: Path) -> None:
     """Ends the current block's stage: its weights freeze, with the winner's calibrated statistics as their buffers,
     and the state moves on to the next block."""
     block, state = run.state.block, run.state
-    of_target, _ = calibrate(run.online, run.target, run.predictors[block], block, winner,
-                             [run.target.features(state.winners, x) for x in _calibration(run)])
+    with autocast(run.device.type, run.config.train.precision):  # as when the winner was rated
+        features = [run.target.features(state.winners, x) for x in _calibration(run)]
+        of_target, _ = calibrate(run.online, run.target, run.predictors[block], block, winner, features)
     of_target.write()
     run.online.freeze(block)
     run.target.freeze(block)
@@ -195,9 +201,10 @@ def _train_batches(run: Run) -> Iterator[list[Tensor]]:
 
 
 def _calibration(run: Run) -> list[Tensor]:
-    """The fixed calibration batches of training images (METHOD 4)."""
+    """The fixed calibration batches of training images (METHOD 4): whole batches, or one of all the images."""
     rating = run.config.rating
-    count = min(rating.calibration_images * rating.calibration_batches, len(run.train_set))
+    whole = min(rating.calibration_batches, len(run.train_set) // rating.calibration_images)
+    count = whole * rating.calibration_images or len(run.train_set)
     chosen = data.fixed_batches(run.train_set, run.recipe, [CALIBRATION_VIEW], run.space.view_pairs, shuffle=True,
                                 seed=run.config.seed, count=count, batch=rating.calibration_images,
                                 workers=run.config.data.workers,
@@ -207,19 +214,22 @@ def _calibration(run: Run) -> list[Tensor]:
 
 def _validation(run: Run) -> Iterator[list[Tensor]]:
     """Validation batches, one A and one B view of every image."""
-    count = min(run.config.data.val_images or len(run.val_set), len(run.val_set))
     for batch in data.fixed_batches(run.val_set, run.recipe, [0, run.space.view_pairs], run.space.view_pairs,
-                                    shuffle=False, seed=run.config.seed, count=count, batch=run.config.rating.batch,
+                                    shuffle=False, seed=run.config.seed, count=_val_images(run),
+                                    batch=run.config.rating.batch,
                                     workers=run.config.data.workers, max_bad=run.config.data.max_bad, bad={}):
         yield [x.to(run.device) for x in batch]
+
+
+def _val_images(run: Run) -> int:
+    return min(run.config.data.val_images or len(run.val_set), len(run.val_set))
 
 
 def _rate(run: Run, block: int) -> dict[Path, float]:
     """Rates the block on the winners of the blocks before it."""
     winners = run.state.winners[:block]
     paths = run.space.paths(block, winners)
-    count = min(run.config.data.val_images or len(run.val_set), len(run.val_set))
-    batches = -(-count // run.config.rating.batch)
+    batches = -(-_val_images(run) // run.config.rating.batch)
     mine = len(paths[dist.rank()::dist.world_size()])
     with log.progress(f"block {block} rate", mine * (1 + batches), show=dist.rank() == 0) as task:
         return rate_block(run.online, run.target, run.predictors[block], block, winners, paths, _calibration(run),
@@ -269,6 +279,10 @@ def _write_architecture(run: Run, folder: Folder) -> None:
 
 
 def _announce(run: Run, folder: Folder) -> None:
+    if run.config.data.train is None and dist.rank() == 0:
+        logger.warning("DEMONSTRATION: no data.train is set, so this run uses the embedded sample of Fashion-MNIST "
+                       "(%d training, %d validation images of 28x28 pixels). Its result says nothing about your data.",
+                       len(run.train_set), len(run.val_set))
     parameters = sum(p.numel() for p in run.online.parameters())
     logger.info("%s search on %d %s rank(s): %d blocks, %.1f M supernet parameters, %d training images, "
                 "%d steps a block of %d images", run.config.space.name, dist.world_size(), run.device.type,
@@ -289,12 +303,10 @@ def _save(run: Run, folder: Folder, engine: Engine | None) -> None:
                     run.config.checkpoint.keep)
 
 
-def _restore(run: Run, folder: Folder, required: bool = False) -> Folder | None:
+def _restore(run: Run, folder: Folder) -> Folder | None:
     """Loads the last checkpoint if there is one; returns its folder, where the engine's state lies."""
     last = checkpoint.latest(folder / "checkpoints")
     if last is None:
-        if required:
-            raise ConfigError("--run", f"{folder} holds no checkpoint", "name a run that has finished a block")
         return None
     values = checkpoint.load(last)
     run.online.load_state_dict(values["online"])

@@ -46,7 +46,7 @@ class Supernet(nn.Module):
         """
         keys: list[Hashable] = [id(item.x) for item in items]
         nodes = {key: (item.x, item.groups) for key, item in zip(keys, items, strict=True)}
-        if block == 0 and len(self.stem):
+        if block == 0 and not isinstance(self.stem, nn.Identity):
             nodes = self._batched(nodes, {key: 0 for key in nodes}, lambda x, _, groups: self.stem(x, groups, stats))
         for depth, layer in enumerate(self.blocks[block]):
             parents = keys
@@ -62,7 +62,7 @@ class Supernet(nn.Module):
         projector = self.projectors[block]
         nodes = {i: (x, item.groups) for i, (x, item) in enumerate(zip(features, items, strict=True))}
         last = {i: item.path[-1] for i, item in enumerate(items)}
-        out = self._batched(nodes, last, lambda x, c, groups: projector.adapter(x, c, groups, stats), pool=True)
+        out = self._batched(nodes, last, lambda x, c, groups: projector.pool(x, c, groups, stats))
         rows = self._batched(out, {i: 0 for i in out}, lambda x, _, groups: projector.mlp(x, groups, stats))
         return [rows[i][0] for i in range(len(items))]
 
@@ -87,7 +87,7 @@ class Supernet(nn.Module):
         self.part(block).eval().requires_grad_(False)
 
     @staticmethod
-    def _batched(inputs: dict, choices: dict, call, pool: bool = False) -> dict:
+    def _batched(inputs: dict, choices: dict, call) -> dict:
         """Runs ``call(x, choice, groups)`` once per (choice, shape, group size); returns the outputs by key."""
         batches: dict[tuple, list] = {}
         for key, (x, groups) in inputs.items():
@@ -96,8 +96,6 @@ class Supernet(nn.Module):
         for (choice, *_), keys in batches.items():
             xs, groups = zip(*(inputs[key] for key in keys), strict=True)
             y = call(xs[0] if len(xs) == 1 else torch.cat(xs), choice, sum(groups))
-            if pool and y.dim() == 4:
-                y = y.mean((2, 3))
             for key, piece, g in zip(keys, y.split([x.shape[0] for x in xs]), groups, strict=True):
                 outputs[key] = (piece, g)
         return outputs

@@ -17,7 +17,8 @@ for argument in "$@"; do
     esac
 done
 
-deepspeed launch/train.py --config configs/quickstart_ds.json --resume auto "$@"
+# one rank: on a machine with several GPUs deepspeed would start one on each
+deepspeed --num_accelerators 1 launch/train.py --config configs/quickstart_ds.json --resume auto "$@"
 
 echo
 echo "run folder:   $out"

@@ -16,7 +16,7 @@ def collectives() -> None:
     assert dist.device("cpu") == torch.device("cpu") and dist.local_rank() == me
     parts = dist.all_gather(torch.full((2, 3), me, dtype=torch.float64).t())  # not contiguous
     assert [part.unique().tolist() for part in parts] == [[r] for r in range(n)] and parts[0].shape == (3, 2)
-    assert dist.broadcast_object({"of": me, "x": torch.ones(2)})["of"] == 0
+    assert dist.together(lambda: me) == me
     assert dist.any_rank(me == n - 1) is True and dist.any_rank(False) is False
     assert dist.all_reduce_sum(torch.tensor([1.0 + me])).item() == n * (n + 1) / 2
 
@@ -35,13 +35,24 @@ def collectives() -> None:
     dist.barrier()
 
 
+def mistake() -> None:
+    raise ConfigError("data.train", "no file matches", "name shards")
+
+
 def main() -> None:
     collectives()
     if dist.rank() == 0:
         print("collectives are right", flush=True)
     how = sys.argv[-1]
+    if how == "user on one":  # the other rank learns of it and does not wait in the next collective
+        dist.together(lambda: mistake() if dist.rank() == 1 else None)
+        dist.barrier()
+    if how == "late":  # nobody could tell the other rank
+        if dist.rank() == 1:
+            mistake()
+        dist.barrier()
     if how == "user":
-        raise ConfigError("data.train", "no file matches", "name shards")
+        mistake()
     if how == "broken" and dist.rank() == 1:
         raise RuntimeError("broken on purpose")
     if how == "broken":

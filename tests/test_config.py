@@ -31,6 +31,7 @@ def test_dump_is_the_config_again():
     ("seed.a=1", "seed", "integer"),
     ("train.epochs", "--set", "a.b=value"),
     ("engine.deepspeed={zero_optimization: {stage: 1}}", "engine.deepspeed", "engine.name"),
+    ("train.warmup_epochs=7", "train.warmup_epochs", "more than train.epochs"),
     ("train.ema=.nan", "train.ema", "finite"),
 ])
 def test_mistakes_name_the_field_and_the_fix(override, field, words):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from ranks import environment
+from ranks import ROOT, environment
 
 from bossnas import checkpoint, cli, cost, runfolder, search
 from bossnas.config import ConfigError, load
@@ -41,6 +42,7 @@ def finished(tmp_path_factory):
     """One undisturbed run, which several tests look at."""
     folder = tmp_path_factory.mktemp("runs") / "a"
     search.search(config(folder))
+    assert "DEMONSTRATION" in (folder / "log.txt").read_text()
     return folder
 
 
@@ -68,7 +70,6 @@ def test_the_run_folder_holds_everything(finished):
     assert {"loss", "spread", "lr", "images", "images_per_second"} <= lines[0].keys()
     versions = json.loads((finished / "versions.json").read_text())
     assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert "DEMONSTRATION" in (finished / "log.txt").read_text()
     assert load(finished / "config.json") == config(finished)
     assert len(list((finished / "checkpoints").glob("block*"))) == 2
 
@@ -137,7 +138,10 @@ def test_two_deepspeed_ranks_run_the_users_line(tmp_path, project_root):
     # the ranks shared one batch: as many steps as one rank takes
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert sum(line["kind"] == "train" for line in lines) == 8 and lines[-2]["images"] == 4 * 2 * 16
-    assert search.rerate(out)  # one rank rates what two trained; to the bit, since paths are split, not images
+    before = {name: r for name, r in ratings(out).items() if "epoch" not in name}
+    assert search.rerate(out) == [0, 1, 2, 3]
+    after = {name: r for name, r in ratings(out).items() if "epoch" not in name}
+    assert after == before, "paths are split over the ranks, not images: one rank must rate as two do"
 
 
 def test_a_finished_run_resumes_to_nothing(finished):
@@ -186,9 +190,44 @@ def test_mistakes_end_with_one_line_and_leave_nothing(tmp_path, capfd, change, w
     with pytest.raises(SystemExit) as caught:
         cli.main(["search", *arguments(out, *change, file=tmp_path / "c.json")])
     assert caught.value.code == 2
-    errors = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("DEMONSTRATION")]
+    errors = capfd.readouterr().err.splitlines()
     assert len(errors) == 1 and errors[0].startswith("error: ") and words in errors[0], errors
     assert not out.exists()
+
+
+def test_a_mistake_that_one_rank_sees_ends_both_with_one_line(finished, project_root):
+    command = ["deepspeed", "--num_accelerators", "2", "launch/train.py", *arguments(
+        finished, file=finished / "config.json")]
+    path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+    done = subprocess.run([*command, "--set=engine.name=deepspeed"], env={**environment(), "PATH": path},
+                          capture_output=True, text=True, timeout=100, cwd=project_root, start_new_session=True)
+    output = done.stdout + done.stderr
+    assert done.returncode == 2 and "Traceback" not in output, output
+    assert output.count("error: out: ") == 1 and "--resume auto" in output
+
+
+def test_the_documented_space_of_ones_own_is_searched(tmp_path, project_root):
+    code = re.search(r"```python\n(.*?)```", (project_root / "docs/own_space.md").read_text(), re.S).group(1)
+    (tmp_path / "my_space.py").write_text(code)
+    search.search(config(tmp_path / "run", f"space.name={tmp_path / 'my_space.py'}:TinyRes", "space.width=0.25"))
+    architecture = json.loads((tmp_path / "run/architecture.json").read_text())
+    assert len(architecture["kernels"]) == 2 and architecture["macs"] > 0
+    assert len(ratings(tmp_path / "run")["block_1.json"]["paths"]) == 16
+
+
+def test_room_of_older_checkpoints_counts_on_resume(finished, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda place: usage(10**9, 10**9, 4 * 10**7))
+    with pytest.raises(ConfigError, match="no room"):
+        search.search(config(finished.parent / "new"))
+    search.search(config(finished), resume=True)
+
+
+def test_calibration_uses_whole_batches(tmp_path):
+    for images, batches, sizes in ((1999, 2, [1999]), (900, 2, [900, 900]), (3000, 1, [2000])):
+        run = search.build(config(tmp_path, f"rating.calibration_images={images}",
+                                  f"rating.calibration_batches={batches}", "data.recipe=cifar", "space.name=nats"))
+        assert [len(x) for x in search._calibration(run)] == sizes
 
 
 def test_batch_that_the_ranks_cannot_share(tmp_path, monkeypatch):
@@ -230,4 +269,6 @@ def test_workers_and_keep_may_change_on_resume(tmp_path):
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])
-    assert caught.value.code == 0 and f"Example: bossnas {command}" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert caught.value.code == 0 and f"Example: bossnas {command}" in text
+    assert all((ROOT / word).exists() for word in text.split() if word.startswith("configs/"))

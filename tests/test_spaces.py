@@ -128,6 +128,13 @@ def test_impossible_spaces_are_refused(name, size, words):
         make(name, size)
 
 
+def test_settings_without_effect_are_refused():
+    with pytest.raises(ConfigError, match="space.split"):
+        make("hytra", split="cifar100")
+    with pytest.raises(ConfigError, match="space.restricted"):
+        make("nats", restricted=False)
+
+
 def test_own_space_of_the_documentation(project_root, tmp_path):
     code = re.search(r"```python\n(.*?)```", (project_root / "docs/own_space.md").read_text(), re.S).group(1)
     file = tmp_path / "my_space.py"
@@ -139,5 +146,6 @@ def test_own_space_of_the_documentation(project_root, tmp_path):
     assert [tuple(t.shape) for t in net.embed(0, [Item(p, x) for p in sampled])] == [(2, 4)] * 4
     with pytest.raises(ConfigError, match="defines no Nothing"):
         make(f"{file}:Nothing")
-    with pytest.raises(ConfigError, match="lacks"):
-        make(f"{file}:Layer")
+    file.write_text(code.replace("    def describe", "    def _describe"))
+    with pytest.raises(ConfigError, match="lacks describe"):
+        make(f"{file}:TinyRes")

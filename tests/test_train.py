@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -39,7 +40,7 @@ def train(run, steps, accumulate=1, data_seed=1, n=8):
     engine.wrap(run.trained, lambda sharded: LARS(parameter_groups(run.trained), run.config.lr))
     generator = torch.Generator().manual_seed(data_seed)
     batches = iter([[torch.randn(n, 3, 32, 32, generator=generator) for _ in range(2 * run.space.view_pairs)]
-                    for _ in range(steps * accumulate)])
+                    for _ in range(steps * accumulate * run.config.epochs)])
     return list(train_block(run.online, run.target, run.predictor, run.space, engine, batches, run.state, run.config,
                             accumulate=accumulate, steps_per_epoch=steps, seed=0, device=torch.device("cpu")))
 
@@ -145,6 +146,21 @@ def test_the_prefix_is_frozen_and_the_target_follows():
                 assert same, f"{key} is not part of block 1"
     moved = [k for k in target if not torch.equal(target[k], run.target.state_dict()[k])]
     assert any(k.startswith("blocks.1") for k in moved) and any(k.startswith("projectors.1") for k in moved)
+
+
+def test_the_target_follows_and_schedules_count_micro_batches():
+    run = setup("nats", warmup_epochs=0.5, epochs=2, ema=0.9)
+    before = snapshot(run.target.part(0))
+    first = train(run, steps=4, accumulate=2)[0]  # two epochs of four steps: 16 micro-batches, a warm-up of 4
+    assert first.lr == pytest.approx(1 - (1 - 1 / 4) * (1 - 1e-4))  # at the update's last micro-batch, number 1
+    m = 1 - 0.1 * (math.cos(math.pi * 1 / 16) + 1) / 2
+    assert first.ema_momentum == pytest.approx(m)
+    run = setup("nats", warmup_epochs=0, epochs=1, ema=0.9)
+    train(run, steps=1)
+    m = 1 - 0.1  # the cosine starts at 1
+    for name, value in run.target.part(0).named_parameters():
+        online = run.online.part(0).get_parameter(name)
+        torch.testing.assert_close(value, m * before[name] + (1 - m) * online, msg=name)
 
 
 def test_the_loss_falls():

@@ -12,14 +12,15 @@ import numpy as np
 from torch import nn
 
 from bossnas.config import ConfigError
-from bossnas.paths import Path
+from bossnas.paths import MAX_CANDIDATES, Path
 
 
 class Space(Protocol):
     """What the search asks of a space. Blocks and layers count from 0; a path is one candidate id per layer.
 
-    Modules returned by `layer` and `adapter` are called with ``(x, choice, groups, stats)`` (see `bossnas.ops`); the
-    stem with ``(x, groups, stats)``. Each call returns fresh weights, and a layer's weights serve all its candidates.
+    Modules returned by `layer` and `adapter` are called with ``(x, choice, groups, stats)`` (see `bossnas.ops`), the
+    stem with ``(x, groups, stats)``, unless it is an nn.Identity. Each call returns fresh weights, and a layer's
+    weights serve all its candidates.
     """
 
     blocks: int
@@ -77,17 +78,24 @@ def make(name: str, *, width: float, image_size: int, restricted: bool, split: s
     elif name == "nats":
         space = nats.Nats(width, split)
     elif ".py:" in name:
-        space = _own(name)(width=width)
+        space = _own(name, width)
     else:
         raise ConfigError("space.name", f"there is no space {name!r}",
                           "choose hytra, mbconv, nats or path/to/file.py:ClassName")
+    if split != "cifar10" and name != "nats":
+        raise ConfigError("space.split", f"does nothing for {name}", "leave it out")
+    if not restricted and name != "hytra":
+        raise ConfigError("space.restricted", f"does nothing for {name}", "leave it out")
+    most = max(len(space.candidates(block)) for block in range(space.blocks))
+    if most > MAX_CANDIDATES:
+        raise ConfigError("space.name", f"{name} has {most} candidates in a layer", f"use at most {MAX_CANDIDATES}")
     if image_size < space.stride:
         raise ConfigError("space.image_size", f"{image_size} px leaves no pixel at the last scale of {name}",
                           f"use at least {space.stride}")
     return space
 
 
-def _own(name: str) -> type:
+def _own(name: str, width: float) -> Space:
     file, _, attribute = name.rpartition(":")
     if not File(file).is_file():
         raise ConfigError("space.name", f"there is no file {file}", "name a Python file as path/to/file.py:ClassName")
@@ -98,8 +106,9 @@ def _own(name: str) -> type:
     cls = getattr(module, attribute, None)
     if cls is None:
         raise ConfigError("space.name", f"{file} defines no {attribute}", "name a class of that file")
+    space = cls(width=width)
     wanted = [m for m, _ in inspect.getmembers(Space, inspect.isfunction) if not m.startswith("_")]
-    missing = [m for m in [*wanted, "blocks", "view_pairs", "stride"] if not hasattr(cls, m)]
+    missing = [m for m in [*wanted, "blocks", "view_pairs", "stride"] if not hasattr(space, m)]
     if missing:
         raise ConfigError("space.name", f"{attribute} lacks {', '.join(missing)}", "see docs/own_space.md")
-    return cls
+    return space

@@ -34,7 +34,7 @@ class Nats:
         return [f"width{w}" for w in self.widths]
 
     def stem(self) -> nn.Module:
-        return nn.Sequential()  # the stem has the first layer's width, so it belongs to that layer
+        return nn.Identity()  # the stem has the first layer's width, so it belongs to that layer
 
     def layer(self, block: int, layer: int) -> nn.Module:
         position = sum(self.split[:block]) + layer
