@@ -203,7 +203,7 @@ def test_a_mistake_that_one_rank_sees_ends_both_with_one_line(finished, project_
                           capture_output=True, text=True, timeout=100, cwd=project_root, start_new_session=True)
     output = done.stdout + done.stderr
     assert done.returncode == 2 and "Traceback" not in output, output
-    assert output.count("error: out: ") == 1 and "--resume auto" in output
+    assert output.count("error: out: ") == 1 and "holds another run (engine.name differ)" in output
 
 
 def test_the_documented_space_of_ones_own_is_searched(tmp_path, project_root):
@@ -233,7 +233,7 @@ def test_calibration_uses_whole_batches(tmp_path):
 def test_batch_that_the_ranks_cannot_share(tmp_path, monkeypatch):
     monkeypatch.setattr(search.dist, "world_size", lambda group=None: 3)
     with pytest.raises(ConfigError, match="train.batch: 16 images cannot be divided over 3 ranks"):
-        search.search(config(tmp_path / "a"))
+        search.build(config(tmp_path / "a"))
 
 
 def test_a_folder_with_another_run_is_refused_and_unharmed(finished, tmp_path):
