@@ -196,7 +196,7 @@ def test_bad_images_are_replaced_counted_and_named(tmp_path, caplog, workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_bad_images_stop_the_run(tmp_path, workers):
     index = make_index(tmp_path, 60, bad=(10, 30, 50))
-    with pytest.raises(ConfigError, match=r"data.max_bad: 3 images .* than 2 .*s-\d.tar/00[135]0: Unident"):
+    with pytest.raises(ConfigError, match=r"data.max_bad: 3 images .* than 2 .*s-\d.tar/00[135]0: no JPEG"):
         ids(index, batch=6, max_bad=0.04, workers=workers)
     assert ids(index, batch=6, max_bad=0.05)
     with pytest.raises(ConfigError, match="more than 1 "):
