@@ -10,6 +10,13 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums come in another order with another number of threads, and many tests compare to the bit."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def project_root() -> Path:
     return ROOT

@@ -17,14 +17,6 @@ LIMIT = 3e-7  # float32 sums in another order, three updates
 STAGES = (0, 1, 2)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def plain_training(steps, clip=0.0):
     """METHOD 3.3 and 3.5 by hand on the whole batch: no engine, no LARS class."""
     module = worker.build()

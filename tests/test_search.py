@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -14,9 +15,10 @@ import pytest
 import torch
 from ranks import ROOT, environment
 
-from bossnas import checkpoint, cli, cost, runfolder, search
+from bossnas import checkpoint, cli, cost, log, runfolder, search
 from bossnas.config import ConfigError, load
 from bossnas.paths import decode
+from bossnas.train import RunState, Step
 
 TINY = ["space.width=0.0625", "space.image_size=32", "heads.hidden=16", "heads.out=8", "data.workers=0",
         "train.batch=16", "train.micro_batch=8", "train.epochs=2", "train.steps_per_epoch=2", "train.lr=0.5",
@@ -228,6 +230,17 @@ def test_calibration_uses_whole_batches(tmp_path):
         run = search.build(config(tmp_path, f"rating.calibration_images={images}",
                                   f"rating.calibration_batches={batches}", "data.recipe=cifar", "space.name=nats"))
         assert [len(x) for x in search._calibration(run)] == sizes
+
+
+def test_a_collapse_is_reported(caplog):
+    state, step = RunState(block=1, step=7), Step(0, False, -3.9, 0.04, 1.0, 0.99, 10.0)
+    with caplog.at_level(logging.WARNING):
+        log.setup(None)
+        log.logger.propagate = True
+        search._report(log.Metrics(None), state, step, collapse_below=0.03)
+        assert not caplog.records
+        search._report(log.Metrics(None), state, step, collapse_below=0.05)
+    assert "block 1 step 7: the embeddings are collapsing (spread 0.040" in caplog.text
 
 
 def test_batch_that_the_ranks_cannot_share(tmp_path, monkeypatch):
