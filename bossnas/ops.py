@@ -174,6 +174,13 @@ class SqueezeExcite(nn.Module):
         return x * gate.sigmoid()
 
 
+class NoAdapter(nn.Module):
+    """The neck's adapter where all outputs of a block have the neck's width already."""
+
+    def forward(self, x: Tensor, choice: int, groups: int = 1, stats: Statistics | None = None) -> Tensor:
+        return x
+
+
 class HalvePool(nn.AvgPool2d):
     """2x2 average pool, stride 2, ceil mode, padding not counted: odd maps round up as stride-2 convolutions do."""
 

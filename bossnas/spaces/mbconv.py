@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor, nn
 
-from bossnas.ops import Chain, GroupedBatchNorm, HalvePool, SqueezeExcite, Statistics, conv, conv_norm
+from bossnas.ops import Chain, GroupedBatchNorm, HalvePool, NoAdapter, SqueezeExcite, Statistics, conv, conv_norm
 from bossnas.paths import Path, all_paths, fair_sample
 
 CANDIDATES = ((6, 3), (6, 5), (3, 3), (3, 5))  # (expansion, kernel) by candidate id
@@ -47,7 +47,7 @@ class MBConv:
         return _Layer(c_in, self.channels(block), BLOCKS[block][1] if layer == 0 else 1)
 
     def adapter(self, block: int) -> nn.Module:
-        return _NoAdapter()
+        return NoAdapter()
 
     def neck_width(self, block: int) -> int:
         return self.channels(block)
@@ -61,11 +61,6 @@ class MBConv:
     def describe(self, architecture: list[Path]) -> dict:
         return {"candidates": [[self.candidates(0)[c] for c in path] for path in architecture],
                 "widths": [self.channels(block) for block in range(len(architecture))]}
-
-
-class _NoAdapter(nn.Module):
-    def forward(self, x: Tensor, choice: int, groups: int = 1, stats: Statistics | None = None) -> Tensor:
-        return x
 
 
 class _Layer(nn.Module):
