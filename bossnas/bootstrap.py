@@ -8,15 +8,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bossnas_kernels import byol_ensemble_loss
+
 
 def full(t: Tensor) -> Tensor:
     """At least float32: cosines and sums over paths lose too much in bf16."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def ensemble_target(projections: Sequence[Tensor]) -> Tensor:
-    """Mean over the paths of the L2-normalised target projections, each [N, D] -> [N, D]. Not normalised again."""
-    return torch.stack([F.normalize(full(p), dim=1) for p in projections]).mean(0)
+def ensemble_loss(predicted: Sequence[Tensor], projections: Sequence[Tensor]) -> Tensor:
+    """Loss of each path's prediction against the ensemble target of the other view.
+
+    ``predicted``: of P paths, ``projections``: of the target network along all T paths of the step, each [N, D]. The
+    ensemble target is the mean over T of the L2-normalised projections. -> [P], means over the images, in [-2, 2].
+    """
+    return byol_ensemble_loss(torch.stack(list(predicted)), torch.stack(list(projections)))
 
 
 def population_centre(projections: Sequence[Tensor]) -> Tensor:

@@ -83,6 +83,8 @@ class CheckpointConfig(_Section):
 class Config(_Section):
     out: str = Field("runs/search", min_length=1, description="run folder; every result goes there")
     seed: int = Field(0, ge=0)
+    kernels: Literal["auto", "triton", "reference"] = Field(
+        "auto", description="auto: Triton on a GPU, plain PyTorch elsewhere")
     space: SpaceConfig = SpaceConfig()
     heads: HeadsConfig = HeadsConfig()
     data: DataConfig = DataConfig()

@@ -18,27 +18,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bossnas.runfolder import write_text
 
 logger = logging.getLogger("bossnas")
+_SPEAKERS = (logger, logging.getLogger("bossnas_kernels"))
 console = Console(stderr=True)
 PLAIN_SECONDS = 10  # without a terminal, progress is a line this often
 
 
 def setup(folder: Path | None, main: bool = True) -> None:
     """Console logging on the main rank (warnings alone elsewhere), and ``folder``/log.txt when given."""
-    while logger.handlers:
-        handler = logger.handlers[0]
-        logger.removeHandler(handler)
-        handler.close()
-    logger.propagate = False
-    logger.setLevel(logging.INFO)
-    screen = (RichHandler(console=console, show_path=False, show_time=False, markup=False) if console.is_terminal
-              else logging.StreamHandler(sys.stderr))
-    screen.setLevel(logging.INFO if main else logging.WARNING)
-    screen.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(screen)
+    handlers: list[logging.Handler] = [
+        RichHandler(console=console, show_path=False, show_time=False, markup=False) if console.is_terminal
+        else logging.StreamHandler(sys.stderr)]
+    handlers[0].setLevel(logging.INFO if main else logging.WARNING)
+    handlers[0].setFormatter(logging.Formatter("%(message)s"))
     if folder is not None and main:
-        file = logging.FileHandler(folder / "log.txt", encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger.addHandler(file)
+        handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))
+        handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for handler in logger.handlers:
+        handler.close()
+    for speaker in _SPEAKERS:
+        speaker.handlers[:] = handlers
+        speaker.propagate = False
+        speaker.setLevel(logging.INFO)
 
 
 class Metrics:

@@ -12,7 +12,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bossnas_kernels import attention, gbn_act
+import bossnas_kernels
+from bossnas.config import ConfigError
+from bossnas_kernels import dwconv2d, dwconv2d_stats, gbn_act, mhsa2d, mhsa2d_stats
+
+
+def use_kernels(choice: str, device: torch.device) -> str:
+    """Chooses the kernels of this process (auto | triton | reference); returns which of them run on ``device``.
+
+    Raises ConfigError where Triton is asked for and cannot run.
+    """
+    try:
+        bossnas_kernels.use(choice)
+    except ValueError as error:
+        raise ConfigError("kernels", f"is {choice!r}, but {str(error).removeprefix('kernels: ')}",
+                          "set it to auto") from None
+    running = bossnas_kernels.implementation(device)
+    if choice == "triton" and running != "triton":
+        raise ConfigError("kernels", f"is 'triton', but this run is on {device.type}",
+                          "set it to auto, or engine.device to cuda")
+    return running
 
 
 class Statistics:
@@ -62,10 +81,12 @@ class GroupedBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
         self.act = act
 
-    def forward(self, x: Tensor, groups: int = 1, stats: Statistics | None = None) -> Tensor:
+    def forward(self, x: Tensor, groups: int = 1, stats: Statistics | None = None, residual: Tensor | None = None,
+                partial_stats: Tensor | None = None) -> Tensor:
+        """``residual``, like x, is added before the activation. ``partial_stats``: see `bossnas_kernels.gbn_act`."""
         own, mean, var = _source(self, stats)
-        y, mean, var = gbn_act(x, self.weight, self.bias, groups=groups, act=self.act, training=own,
-                               running_mean=mean, running_var=var)
+        y, mean, var = gbn_act(x, self.weight, self.bias, groups=groups, residual=residual, act=self.act, training=own,
+                               running_mean=mean, running_var=var, partial_stats=partial_stats)
         if stats is not None and stats.recording:
             _record(self, stats, mean, var)
         return y
@@ -122,19 +143,52 @@ def _record(norm: nn.Module, stats: Statistics, mean: Tensor, var: Tensor) -> No
 
 
 class Chain(nn.Sequential):
-    """A sequence that hands ``groups`` and ``stats`` to the parts that take them."""
+    """A sequence that hands ``groups`` and ``stats`` to the parts that take them, and ``residual`` to the last part.
+
+    Where a batch norm that uses the batch's own statistics follows a part that can give its output's (`with_stats`),
+    it gets them from there and reads the map once less.
+    """
 
     grouped = True
 
-    def forward(self, x: Tensor, groups: int = 1, stats: Statistics | None = None) -> Tensor:
-        for module in self:
-            x = module(x, groups, stats) if getattr(module, "grouped", False) else module(x)
+    def forward(self, x: Tensor, groups: int = 1, stats: Statistics | None = None,
+                residual: Tensor | None = None) -> Tensor:
+        parts = list(self)
+        partial_stats = None
+        for i, part in enumerate(parts):
+            following = parts[i + 1] if i + 1 < len(parts) else None
+            extra = {} if residual is None or following is not None else {"residual": residual}
+            if isinstance(part, GroupedBatchNorm):
+                x, partial_stats = part(x, groups, stats, partial_stats=partial_stats, **extra), None
+            elif getattr(part, "grouped", False):
+                x = part(x, groups, stats, **extra)
+            elif (hasattr(part, "with_stats") and isinstance(following, GroupedBatchNorm)
+                  and _source(following, stats)[0]):
+                x, partial_stats = part.with_stats(x, groups)
+            else:
+                x = part(x)
         return x
+
+
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise convolution by `bossnas_kernels.dwconv2d`, which says what kernels and strides it takes."""
+
+    def __init__(self, channels: int, kernel: int, stride: int = 1, bias: bool = False):
+        super().__init__(channels, channels, kernel, stride, kernel // 2 if kernel % 2 else 0, groups=channels,
+                         bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dwconv2d(x, self.weight, self.bias, stride=self.stride[0])
+
+    def with_stats(self, x: Tensor, groups: int) -> tuple[Tensor, Tensor | None]:
+        return dwconv2d_stats(x, self.weight, self.bias, stride=self.stride[0], groups=groups)
 
 
 def conv(c_in: int, c_out: int, kernel: int = 1, stride: int = 1, depthwise: bool = False,
          bias: bool = False) -> nn.Conv2d:
     """Convolution with padding kernel // 2 (even kernels: none, as for patches with kernel = stride)."""
+    if depthwise and (kernel in (3, 5) and stride in (1, 2) or kernel == stride and kernel in (2, 4, 8)):
+        return DepthwiseConv(c_in, kernel, stride, bias)
     padding = kernel // 2 if kernel % 2 else 0
     return nn.Conv2d(c_in, c_out, kernel, stride, padding, groups=c_in if depthwise else 1, bias=bias)
 
@@ -158,7 +212,10 @@ class Attention(nn.Module):
         self.qkv = conv(channels, 3 * channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return attention(self.qkv(x), self.heads)
+        return mhsa2d(self.qkv(x), self.heads)
+
+    def with_stats(self, x: Tensor, groups: int) -> tuple[Tensor, Tensor | None]:
+        return mhsa2d_stats(self.qkv(x), self.heads, groups=groups)
 
 
 class SqueezeExcite(nn.Module):

@@ -11,49 +11,52 @@ import torch
 from torch import Tensor, nn
 
 from bossnas import dist
+from bossnas_kernels import lars_ema_step
+from bossnas_kernels.reference import lars_update
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def parameter_groups(module: nn.Module) -> list[dict]:
-    """One group per trainable parameter: ``{"params": [p], "name": str, "excluded": bool}``, in module order.
+def parameter_groups(module: nn.Module, followers: nn.Module | None = None) -> list[dict]:
+    """One group per trainable parameter, in module order: ``{"params": [p], "name", "excluded", "target"}``.
 
     Excluded from trust ratio and weight decay: every bias and every weight of a normalisation, known by its
-    type (or by ``is_norm = True`` on the module), never by its name.
+    type (or by ``is_norm = True`` on the module), never by its name. Target: the parameter of that name in
+    ``followers``, the part of the target network that follows; None where it has none.
     """
     groups, seen = [], set()
+    targets = {} if followers is None else dict(followers.named_parameters())
     for prefix, child in module.named_modules():
         is_norm = isinstance(child, _NORMS) or getattr(child, "is_norm", False)
         for name, parameter in child.named_parameters(recurse=False):
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
+            name = f"{prefix}.{name}" if prefix else name
             groups.append(
                 {
                     "params": [parameter],
-                    "name": f"{prefix}.{name}" if prefix else name,
+                    "name": name,
                     "excluded": bool(is_norm) or name.endswith("bias"),
+                    "target": targets.pop(name, None),
                 }
             )
+    assert not targets, f"target parameters without an online one: {', '.join(targets)}"
     return groups
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling with momentum, METHOD 3.5.
+    """Layer-wise adaptive rate scaling with momentum (METHOD 3.5), and the target network that follows (3.4).
 
-    For every parameter ``w`` with gradient ``g != 0``::
-
-        g   <- (g + wd w) * lr * trust |w| / (|g| + wd |w|)       excluded parameters: g <- lr g
-        buf <- momentum buf + g;   w <- w - buf
-
-    A parameter without gradient, or with an all-zero one, is left alone together with its momentum: it was
-    on no sampled path. All state exists from the start. One device-to-host copy per step, whatever the
-    number of parameters.
+    `bossnas_kernels.lars_ema_step` says what a step does, in few launches whatever the number of parameters. A
+    parameter without gradient, or with an all-zero one, is left alone together with its momentum: it was on no
+    sampled path. All state exists from the start. ``lr`` and ``ema``, the share of a target that stays (1: targets
+    stay as they are), are read from the first parameter group at every step.
 
     ``groups``: of ``parameter_groups``. ``sharded``: for ZeRO 1 and 2, which replace the parameters by this
     rank's equal share of all of them laid end to end; the squared norms are then added up over
     ``norm_group`` (None: all ranks) in one all-reduce. The engine calls ``create_state`` once the share is
-    in place.
+    in place, and ``follow`` after every step, when the weights are whole again.
     """
 
     def __init__(
@@ -75,7 +78,11 @@ class LARS(torch.optim.Optimizer):
         self.momentum, self.weight_decay, self.trust = momentum, weight_decay, trust
         self.norm_group, self.sharded = norm_group, sharded
         parameters = [group["params"][0] for group in groups]
-        super().__init__([{"params": parameters}] if sharded else groups, {"lr": lr})
+        followed = [(parameter, group.get("target")) for parameter, group in zip(parameters, groups, strict=True)]
+        self._followed = [pair for pair in followed if pair[1] is not None]
+        self._targets = [target for _, target in followed]
+        own = [{key: group[key] for key in ("params", "name", "excluded")} for group in groups]
+        super().__init__([{"params": parameters}] if sharded else own, {"lr": lr, "ema": 1.0})
         if not sharded:
             self.create_state()
 
@@ -90,32 +97,22 @@ class LARS(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         """One update with the gradients of the parameters."""
         assert closure is None, "LARS takes no closure"
-        lr = self.param_groups[0]["lr"]
-        pieces = [piece for piece in self._pieces() if piece[2] is not None]
-        index = [piece[0] for piece in pieces]
-        weights, gradients, buffers = ([piece[k] for piece in pieces] for k in (1, 2, 3))
-        w_norm, g_norm = self._norms(index, weights, gradients)
-
-        live = [k for k, i in enumerate(index) if g_norm[i] != 0]  # a NaN is alive and shows in the weights
-        if not live:
+        settings = {"lr": self.param_groups[0]["lr"], "momentum": self.momentum, "weight_decay": self.weight_decay,
+                    "trust": self.trust}
+        if not self.sharded:
+            _, weights, gradients, buffers = zip(*self._pieces(), strict=True)
+            lars_ema_step(weights, gradients, buffers, self.excluded, self._targets, **settings,
+                          ema=self.param_groups[0]["ema"])
             return
-        weights, gradients, buffers = (
-            [tensors[k] for k in live] for tensors in (weights, gradients, buffers)
-        )
-        index = [index[k] for k in live]
-        decay = [0.0 if self.excluded[i] else self.weight_decay for i in index]
-        scale = [
-            lr
-            if self.excluded[i]
-            else lr * self.trust * w_norm[i] / (g_norm[i] + self.weight_decay * w_norm[i])
-            for i in index
-        ]
-        updates = torch._foreach_mul(weights, decay)
-        torch._foreach_add_(updates, gradients)
-        torch._foreach_mul_(updates, scale)
-        torch._foreach_mul_(buffers, self.momentum)
-        torch._foreach_add_(buffers, updates)
-        torch._foreach_sub_(weights, buffers)
+        pieces = [piece for piece in self._pieces() if piece[2] is not None]
+        index, weights, gradients, buffers = ([piece[k] for piece in pieces] for k in range(4))
+        w_norm, g_norm = self._norms(index, weights, gradients)
+        lars_update(weights, gradients, buffers, [self.excluded[i] for i in index], [w_norm[i] for i in index],
+                    [g_norm[i] for i in index], **settings)
+
+    def follow(self) -> None:
+        """Moves the targets towards the parameters, where ``step`` saw but a share of these."""
+        ema_update([t for _, t in self._followed], [p for p, _ in self._followed], self.param_groups[0]["ema"])
 
     @torch.no_grad()
     def full_state(self) -> dict[str, Tensor]:
@@ -169,15 +166,14 @@ class LARS(torch.optim.Optimizer):
         return pieces
 
     def _norms(self, index: list[int], weights: list[Tensor], gradients: list[Tensor]) -> tuple[list, list]:
-        """Norms of all parameters and of all gradients, over the ranks that share them."""
+        """Norms of all sharded parameters and of all their gradients, over the ranks that share them."""
         where = self.state[self.param_groups[0]["params"][0]]["momentum"].device
         # float64: the squares of small norms stay above zero
         squares = torch.zeros(2, len(self.names), dtype=torch.float64, device=where)
         if index:
             norms = torch.stack(torch._foreach_norm(weights) + torch._foreach_norm(gradients))
             squares[:, torch.tensor(index, device=where)] = norms.double().square().view(2, -1)
-        if self.sharded:
-            dist.all_reduce_sum(squares, self.norm_group)
+        dist.all_reduce_sum(squares, self.norm_group)
         w_norm, g_norm = squares.sqrt().tolist()
         return w_norm, g_norm
 

@@ -10,7 +10,7 @@ from pathlib import Path as Folder
 import torch
 from torch import Tensor, nn
 
-from bossnas import checkpoint, cost, data, dist, engines, heads, log, runfolder, shards, spaces, views
+from bossnas import checkpoint, cost, data, dist, engines, heads, log, ops, runfolder, shards, spaces, views
 from bossnas.config import Config, ConfigError, accumulation
 from bossnas.engines.protocol import Engine, autocast
 from bossnas.log import logger
@@ -37,6 +37,7 @@ class Run:
     val_set: shards.ShardIndex
     recipe: views.Recipe
     device: torch.device
+    kernels: str  # which run: triton | reference
     accumulate: int
     steps_per_epoch: int
     state: RunState
@@ -108,6 +109,7 @@ def build(config: Config) -> Run:
     device = dist.device(config.engine.device)
     space = spaces.make(config.space.name, width=config.space.width, image_size=config.space.image_size,
                         restricted=config.space.restricted, split=config.space.split)
+    kernels = ops.use_kernels(config.kernels, device)
     accumulate = accumulation(config, dist.world_size())
     _make_engine(config, accumulate).check(device.type)
     images = data.open_data(config.data.train, config.data.val)
@@ -120,8 +122,10 @@ def build(config: Config) -> Run:
     online = Supernet(space, config.heads.hidden, config.heads.out)
     predictors = nn.ModuleList(heads.predictor(config.heads.hidden, config.heads.out) for _ in range(space.blocks))
     target = copy.deepcopy(online).requires_grad_(False)
-    return Run(config, space, online.to(device), target.to(device), predictors.to(device), train_set, val_set,
-               views.recipe(config.data.recipe, config.space.image_size), device, accumulate,
+    for network in (online, target):
+        network.to(device, memory_format=torch.channels_last)
+    return Run(config, space, online, target, predictors.to(device), train_set, val_set,
+               views.recipe(config.data.recipe, config.space.image_size), device, kernels, accumulate,
                config.train.steps_per_epoch or len(train_set) // config.train.batch, RunState(), {})
 
 
@@ -173,9 +177,10 @@ def start_block(run: Run) -> tuple[Engine, Iterator[Step]]:
     """The engine of the state's block and its training, one optimizer step per item; nothing has run yet."""
     config, block, train = run.config, run.state.block, run.config.train
     trained = nn.ModuleDict({**run.online.part(block), "predictor": run.predictors[block]})
+    followers = run.target.part(block)
     engine = _make_engine(config, run.accumulate)
-    engine.wrap(trained, lambda sharded: LARS(
-        parameter_groups(trained), train.lr, train.momentum, train.weight_decay, train.trust, sharded=sharded))
+    engine.wrap(trained, lambda sharded: LARS(parameter_groups(trained, followers), train.lr, train.momentum,
+                                              train.weight_decay, train.trust, sharded=sharded))
     return engine, train_block(
         run.online, run.target, run.predictors[block], run.space, engine, _train_batches(run), run.state, train,
         accumulate=run.accumulate, steps_per_epoch=run.steps_per_epoch, seed=config.seed, device=run.device)
@@ -209,7 +214,7 @@ def _calibration(run: Run) -> list[Tensor]:
                                 seed=run.config.seed, count=count, batch=rating.calibration_images,
                                 workers=run.config.data.workers,
                                 max_bad=run.config.data.max_bad, bad=run.bad)
-    return [batch[0].to(run.device) for batch in chosen]
+    return [batch[0].to(run.device, memory_format=torch.channels_last) for batch in chosen]
 
 
 def _validation(run: Run) -> Iterator[list[Tensor]]:
@@ -218,7 +223,7 @@ def _validation(run: Run) -> Iterator[list[Tensor]]:
                                     shuffle=False, seed=run.config.seed, count=_val_images(run),
                                     batch=run.config.rating.batch,
                                     workers=run.config.data.workers, max_bad=run.config.data.max_bad, bad={}):
-        yield [x.to(run.device) for x in batch]
+        yield [x.to(run.device, memory_format=torch.channels_last) for x in batch]
 
 
 def _val_images(run: Run) -> int:
@@ -284,9 +289,9 @@ def _announce(run: Run, folder: Folder) -> None:
                        "(%d training, %d validation images of 28x28 pixels). Its result says nothing about your data.",
                        len(run.train_set), len(run.val_set))
     parameters = sum(p.numel() for p in run.online.parameters())
-    logger.info("%s search on %d %s rank(s): %d blocks, %.1f M supernet parameters, %d training images, "
+    logger.info("%s search on %d %s rank(s), %s kernels: %d blocks, %.1f M supernet parameters, %d training images, "
                 "%d steps a block of %d images", run.config.space.name, dist.world_size(), run.device.type,
-                run.space.blocks, parameters / 1e6, len(run.train_set), run.config.train.epochs * run.steps_per_epoch,
+                run.kernels, run.space.blocks, parameters / 1e6, len(run.train_set), run.config.train.epochs * run.steps_per_epoch,
                 run.config.train.batch)
     if run.state.block or run.state.step:
         done = run.state.block == run.space.blocks

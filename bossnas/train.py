@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bossnas import bootstrap, dist
 from bossnas.config import ConfigError, TrainConfig
 from bossnas.engines.protocol import Engine
-from bossnas.optim import ema_momentum, ema_update, learning_rate
+from bossnas.optim import ema_momentum, learning_rate
 from bossnas.paths import Path
 from bossnas.spaces import Space
 from bossnas.supernet import Item, Supernet
@@ -55,14 +55,13 @@ def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space:
     """Trains block ``state.block`` from ``state.step`` to the end of its stage; yields after every optimizer step.
 
     ``batches`` gives the micro-batches from there on: per view one tensor [n, 3, S, S], views 0..J-1 of kind A and
-    J..2J-1 of kind B. ``engine`` wraps the block's trainable modules. The caller may rate or save between two steps.
+    J..2J-1 of kind B. ``engine`` wraps the block's trainable modules; its optimizer moves the target network, too. The
+    caller may rate or save between two steps.
     """
     block, pairs, total = state.block, space.view_pairs, settings.epochs * steps_per_epoch
-    trained, followers = online.part(block), target.part(block)
-    trained.train()
-    followers.train()
+    online.part(block).train()
+    target.part(block).train()
     warmup = round(settings.warmup_epochs * steps_per_epoch * accumulate)
-    online_weights, target_weights = list(trained.parameters()), list(followers.parameters())
 
     while state.step < total:
         started = time.perf_counter()
@@ -70,7 +69,7 @@ def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space:
         for m in range(accumulate):
             micro = state.step * accumulate + m
             paths = sample_paths(space, block, state.winners, seed, micro)
-            views = [x.to(device, non_blocking=True) for x in next(batches)]
+            views = [x.to(device, non_blocking=True, memory_format=torch.channels_last) for x in next(batches)]
             with engine.autocast():
                 features = [target.features(state.winners, x) for x in views]
             n = len(features[0])
@@ -85,8 +84,7 @@ def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space:
                 projections = target.embed(block, items)
                 if order is not None:
                     projections = [dist.shuffle(t, order.argsort()) for t in projections]
-                target_a = bootstrap.ensemble_target(projections[0::2])
-                target_b = bootstrap.ensemble_target(projections[1::2])
+                targets_a, targets_b = projections[0::2], projections[1::2]
 
             size = settings.paths_per_pass or len(paths)
             for start in range(0, len(paths), size):
@@ -95,9 +93,8 @@ def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space:
                 with engine.autocast():
                     projections = online.embed(block, items)
                     predicted = _predict(predictor, projections)
-                    losses = [bootstrap.path_loss(a, b, target_a, target_b).mean()
-                              for a, b in zip(predicted[0::2], predicted[1::2], strict=True)]
-                    loss = torch.stack(losses).sum()
+                    loss = (bootstrap.ensemble_loss(predicted[0::2], targets_b)
+                            + bootstrap.ensemble_loss(predicted[1::2], targets_a)).sum()
                 engine.micro(loss, last=m == accumulate - 1 and chosen.stop == len(paths))
                 loss_sum += loss.detach() / len(paths)
                 spread_sum += bootstrap.spread(projections[0].detach()) * len(chosen) / len(paths)
@@ -105,9 +102,8 @@ def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space:
 
         epoch = state.step // steps_per_epoch
         lr = learning_rate(settings.lr, epoch, settings.epochs, micro, warmup)
-        engine.step(lr)
         momentum = ema_momentum(micro, total * accumulate, settings.ema)
-        ema_update(target_weights, online_weights, momentum)
+        engine.step(lr, momentum)
         state.step += 1
         state.images_seen += seen
         means = torch.stack(dist.all_gather(torch.stack([loss_sum, spread_sum]) / accumulate)).mean(0).tolist()

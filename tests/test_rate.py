@@ -52,8 +52,8 @@ class _Plain(nn.BatchNorm2d):
     def _check_input_dim(self, x):
         pass
 
-    def forward(self, x, groups=1, stats=None):
-        y = super().forward(x)
+    def forward(self, x, groups=1, stats=None, residual=0):
+        y = super().forward(x) + residual
         return {"none": lambda t: t, "relu": torch.relu, "silu": nn.functional.silu}[self.act](y)
 
 

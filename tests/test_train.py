@@ -37,7 +37,8 @@ def setup(name="hytra", seed=0, block=0, winners=(), **settings):
 
 def train(run, steps, accumulate=1, data_seed=1, n=8):
     engine = SingleEngine(accumulate, "fp32", 0.0)
-    engine.wrap(run.trained, lambda sharded: LARS(parameter_groups(run.trained), run.config.lr))
+    engine.wrap(run.trained, lambda sharded: LARS(
+        parameter_groups(run.trained, run.target.part(run.state.block)), run.config.lr))
     generator = torch.Generator().manual_seed(data_seed)
     batches = iter([[torch.randn(n, 3, 32, 32, generator=generator) for _ in range(2 * run.space.view_pairs)]
                     for _ in range(steps * accumulate * run.config.epochs)])
@@ -167,7 +168,8 @@ def test_the_loss_falls():
     run = setup("nats", lr=0.5, epochs=1)
     views = [torch.randn(16, 3, 32, 32) for _ in range(2)]
     engine = SingleEngine(1, "fp32", 0.0)
-    engine.wrap(run.trained, lambda sharded: LARS(parameter_groups(run.trained), run.config.lr))
+    engine.wrap(run.trained, lambda sharded: LARS(
+        parameter_groups(run.trained, run.target.part(run.state.block)), run.config.lr))
     steps = list(train_block(run.online, run.target, run.predictor, run.space, engine, iter([views] * 6), run.state,
                              run.config, accumulate=1, steps_per_epoch=6, seed=0, device=torch.device("cpu")))
     assert steps[-1].loss < steps[0].loss - 0.5
@@ -195,7 +197,9 @@ def test_losses_and_spread():
     torch.testing.assert_close(bootstrap.loss(a, 3 * a), torch.full((5,), -2.0, dtype=torch.float64))
     torch.testing.assert_close(bootstrap.path_loss(a, a, -a, -a), torch.full((5,), 4.0, dtype=torch.float64))
     b = torch.randn(5, 7, dtype=torch.float64)
-    torch.testing.assert_close(bootstrap.ensemble_target([a, b]), (F.normalize(a) + F.normalize(b)) / 2)
+    target = (F.normalize(a) + F.normalize(b)) / 2  # the mean of unit vectors, itself shorter
+    torch.testing.assert_close(bootstrap.ensemble_loss([b, a, a], [a, b]).double(), torch.stack(
+        [bootstrap.loss(p, target).mean() for p in (b, a, a)]))
     torch.testing.assert_close(bootstrap.population_centre([a, b]), (a + b) / 2)
     assert bootstrap.spread(torch.ones(6, 4)) == 0
     assert 0.9 < bootstrap.spread(torch.randn(4000, 16)) < 1.1

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from bossnas import bootstrap, dist, engines, heads, spaces
 from bossnas.config import TrainConfig
@@ -52,7 +53,7 @@ def by_hand(world: int, shuffled: bool = True) -> tuple[nn.ModuleDict, Supernet,
                         rows = order[r * N:(r + 1) * N]
                         out[rows] = target.embed(0, [Item(path, whole[rows])])[0]
                 targets.append(out)
-        t_a, t_b = bootstrap.ensemble_target(targets[0::2]), bootstrap.ensemble_target(targets[1::2])
+        t_a, t_b = (torch.stack([F.normalize(t) for t in targets[k::2]]).mean(0) for k in (0, 1))
         for r in range(world):
             mine = slice(r * N, (r + 1) * N)
             for j, path in enumerate(paths):
@@ -77,7 +78,8 @@ def main() -> None:
     trained = nn.ModuleDict({**online.part(0), "predictor": predictor})
     engine = engines.make("deepspeed", accumulate=ACCUMULATE, micro_batch=N, section={
         "zero_optimization": {"stage": int(sys.argv[-1])}})
-    engine.wrap(trained, lambda sharded: LARS(parameter_groups(trained), LR, sharded=sharded))
+    engine.wrap(trained, lambda sharded: LARS(
+        parameter_groups(trained, target.part(0)), LR, sharded=sharded))
     settings = TrainConfig(batch=N * world * ACCUMULATE, micro_batch=N, epochs=2, lr=LR, warmup_epochs=0)
     batches = (views_of(rank, micro) for micro in range(ACCUMULATE))
     step = next(train_block(online, target, predictor, space, engine, batches, RunState(), settings,

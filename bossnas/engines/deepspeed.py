@@ -233,10 +233,12 @@ class DeepSpeedEngine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(self._engine(loss))
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, ema: float = 1.0) -> None:
         for group in self._lars.param_groups:
-            group["lr"] = lr
+            group["lr"], group["ema"] = lr, ema
         self._engine.step()
+        if self.sharded:
+            self._lars.follow()
 
     def save(self, folder: Path) -> None:
         protocol.save_optimizer(self._lars, folder, write=dist.rank() == 0)

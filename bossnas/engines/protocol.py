@@ -39,8 +39,9 @@ class Engine(Protocol):
         micro-batch may come in several calls whose losses add up to its own.
         """
 
-    def step(self, lr: float) -> None:
-        """One optimizer step at learning rate ``lr``; gradients are gone afterwards."""
+    def step(self, lr: float, ema: float = 1.0) -> None:
+        """One optimizer step at learning rate ``lr``, then target <- ema target + (1 - ema) online for the
+        optimizer's targets (METHOD 3.4). Gradients are gone afterwards."""
 
     def save(self, folder: Path) -> None:
         """Writes the optimizer's state into ``folder``. All ranks call it, between updates."""

@@ -33,11 +33,11 @@ class SingleEngine:
     def micro(self, loss: Tensor, last: bool) -> None:
         (loss / self.accumulate).backward()
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, ema: float = 1.0) -> None:
         if self.clip > 0:
             torch.nn.utils.clip_grad_norm_(self._parameters, self.clip)
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"], group["ema"] = lr, ema
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 

@@ -9,7 +9,6 @@ from functools import cache
 
 import numpy as np
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bossnas.ops import Attention, Chain, GroupedBatchNorm, Statistics, conv, conv_norm
 from bossnas.paths import Path, all_paths, uniform_sample
@@ -149,14 +148,14 @@ class _Candidate(nn.Module):
             self.down_shortcut = conv_norm(outer // 2, outer, 3, 2, act="relu")
         mix = Attention(inner) if kind == "ATT" else conv(inner, inner, 3)
         self.body = Chain(mix, GroupedBatchNorm(inner, "relu"), conv(inner, outer),
-                          GroupedBatchNorm(outer, zero_init=True))
+                          GroupedBatchNorm(outer, "relu", zero_init=True))
         self.c_same = c_same
 
     def forward(self, x: Tensor, groups: int = 1, stats: Statistics | None = None) -> Tensor:
         same = x.shape[1] == self.c_same  # widths differ by scale, so they tell the scale at any image size
         entry, shortcut = (self.same, self.same_shortcut) if same else (self.down, self.down_shortcut)
         residual = shortcut(x, groups, stats) if isinstance(shortcut, Chain) else x
-        return F.relu(self.body(entry(x, groups, stats), groups, stats) + residual)
+        return self.body(entry(x, groups, stats), groups, stats, residual)
 
 
 def _entry(c_in: int, inner: int, stride: int) -> Chain:

@@ -73,7 +73,7 @@ class _Layer(nn.Module):
                               *([conv_norm(c_in, c_out)] if c_in != c_out else []))
 
     def forward(self, x: Tensor, choice: int, groups: int = 1, stats: Statistics | None = None) -> Tensor:
-        return self.candidates[choice](x, groups, stats) + self.shortcut(x, groups, stats)
+        return self.candidates[choice](x, groups, stats, residual=self.shortcut(x, groups, stats))
 
 
 def _inverted_residual(c_in: int, c_out: int, expand: int, kernel: int, stride: int) -> Chain:

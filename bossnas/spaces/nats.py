@@ -67,9 +67,10 @@ class _Op(nn.Module):
         self.norms = nn.ModuleList(GroupedBatchNorm(w) for w in widths)
         self.widths, self.relu = widths, relu
 
-    def forward(self, x: Tensor, choice: int, groups: int = 1, stats: Statistics | None = None) -> Tensor:
+    def forward(self, x: Tensor, choice: int, groups: int = 1, stats: Statistics | None = None,
+                residual: Tensor | None = None) -> Tensor:
         x = self.conv(F.relu(x) if self.relu else x, self.widths[choice])
-        return self.norms[choice](x, groups, stats)
+        return self.norms[choice](x, groups, stats, residual)
 
 
 class _Normal(nn.Module):
@@ -82,13 +83,13 @@ class _Normal(nn.Module):
         self.widths = widths
 
     def forward(self, x: Tensor, choice: int, groups: int = 1, stats: Statistics | None = None) -> Tensor:
-        def op(edge: str, node: Tensor) -> Tensor:
-            return self.ops[edge](node, choice, groups, stats)
+        def op(edge: str, node: Tensor, plus: Tensor | None = None) -> Tensor:
+            return self.ops[edge](node, choice, groups, stats, plus)
 
         n1 = op("01", x)
-        n2 = op("02", x) + op("12", n1)
+        n2 = op("12", n1, plus=op("02", x))
         skip = x if x.shape[1] == self.widths[choice] else self.skip(x, choice, groups, stats)
-        return skip + op("13", n1) + op("23", n2)
+        return op("23", n2, plus=op("13", n1, plus=skip))
 
 
 class _Residual(nn.Module):
@@ -102,8 +103,8 @@ class _Residual(nn.Module):
         self.widths = widths
 
     def forward(self, x: Tensor, choice: int, groups: int = 1, stats: Statistics | None = None) -> Tensor:
-        y = self.second(self.first(x, choice, groups, stats), choice, groups, stats)
-        return y + self.shortcut(self.pool(x), self.widths[choice])
+        shortcut = self.shortcut(self.pool(x), self.widths[choice])
+        return self.second(self.first(x, choice, groups, stats), choice, groups, stats, shortcut)
 
 
 class _WithStem(nn.Module):

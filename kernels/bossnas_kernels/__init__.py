@@ -1,12 +1,24 @@
-"""Kernels of bossnas as plain functions over tensors; needs torch alone and can be used without bossnas.
+"""Kernels of bossnas as plain functions over tensors; needs torch alone (and Triton on a GPU), not bossnas.
 
-`gbn_act`: grouped batch norm + residual + activation.
-`attention`: multi-head self-attention over the positions of a map.
-`bossnas_kernels.reference` holds their plain PyTorch implementations, the yardstick for every other one.
+`gbn_act`: grouped batch norm + residual + activation. `dwconv2d`: depthwise convolution. `mhsa2d`: self-attention over
+the positions of a map. `lars_ema_step`: optimizer and moving average of many tensors. `byol_ensemble_loss`: the loss of
+ensemble bootstrapping. `use` chooses between the Triton kernels and `bossnas_kernels.reference`, their plain PyTorch
+yardstick; `implementation` says which one runs.
 """
 
 from __future__ import annotations
 
-from bossnas_kernels.reference import attention, gbn_act
+from bossnas_kernels.dispatch import (
+    byol_ensemble_loss,
+    dwconv2d,
+    dwconv2d_stats,
+    gbn_act,
+    implementation,
+    lars_ema_step,
+    mhsa2d,
+    mhsa2d_stats,
+    use,
+)
 
-__all__ = ["attention", "gbn_act"]
+__all__ = ["byol_ensemble_loss", "dwconv2d", "dwconv2d_stats", "gbn_act", "implementation", "lars_ema_step", "mhsa2d",
+           "mhsa2d_stats", "use"]

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ACTIVATIONS = ("none", "relu", "silu")
+from bossnas_kernels import checks
 
 # Groups of at most this many elements are folded into channels and normalised by one call. Larger ones are
 # cheaper one by one: the copies that folding makes cost more than the calls it saves (measured on CPU).
 _FOLD_ELEMENTS = 8 * 1024
+
+# Self-attention over at most this many positions of an NCHW map in fp32 is written out: its products read the map as it
+# lies, scaled_dot_product_attention only a transposed copy (measured on CPU: 1.1 to 1.6 times faster up to here, then
+# less and less, slower at 196).
+_WRITTEN_OUT_TOKENS = 64
 
 
 def gbn_act(
@@ -27,45 +34,16 @@ def gbn_act(
     running_var: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Grouped batch norm: y = act(norm(x) * weight + bias + residual), each group by its own statistics.
-
-    Group g is the rows [g*N, (g+1)*N) of x. The result equals `groups` separate batch norms, in value and in
-    gradient; channels_last inputs give channels_last results.
-
-    x: [groups*N, C, H, W] or [groups*N, C], fp64, fp32, bf16 or fp16.
-    weight, bias: [C], shared by the groups (their gradients are summed), or [groups, C].
-    residual: shape of x, added before the activation. act: "none", "relu" or "silu".
-    training: normalise by the batch (biased variance, as `F.batch_norm`); otherwise by running_mean and
-        running_var, [C] or [groups, C], which are read and never written.
-
-    Returns (y, mean, var), y like x. In training mean and **unbiased** var are those of every group,
-    [groups, C], without gradient: what running statistics are averaged from; autograd may hold them, so do
-    not write to them. In evaluation they are the statistics used. Both are fp32 (fp64 for an fp64 input).
-    Raises ValueError for shapes, groups or activations that do not fit, and in training for groups of a
-    single value per channel.
-    """
-    if x.dim() not in (2, 4):
-        raise ValueError(f"x: expected [groups*N, C, H, W] or [groups*N, C], got shape {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(f"x: expected a floating-point tensor, got {x.dtype}")
-    rows, channels = x.shape[:2]
-    if groups < 1 or rows == 0 or rows % groups:
-        raise ValueError(f"groups: expected a positive divisor of the {rows} rows of x, got {groups}")
-    if act not in ACTIVATIONS:
-        raise ValueError(f"act: expected one of {', '.join(ACTIVATIONS)}, got {act!r}")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
+    """`bossnas_kernels.gbn_act` in plain torch; channels_last inputs give channels_last results."""
+    checks.gbn_act(x, weight, bias, groups, residual, act, training, running_mean, running_var)
+    channels = x.shape[1]
     stats_dtype = torch.promote_types(x.dtype, torch.float32)
-    weight = _per_channel("weight", weight, groups, channels).to(stats_dtype)
-    bias = _per_channel("bias", bias, groups, channels).to(stats_dtype)
+    weight, bias = weight.to(stats_dtype), bias.to(stats_dtype)
     if residual is not None:
         residual = residual.to(x.dtype)
 
     if not training:
-        if running_mean is None or running_var is None:
-            raise ValueError("running_mean, running_var: expected tensors in evaluation mode, got None")
-        mean = _per_channel("running_mean", running_mean, groups, channels).to(stats_dtype)
-        var = _per_channel("running_var", running_var, groups, channels).to(stats_dtype)
+        mean, var = running_mean.to(stats_dtype), running_var.to(stats_dtype)
         if groups == 1 or max(t.dim() for t in (weight, bias, mean, var)) == 1:
             flat = (t.flatten() for t in (mean, var, weight, bias))
             y = F.batch_norm(x, *flat, False, 0.0, eps)
@@ -74,22 +52,10 @@ def gbn_act(
             y = _evaluate_groups(x, weight, bias, mean, var, residual, groups, act, eps)
         return y, mean.expand(groups, channels), var.expand(groups, channels)
 
-    if x.numel() == groups * channels:
-        raise ValueError(
-            f"x: expected more than one value per channel in each of the {groups} groups to normalise by, "
-            f"got shape {tuple(x.shape)}"
-        )
-    if groups > 1 and x.numel() > groups * _FOLD_ELEMENTS:
+    # torch.compile fuses the folding away, and cannot trace kernels that write into views
+    if groups > 1 and x.numel() > groups * _FOLD_ELEMENTS and not torch.compiler.is_compiling():
         return _GroupByGroup.apply(x, weight, bias, residual, groups, act, eps)
     return _fold_groups(x, weight, bias, residual, groups, act, eps)
-
-
-def _per_channel(name: str, value: Tensor, groups: int, channels: int) -> Tensor:
-    if tuple(value.shape) not in ((channels,), (groups, channels)):
-        raise ValueError(
-            f"{name}: expected shape [{channels}] or [{groups}, {channels}], got {tuple(value.shape)}"
-        )
-    return value
 
 
 def _activate(x: Tensor, act: str) -> Tensor:
@@ -225,21 +191,90 @@ def _group_rows(value: Tensor, groups: int) -> tuple[Tensor, ...]:
     return value.unbind() if value.dim() == 2 else (value,) * groups
 
 
-def attention(qkv: Tensor, heads: int) -> Tensor:
-    """Multi-head self-attention over the positions of a map: out_i = sum_j softmax_j(q_i.k_j / sqrt(d)) v_j.
+def dwconv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1) -> Tensor:
+    """See `bossnas_kernels.dwconv2d`."""
+    checks.dwconv2d(x, weight, bias, stride)
+    kernel = weight.shape[-1]
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.conv2d(x, weight.to(x.dtype), bias, stride, 0 if kernel == stride else kernel // 2, groups=x.shape[1])
 
-    qkv: [N, 3*heads*d, H, W], channels ordered q (all heads), k, v, with d consecutive channels a head; the
-    tokens are the H*W positions, row by row; no positional term. Returns [N, heads*d, H, W] in the memory
-    format of qkv. Raises ValueError for shapes that do not fit.
-    """
-    if qkv.dim() != 4:
-        raise ValueError(f"qkv: expected [N, 3*heads*d, H, W], got shape {tuple(qkv.shape)}")
-    batch, channels, height, width = qkv.shape
-    if heads < 1 or channels == 0 or channels % (3 * heads):
-        raise ValueError(f"heads: expected 3*heads to divide the {channels} channels of qkv, got {heads}")
-    layout = _memory_format(qkv)
-    tokens = qkv.flatten(2).transpose(1, 2).contiguous()  # [N, H*W, 3*heads*d], free for channels_last
-    q, k, v = tokens.view(batch, height * width, 3, heads, -1).permute(2, 0, 3, 1, 4)
-    out = F.scaled_dot_product_attention(q, k, v)  # [N, heads, H*W, d]
+
+def dwconv2d_stats(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1,
+                   groups: int = 1) -> tuple[Tensor, None]:
+    """See `bossnas_kernels.dwconv2d_stats`; no statistics."""
+    checks.dwconv2d(x, weight, bias, stride)
+    checks.stats_groups(groups, x.shape[0])
+    return dwconv2d(x, weight, bias, stride=stride), None
+
+
+def mhsa2d(qkv: Tensor, heads: int) -> Tensor:
+    """`bossnas_kernels.mhsa2d` in plain torch; the result lies in memory as qkv does."""
+    checks.mhsa2d(qkv, heads)
+    batch, _, height, width = qkv.shape
+    layout, tokens = _memory_format(qkv), height * width
+    if (layout is torch.contiguous_format and tokens <= _WRITTEN_OUT_TOKENS and qkv.device.type == "cpu"
+            and qkv.dtype in (torch.float32, torch.float64)):
+        q, k, v = qkv.reshape(batch, 3, heads, -1, tokens).unbind(1)  # [N, heads, d, T]
+        weight = torch.softmax((q * q.shape[2]**-0.5).transpose(2, 3) @ k, 3)
+        return (v @ weight.transpose(2, 3)).reshape(batch, -1, height, width)
+    rows = qkv.flatten(2).transpose(1, 2).contiguous()  # [N, T, 3*heads*d], free for channels_last
+    q, k, v = rows.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(q, k, v)  # [N, heads, T, d]
     out_NHWC = out.transpose(1, 2).reshape(batch, height, width, -1)
     return out_NHWC.permute(0, 3, 1, 2).contiguous(memory_format=layout)
+
+
+def mhsa2d_stats(qkv: Tensor, heads: int, *, groups: int = 1) -> tuple[Tensor, None]:
+    """`bossnas_kernels.mhsa2d_stats` in plain torch, which saves nothing by statistics: they are None."""
+    out = mhsa2d(qkv, heads)
+    checks.stats_groups(groups, len(qkv))
+    return out, None
+
+
+@torch.no_grad()
+def lars_ema_step(weights: Sequence[Tensor], gradients: Sequence[Tensor | None], momenta: Sequence[Tensor],
+                  excluded: Sequence[bool], targets: Sequence[Tensor | None] | None = None, *, lr: float,
+                  momentum: float, weight_decay: float, trust: float, ema: float = 1.0) -> None:
+    """`bossnas_kernels.lars_ema_step` in plain torch, with one copy from the device, of the norms."""
+    checks.lars_ema_step(weights, gradients, momenta, excluded, targets)
+    index = [i for i, g in enumerate(gradients) if g is not None]
+    if index:
+        moved, buffers = [weights[i] for i in index], [momenta[i] for i in index]
+        given = [gradients[i].to(weights[i].dtype) for i in index]
+        norms = torch._foreach_norm(moved) + torch._foreach_norm(given)
+        w_norm, g_norm = torch.stack(norms).double().view(2, -1).tolist()
+        lars_update(moved, given, buffers, [excluded[i] for i in index], w_norm, g_norm, lr=lr, momentum=momentum,
+                    weight_decay=weight_decay, trust=trust)
+    pairs = [(t, w) for t, w in zip(targets or (), weights, strict=False) if t is not None]
+    if pairs:
+        torch._foreach_lerp_([t for t, _ in pairs], [w for _, w in pairs], 1 - ema)
+
+
+@torch.no_grad()
+def lars_update(weights: Sequence[Tensor], gradients: Sequence[Tensor], momenta: Sequence[Tensor],
+                excluded: Sequence[bool], w_norm: Sequence[float], g_norm: Sequence[float], *, lr: float,
+                momentum: float, weight_decay: float, trust: float) -> None:
+    """The update of `lars_ema_step` with norms that are known, as where each rank holds a piece of a tensor.
+
+    A gradient of norm 0 moves nothing; NaN is not 0, and shows in the weights.
+    """
+    live = [i for i, norm in enumerate(g_norm) if norm != 0]
+    if not live:
+        return
+    weights, gradients, momenta = ([tensors[i] for i in live] for tensors in (weights, gradients, momenta))
+    scale = [lr if excluded[i] else lr * trust * w_norm[i] / (g_norm[i] + weight_decay * w_norm[i]) for i in live]
+    updates = torch._foreach_mul(weights, [0.0 if excluded[i] else weight_decay for i in live])
+    torch._foreach_add_(updates, gradients)
+    torch._foreach_mul_(updates, scale)
+    torch._foreach_mul_(momenta, momentum)
+    torch._foreach_add_(momenta, updates)
+    torch._foreach_sub_(weights, momenta)
+
+
+def byol_ensemble_loss(q: Tensor, k: Tensor) -> Tensor:
+    """`bossnas_kernels.byol_ensemble_loss` in plain torch; fp64 for an fp64 q."""
+    checks.byol_ensemble_loss(q, k)
+    q, k = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k.detach()))
+    target = F.normalize(k, dim=2).mean(0)
+    direction = F.normalize(target, dim=1, eps=1e-8).to(q.dtype)
+    return -2 * (F.normalize(q, dim=2, eps=1e-8) * direction).sum(2).mean(1)

@@ -1,0 +1,123 @@
+"""What every implementation of a kernel accepts. Each check raises ValueError: what was expected, what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+ACTIVATIONS = ("none", "relu", "silu")
+
+
+def gbn_act(x: Tensor, weight: Tensor, bias: Tensor, groups: int, residual: Tensor | None, act: str, training: bool,
+            running_mean: Tensor | None, running_var: Tensor | None) -> None:
+    if x.dim() not in (2, 4):
+        raise ValueError(f"x: expected [groups*N, C, H, W] or [groups*N, C], got shape {tuple(x.shape)}")
+    _floating("x", x)
+    rows, channels = x.shape[:2]
+    if groups < 1 or rows == 0 or rows % groups:
+        raise ValueError(f"groups: expected a positive divisor of the {rows} rows of x, got {groups}")
+    if x.numel() == 0:
+        raise ValueError(f"x: expected at least one channel and one position, got shape {tuple(x.shape)}")
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act: expected one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
+    _per_channel("weight", weight, groups, channels)
+    _per_channel("bias", bias, groups, channels)
+    if training:
+        if x.numel() == groups * channels:
+            raise ValueError(f"x: expected more than one value per channel in each of the {groups} groups to normalise "
+                             f"by, got shape {tuple(x.shape)}")
+        return
+    if running_mean is None or running_var is None:
+        raise ValueError("running_mean, running_var: expected tensors in evaluation mode, got None")
+    _per_channel("running_mean", running_mean, groups, channels)
+    _per_channel("running_var", running_var, groups, channels)
+
+
+def dwconv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x: expected [N, C, H, W], got shape {tuple(x.shape)}")
+    _floating("x", x)
+    if x.numel() == 0:
+        raise ValueError(f"x: expected at least one image, channel and position, got shape {tuple(x.shape)}")
+    channels, kernel = x.shape[1], weight.shape[-1] if weight.dim() else 0
+    if tuple(weight.shape) != (channels, 1, kernel, kernel):
+        raise ValueError(f"weight: expected shape [{channels}, 1, k, k] for the {channels} channels of x, got "
+                         f"{tuple(weight.shape)}")
+    _floating("weight", weight)
+    if not (kernel in (3, 5) and stride in (1, 2) or kernel in (2, 4, 8) and stride == kernel):
+        raise ValueError(f"weight, stride: expected k = 3 or 5 with stride 1 or 2, or patches, k = stride = 2, 4 or 8; "
+                         f"got k = {kernel}, stride {stride!r}")
+    if kernel == stride and min(x.shape[2:]) < kernel:
+        raise ValueError(f"x: expected at least one patch of {kernel}x{kernel}, got a map of "
+                         f"{x.shape[2]}x{x.shape[3]}")
+    if bias is not None:
+        if tuple(bias.shape) != (channels,):
+            raise ValueError(f"bias: expected shape [{channels}], got {tuple(bias.shape)}")
+        _floating("bias", bias)
+
+
+def mhsa2d(qkv: Tensor, heads: int) -> None:
+    if qkv.dim() != 4:
+        raise ValueError(f"qkv: expected [N, 3*heads*d, H, W], got shape {tuple(qkv.shape)}")
+    _floating("qkv", qkv)
+    channels = qkv.shape[1]
+    if heads < 1 or channels == 0 or channels % (3 * heads):
+        raise ValueError(f"heads: expected 3*heads to divide the {channels} channels of qkv, got {heads}")
+    if qkv.numel() == 0:
+        raise ValueError(f"qkv: expected at least one image and one position, got shape {tuple(qkv.shape)}")
+
+
+def lars_ema_step(weights: Sequence[Tensor], gradients: Sequence[Tensor | None], momenta: Sequence[Tensor],
+                  excluded: Sequence[bool], targets: Sequence[Tensor | None] | None) -> None:
+    others = {"gradients": gradients, "momenta": momenta, "targets": targets}
+    for name, values in {**others, "excluded": excluded}.items():
+        if values is not None and len(values) != len(weights):
+            raise ValueError(f"{name}: expected {len(weights)} entries, one for each weight, got {len(values)}")
+    others["weights"] = weights
+    for name, tensors in others.items():
+        for i, (weight, tensor) in enumerate(zip(weights, tensors or (), strict=False)):
+            if tensor is None and name in ("gradients", "targets"):
+                continue
+            if tensor.shape != weight.shape:
+                raise ValueError(f"{name}[{i}]: expected the shape of weights[{i}], {tuple(weight.shape)}, "
+                                 f"got {tuple(tensor.shape)}")
+            if tensor.device != weights[0].device:
+                raise ValueError(f"{name}[{i}]: expected a tensor on {weights[0].device}, as weights[0] is, "
+                                 f"got {tensor.device}")
+
+
+def byol_ensemble_loss(q: Tensor, k: Tensor) -> None:
+    for name, value, letter in (("q", q, "P"), ("k", k, "T")):
+        if value.dim() != 3:
+            raise ValueError(f"{name}: expected [{letter}, N, D], got shape {tuple(value.shape)}")
+        _floating(name, value)
+        if value.numel() == 0:
+            raise ValueError(f"{name}: expected at least one path, image and dimension, got shape {tuple(value.shape)}")
+    if q.shape[1:] != k.shape[1:]:
+        raise ValueError(f"k: expected [T, {q.shape[1]}, {q.shape[2]}], images and dimensions of q, "
+                         f"got {tuple(k.shape)}")
+    same_device(q, k=k)
+
+
+def stats_groups(groups: int, batch: int) -> None:
+    if groups < 1 or batch % groups:
+        raise ValueError(f"groups: expected a positive divisor of the batch of {batch}, got {groups}")
+
+
+def same_device(x: Tensor, **others: Tensor | None) -> None:
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{name}: expected a tensor on {x.device}, as the first argument is, got {other.device}")
+
+
+def _floating(name: str, value: Tensor) -> None:
+    if not value.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+
+
+def _per_channel(name: str, value: Tensor, groups: int, channels: int) -> None:
+    if tuple(value.shape) not in ((channels,), (groups, channels)):
+        raise ValueError(f"{name}: expected shape [{channels}] or [{groups}, {channels}], got {tuple(value.shape)}")

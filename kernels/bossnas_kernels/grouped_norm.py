@@ -1,0 +1,318 @@
+"""K1: grouped batch norm + residual + activation on NHWC maps, forward and backward, in Triton.
+
+A map is a matrix of rows (positions of all images) and channels; group g is an equal run of rows. Forward:
+statistics of row chunks -> combined by group -> applied. Backward: sums of row chunks -> added up -> applied. There
+are no atomics, so results repeat to the bit. Sums are taken around a pivot (a chunk's first row) and combined as
+(count, mean, M2) by Chan's formula: E[x^2] - E[x]^2 turns negative where the mean is large.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bossnas_kernels import checks, common
+from bossnas_kernels.common import dense, new_map, sigmoid
+
+# elements: of a tile, rows x channels. channels: at most, per tile. programs: about as many in the reducing passes.
+TABLE = {
+    "sm_80": {"elements": 4096, "channels": 128, "programs": 864, "num_warps": 4},
+    "sm_90": {"elements": 4096, "channels": 128, "programs": 1056, "num_warps": 4},
+    "gfx942": {"elements": 4096, "channels": 128, "programs": 1216, "num_warps": 4},
+    "default": {"elements": 4096, "channels": 128, "programs": 864, "num_warps": 4},
+    "interpreter": {"elements": 4096, "channels": 128, "programs": 4, "num_warps": 4},
+}
+
+
+def gbn_act(x, weight, bias, *, groups=1, residual=None, act="none", training=True, running_mean=None,
+            running_var=None, eps=1e-5, partial_stats=None) -> tuple[Tensor, Tensor, Tensor]:
+    """`bossnas_kernels.gbn_act` for fp32, bf16 and fp16 tensors of one CUDA or ROCm device."""
+    checks.gbn_act(x, weight, bias, groups, residual, act, training, running_mean, running_var)
+    if x.dtype not in common.DTYPES:
+        raise ValueError(f"x: the kernel takes float32, bfloat16 or float16, got {x.dtype}")
+    others = {"weight": weight, "bias": bias, "residual": residual, "running_mean": running_mean,
+              "running_var": running_var, "partial_stats": partial_stats}
+    checks.same_device(x, **others)
+    if residual is not None:
+        residual = residual.to(x.dtype)
+    if training:
+        if partial_stats is not None and (partial_stats.shape[:2] + partial_stats.shape[3:]
+                                          != (3, groups, x.shape[1])):
+            raise ValueError(f"partial_stats: expected [3, {groups}, parts, {x.shape[1]}] from a kernel called with as "
+                             f"many groups, got {tuple(partial_stats.shape)}")
+        y, statistics = _operation(x, weight, bias, residual, None, None, partial_stats, groups, act, eps)
+        return y, statistics[0], statistics[2]
+    running_mean, running_var = running_mean.float(), running_var.float()
+    y, _ = _operation(x, weight, bias, residual, running_mean, running_var, None, groups, act, eps)
+    return y, running_mean.expand(groups, -1), running_var.expand(groups, -1)
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, running_mean: Tensor | None,
+             running_var: Tensor | None, partial_stats: Tensor | None, groups: int, act: str,
+             eps: float) -> tuple[Tensor, Tensor]:
+    """-> y, and [3, G, C] fp32: mean, 1 / sqrt(biased var + eps), unbiased var."""
+    x = dense("x of gbn_act", x)
+    residual = None if residual is None else dense("residual of gbn_act", residual)
+    plan = _Plan(x, groups)
+    statistics = torch.empty(3, groups, plan.channels, dtype=torch.float32, device=x.device)
+    if running_mean is None:
+        if partial_stats is None:
+            partial_stats = torch.empty(3, groups, plan.chunks, plan.channels, dtype=torch.float32, device=x.device)
+            _statistics[plan.reducing_grid](x, partial_stats, plan.rows, plan.channels, plan.chunks, plan.chunk_rows,
+                                            partial_stats.stride(0), **plan.tile)
+        partial_stats = partial_stats.contiguous()
+        _combine[(plan.tiles_c * groups,)](partial_stats, statistics, plan.channels, partial_stats.shape[2],
+                                           partial_stats.stride(0), statistics.stride(0), eps, BLOCK_P=32,
+                                           BLOCK_C=plan.tile["BLOCK_C"], num_warps=plan.tile["num_warps"])
+    else:
+        statistics[0] = running_mean
+        statistics[1] = torch.rsqrt(running_var + eps)
+        statistics[2] = running_var
+    y = new_map(x)
+    _apply[plan.grid](x, x if residual is None else residual, y, statistics, statistics.stride(0), weight.contiguous(),
+                      bias.contiguous(), _group_stride(weight), _group_stride(bias), plan.rows, plan.channels,
+                      HAS_RESIDUAL=residual is not None, ACT=act, **plan.tile)
+    return y, statistics
+
+
+def _fake_forward(x, weight, bias, residual, running_mean, running_var, partial_stats, groups, act, eps):
+    return new_map(x), torch.empty(3, groups, x.shape[1], dtype=torch.float32, device=x.device)
+
+
+def _backward(dy: Tensor, x: Tensor, extra: Tensor | None, statistics: Tensor, weight: Tensor, bias: Tensor,
+              groups: int, act: str, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dx, dz (the residual's gradient; empty if there is none), sums [2, G, C] of dz and of dz times normalised x.
+
+    extra: with a residual, what tells z: y for relu, the residual for silu. Without one, z is recomputed from x.
+    """
+    x, dy = dense("x of gbn_act", x), dense("gradient of gbn_act", dy)
+    extra = None if extra is None else dense("residual of gbn_act", extra)
+    plan = _Plan(x, groups)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    partial = torch.empty(2, groups, plan.chunks, plan.channels, dtype=torch.float32, device=x.device)
+    dx = new_map(x)
+    dz = torch.empty(0, dtype=x.dtype, device=x.device) if extra is None else new_map(x)
+    strides = (_group_stride(weight), _group_stride(bias))
+    _reduce_gradient[plan.reducing_grid](dy, x, x if extra is None else extra, dz, partial, statistics,
+                                         statistics.stride(0), weight, bias, *strides, plan.rows, plan.channels,
+                                         plan.chunks, plan.chunk_rows, partial.stride(0), HAS_EXTRA=extra is not None,
+                                         ACT=act, **plan.tile)
+    sums = partial.sum(2)
+    # dz, once written, replaces dy and needs no activation any more
+    given, act = (dy, act) if extra is None else (dz, "none")
+    _apply_gradient[plan.grid](given, x, dx, sums, statistics, sums.stride(0), weight, bias, *strides, plan.rows,
+                               plan.channels, TRAINING=training, ACT=act, **plan.tile)
+    return dx, dz, sums
+
+
+def _fake_backward(dy, x, extra, statistics, weight, bias, groups, act, training):
+    dz = torch.empty(0, dtype=x.dtype, device=x.device) if extra is None else new_map(x)
+    return new_map(x), dz, torch.empty(2, groups, x.shape[1], dtype=torch.float32, device=x.device)
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias, residual, running_mean, _, _, groups, act, _ = inputs
+    y, statistics = output
+    extra = None if residual is None or act == "none" else y if act == "relu" else residual
+    ctx.save_for_backward(x, extra, statistics, weight, bias)
+    ctx.settings = groups, act, running_mean is None
+    ctx.mark_non_differentiable(statistics)
+
+
+def _gradients(ctx, backward, dy, *_):
+    x, extra, statistics, weight, bias = ctx.saved_tensors
+    dx, dz, sums = backward(dy, x, extra, statistics, weight, bias, *ctx.settings)
+    dbias, dweight = (s if like.dim() == 2 else s.sum(0) for s, like in zip(sums, (bias, weight), strict=True))
+    dresidual = (dy if extra is None else dz) if ctx.needs_input_grad[3] else None
+    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dresidual, None, None, None, None, None, None
+
+
+_operation = common.operation("gbn_act", _forward, _fake_forward, _backward, _fake_backward, _save, _gradients)
+
+
+class _Plan:
+    """Tiles and grids for x, a dense map or matrix, in ``groups`` groups."""
+
+    def __init__(self, x: Tensor, groups: int):
+        table = common.config(TABLE, x.device)
+        self.channels = x.shape[1]
+        self.rows = x.numel() // (self.channels * groups)  # of a group
+        block_c = min(table["channels"], triton.next_power_of_2(self.channels))
+        block_m = max(1, min(table["elements"] // block_c, triton.next_power_of_2(self.rows)))
+        self.tile = {"BLOCK_M": block_m, "BLOCK_C": block_c, "num_warps": table["num_warps"]}
+        self.tiles_c = triton.cdiv(self.channels, block_c)
+        chunks = max(1, min(table["programs"] // (self.tiles_c * groups), triton.cdiv(self.rows, block_m)))
+        self.chunk_rows = triton.cdiv(triton.cdiv(self.rows, chunks), block_m) * block_m
+        self.chunks = triton.cdiv(self.rows, self.chunk_rows)
+        self.reducing_grid = (self.tiles_c * self.chunks * groups,)
+        self.grid = (self.tiles_c * triton.cdiv(self.rows, block_m) * groups,)
+
+
+def _group_stride(value: Tensor) -> int:
+    return value.shape[1] if value.dim() == 2 else 0
+
+
+@triton.jit
+def _place(parts, part_rows, rows, channels, BLOCK_C: tl.constexpr):
+    """This program's channels c, whether they exist, group, part of it, first row (of all) and number of rows."""
+    tiles_c = tl.cdiv(channels, BLOCK_C)
+    pid = tl.program_id(0)
+    c = pid % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    part = pid // tiles_c % parts
+    group = pid // tiles_c // parts
+    first = group.to(tl.int64) * rows + part * part_rows
+    return c, c < channels, group, part, first, tl.minimum(part_rows, rows - part * part_rows)
+
+
+@triton.jit
+def _statistics(x, partial, rows, channels, chunks, chunk_rows, plane, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Count, mean and M2 of one chunk of rows and tile of channels -> partial [3, G, chunks, C]."""
+    c, c_ok, group, chunk, first, count = _place(chunks, chunk_rows, rows, channels, BLOCK_C)
+    tile = tl.arange(0, BLOCK_M)[:, None] * channels + c[None, :]
+    pivot = tl.load(x + first * channels + c, mask=c_ok, other=0).to(tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for start in range(0, count, BLOCK_M):
+        mask = (start + tl.arange(0, BLOCK_M) < count)[:, None] & c_ok[None, :]
+        v = tl.load(x + (first + start) * channels + tile, mask=mask, other=0).to(tl.float32)
+        v = tl.where(mask, v - pivot[None, :], 0)
+        total += v
+        squares += v * v
+    shift = tl.sum(total, 0) / count
+    to = partial + (group.to(tl.int64) * chunks + chunk) * channels + c
+    tl.store(to, (shift * 0 + count).to(tl.float32), mask=c_ok)
+    tl.store(to + plane, pivot + shift, mask=c_ok)
+    tl.store(to + 2 * plane, tl.sum(squares, 0) - tl.sum(total, 0) * shift, mask=c_ok)
+
+
+@triton.jit
+def _combine(partial, statistics, channels, parts, plane, statistics_plane, eps, BLOCK_P: tl.constexpr,
+             BLOCK_C: tl.constexpr):
+    """Parts (count, mean, M2) of every group, [3, G, parts, C] -> statistics [3, G, C]."""
+    c, c_ok, group, _, _, _ = _place(1, 1, 1, channels, BLOCK_C)
+    partial += group.to(tl.int64) * parts * channels
+    pivot = tl.load(partial + plane + c, mask=c_ok, other=0)
+    count = tl.zeros([BLOCK_C], tl.float32)
+    shift = tl.zeros([BLOCK_C], tl.float32)
+    for p in range(0, parts, BLOCK_P):
+        r = p + tl.arange(0, BLOCK_P)
+        at = partial + r[:, None] * channels + c[None, :]
+        mask = (r < parts)[:, None] & c_ok[None, :]
+        n = tl.load(at, mask=mask, other=0)
+        # a part without rows has no mean: whatever stands there is not read
+        m = tl.load(at + plane, mask=mask & (n > 0), other=0)
+        count += tl.sum(n, 0)
+        shift += tl.sum(tl.where(n > 0, n * (m - pivot[None, :]), 0), 0)
+    count = tl.where(c_ok, count, 2)
+    centre = pivot + shift / count
+    m2 = tl.zeros([BLOCK_C], tl.float32)
+    for p in range(0, parts, BLOCK_P):
+        r = p + tl.arange(0, BLOCK_P)
+        at = partial + r[:, None] * channels + c[None, :]
+        mask = (r < parts)[:, None] & c_ok[None, :]
+        n = tl.load(at, mask=mask, other=0)
+        d = tl.load(at + plane, mask=mask & (n > 0), other=0) - centre[None, :]
+        inner = tl.load(at + 2 * plane, mask=mask & (n > 0), other=0)
+        m2 += tl.sum(tl.where(n > 0, inner + n * d * d, 0), 0)
+    to = statistics + group.to(tl.int64) * channels + c
+    tl.store(to, centre, mask=c_ok)
+    tl.store(to + statistics_plane, 1 / tl.sqrt(m2 / count + eps), mask=c_ok)
+    tl.store(to + 2 * statistics_plane, m2 / (count - 1), mask=c_ok)
+
+
+@triton.jit
+def _affine(statistics, plane, weight, bias, group, weight_stride, bias_stride, channels, c, c_ok):
+    """Mean, 1 / standard deviation, weight and bias of this program's channels, fp32."""
+    at = statistics + group.to(tl.int64) * channels + c
+    m = tl.load(at, mask=c_ok, other=0)
+    r = tl.load(at + plane, mask=c_ok, other=0)
+    w = tl.load(weight + group.to(tl.int64) * weight_stride + c, mask=c_ok, other=0).to(tl.float32)
+    b = tl.load(bias + group.to(tl.int64) * bias_stride + c, mask=c_ok, other=0).to(tl.float32)
+    return m, r, w, b
+
+
+@triton.jit
+def _apply(x, residual, y, statistics, plane, weight, bias, weight_stride, bias_stride, rows, channels,
+           HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """y = act((x - mean) * rstd * weight + bias + residual) on one tile."""
+    c, c_ok, group, _, first, count = _place(tl.cdiv(rows, BLOCK_M), BLOCK_M, rows, channels, BLOCK_C)
+    m, r, w, b = _affine(statistics, plane, weight, bias, group, weight_stride, bias_stride, channels, c, c_ok)
+    row = tl.arange(0, BLOCK_M)
+    mask = (row < count)[:, None] & c_ok[None, :]
+    tile = row[:, None] * channels + c[None, :]
+    base = first * channels  # int64; offsets in a tile are 32 bits wide
+    z = (tl.load(x + base + tile, mask=mask, other=0).to(tl.float32) - m[None, :]) * (r * w)[None, :] + b[None, :]
+    if HAS_RESIDUAL:
+        z += tl.load(residual + base + tile, mask=mask, other=0).to(tl.float32)
+    if ACT == "relu":
+        z = tl.where(z < 0, 0.0, z)  # keeps NaN, as maximum does not in every version
+    elif ACT == "silu":
+        z = z * sigmoid(z)
+    tl.store(y + base + tile, z.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _before_activation(dy, normal, extra, w, b, HAS_EXTRA: tl.constexpr, ACT: tl.constexpr):
+    """Gradient before the activation. normal: normalised x; extra: y (relu) or the residual (silu)."""
+    dz = dy
+    if ACT == "relu":
+        if HAS_EXTRA:
+            dz = tl.where(extra > 0, dy, 0.0)
+        else:
+            dz = tl.where(normal * w[None, :] + b[None, :] > 0, dy, 0.0)
+    elif ACT == "silu":
+        z = normal * w[None, :] + b[None, :]
+        if HAS_EXTRA:
+            z += extra
+        s = sigmoid(z)
+        dz = dy * s * (1 + z * (1 - s))
+    return dz
+
+
+@triton.jit
+def _reduce_gradient(dy, x, extra, dz_out, partial, statistics, plane, weight, bias, weight_stride, bias_stride, rows,
+                     channels, chunks, chunk_rows, partial_plane, HAS_EXTRA: tl.constexpr, ACT: tl.constexpr,
+                     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Sums of dz and of dz * normalised x over one chunk -> partial [2, G, chunks, C]; dz itself with a residual."""
+    c, c_ok, group, chunk, first, count = _place(chunks, chunk_rows, rows, channels, BLOCK_C)
+    m, r, w, b = _affine(statistics, plane, weight, bias, group, weight_stride, bias_stride, channels, c, c_ok)
+    total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    product = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    tile = tl.arange(0, BLOCK_M)[:, None] * channels + c[None, :]
+    for start in range(0, count, BLOCK_M):
+        mask = (start + tl.arange(0, BLOCK_M) < count)[:, None] & c_ok[None, :]
+        base = (first + start) * channels
+        normal = (tl.load(x + base + tile, mask=mask, other=0).to(tl.float32) - m[None, :]) * r[None, :]
+        dz = tl.load(dy + base + tile, mask=mask, other=0).to(tl.float32)  # 0 outside, so that nothing there counts
+        e = dz
+        if HAS_EXTRA:
+            e = tl.load(extra + base + tile, mask=mask, other=0).to(tl.float32)
+        dz = _before_activation(dz, normal, e, w, b, HAS_EXTRA, ACT)
+        if HAS_EXTRA:
+            tl.store(dz_out + base + tile, dz.to(dz_out.dtype.element_ty), mask=mask)
+        total += dz
+        product += dz * normal
+    to = partial + (group.to(tl.int64) * chunks + chunk) * channels + c
+    tl.store(to, tl.sum(total, 0), mask=c_ok)
+    tl.store(to + partial_plane, tl.sum(product, 0), mask=c_ok)
+
+
+@triton.jit
+def _apply_gradient(dy, x, dx, sums, statistics, plane, weight, bias, weight_stride, bias_stride, rows, channels,
+                    TRAINING: tl.constexpr, ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """dx on one tile: through the batch's own statistics in training, through the affine map alone otherwise."""
+    c, c_ok, group, _, first, count = _place(tl.cdiv(rows, BLOCK_M), BLOCK_M, rows, channels, BLOCK_C)
+    m, r, w, b = _affine(statistics, plane, weight, bias, group, weight_stride, bias_stride, channels, c, c_ok)
+    row = tl.arange(0, BLOCK_M)
+    mask = (row < count)[:, None] & c_ok[None, :]
+    tile = row[:, None] * channels + c[None, :]
+    base = first * channels
+    normal = (tl.load(x + base + tile, mask=mask, other=0).to(tl.float32) - m[None, :]) * r[None, :]
+    dz = tl.load(dy + base + tile, mask=mask, other=0).to(tl.float32)
+    dz = _before_activation(dz, normal, dz, w, b, False, ACT)
+    if TRAINING:
+        to = group.to(tl.int64) * channels + c
+        share = tl.load(sums + to, mask=c_ok, other=0) / rows
+        slope = tl.load(sums + plane + to, mask=c_ok, other=0) / rows
+        dz = dz - share[None, :] - normal * slope[None, :]
+    tl.store(dx + base + tile, (dz * (r * w)[None, :]).to(dx.dtype.element_ty), mask=mask)

@@ -1,0 +1,41 @@
+"""Kernels' tests: natively on a GPU, in Triton's interpreter elsewhere. The choice comes before triton is imported."""
+
+import os
+import sys
+from pathlib import Path
+
+ON_GPU = any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd"))
+if not ON_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest  # noqa: E402
+
+_too_late = not ON_GPU and "triton" in sys.modules and not sys.modules["triton"].knobs.runtime.interpret
+
+
+def pytest_collection_modifyitems(items):
+    if _too_late:
+        reason = "triton was imported before its interpreter was chosen: run tests/kernels in a process of its own"
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Uninitialised tensors hold NaN, so that reading what was never written shows."""
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device():
+    """Where kernels run: the GPU, or the CPU under the interpreter."""
+    import torch
+
+    return torch.device("cuda" if ON_GPU and torch.cuda.is_available() else "cpu")
