@@ -122,9 +122,7 @@ def build(config: Config) -> Run:
     online = Supernet(space, config.heads.hidden, config.heads.out)
     predictors = nn.ModuleList(heads.predictor(config.heads.hidden, config.heads.out) for _ in range(space.blocks))
     target = copy.deepcopy(online).requires_grad_(False)
-    for network in (online, target):
-        network.to(device, memory_format=torch.channels_last)
-    return Run(config, space, online, target, predictors.to(device), train_set, val_set,
+    return Run(config, space, online.to(device), target.to(device), predictors.to(device), train_set, val_set,
                views.recipe(config.data.recipe, config.space.image_size), device, kernels, accumulate,
                config.train.steps_per_epoch or len(train_set) // config.train.batch, RunState(), {})
 
@@ -290,8 +288,8 @@ def _announce(run: Run, folder: Folder) -> None:
                        len(run.train_set), len(run.val_set))
     parameters = sum(p.numel() for p in run.online.parameters())
     logger.info("%s search on %d %s rank(s), %s kernels: %d blocks, %.1f M supernet parameters, %d training images, "
-                "%d steps a block of %d images", run.config.space.name, dist.world_size(), run.device.type,
-                run.kernels, run.space.blocks, parameters / 1e6, len(run.train_set), run.config.train.epochs * run.steps_per_epoch,
+                "%d steps a block of %d images", run.config.space.name, dist.world_size(), run.device.type, run.kernels,
+                run.space.blocks, parameters / 1e6, len(run.train_set), run.config.train.epochs * run.steps_per_epoch,
                 run.config.train.batch)
     if run.state.block or run.state.step:
         done = run.state.block == run.space.blocks

@@ -113,8 +113,8 @@ def test_loss_and_gradient_follow_the_method():
     wrapped = run.trained
     step = SingleEngine.step
     try:
-        SingleEngine.step = lambda self, lr: seen.update(
-            {k: p.grad.clone() for k, p in wrapped.named_parameters() if p.grad is not None}) or step(self, lr)
+        SingleEngine.step = lambda self, lr, ema: seen.update(
+            {k: p.grad.clone() for k, p in wrapped.named_parameters() if p.grad is not None}) or step(self, lr, ema)
         report = train(run, steps=1)
     finally:
         SingleEngine.step = step

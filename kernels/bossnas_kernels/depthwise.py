@@ -22,7 +22,7 @@ TABLE = {
     "sm_90": {"elements": 1024, "weight_elements": 1024, "programs": 2112, "weight_programs": 1056, "num_warps": 4},
     "gfx942": {"elements": 2048, "weight_elements": 2048, "programs": 2432, "weight_programs": 1216, "num_warps": 4},
     "default": {"elements": 1024, "weight_elements": 1024, "programs": 1728, "weight_programs": 864, "num_warps": 4},
-    "interpreter": {"elements": 2048, "weight_elements": 2048, "programs": 4, "weight_programs": 2, "num_warps": 4},
+    "interpreter": {"elements": 8192, "weight_elements": 8192, "programs": 2, "weight_programs": 2, "num_warps": 4},
 }
 # rows and columns of the kernel that one program of the weight's gradient takes, by kernel size: what registers hold
 WEIGHT_TAPS = {2: (2, 2), 3: (3, 3), 4: (1, 4), 5: (3, 5), 8: (1, 4)}

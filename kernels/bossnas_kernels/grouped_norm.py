@@ -15,12 +15,18 @@ from bossnas_kernels import checks, common
 from bossnas_kernels.common import dense, new_map, sigmoid
 
 # elements: of a tile, rows x channels. channels: at most, per tile. programs: about as many in the reducing passes.
+# parts, part_elements: of a tile, at most parts x channels, where a group's parts are combined: there may be thousands.
 TABLE = {
-    "sm_80": {"elements": 4096, "channels": 128, "programs": 864, "num_warps": 4},
-    "sm_90": {"elements": 4096, "channels": 128, "programs": 1056, "num_warps": 4},
-    "gfx942": {"elements": 4096, "channels": 128, "programs": 1216, "num_warps": 4},
-    "default": {"elements": 4096, "channels": 128, "programs": 864, "num_warps": 4},
-    "interpreter": {"elements": 4096, "channels": 128, "programs": 4, "num_warps": 4},
+    "sm_80": {"elements": 4096, "channels": 128, "programs": 864, "parts": 128, "part_elements": 2048,
+              "num_warps": 4},
+    "sm_90": {"elements": 4096, "channels": 128, "programs": 1056, "parts": 128, "part_elements": 2048,
+              "num_warps": 4},
+    "gfx942": {"elements": 4096, "channels": 128, "programs": 1216, "parts": 128, "part_elements": 2048,
+              "num_warps": 4},
+    "default": {"elements": 4096, "channels": 128, "programs": 864, "parts": 128, "part_elements": 2048,
+              "num_warps": 4},
+    "interpreter": {"elements": 4096, "channels": 128, "programs": 4, "parts": 32, "part_elements": 4096,
+              "num_warps": 4},
 }
 
 
@@ -61,9 +67,9 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, r
             _statistics[plan.reducing_grid](x, partial_stats, plan.rows, plan.channels, plan.chunks, plan.chunk_rows,
                                             partial_stats.stride(0), **plan.tile)
         partial_stats = partial_stats.contiguous()
-        _combine[(plan.tiles_c * groups,)](partial_stats, statistics, plan.channels, partial_stats.shape[2],
-                                           partial_stats.stride(0), statistics.stride(0), eps, BLOCK_P=32,
-                                           BLOCK_C=plan.tile["BLOCK_C"], num_warps=plan.tile["num_warps"])
+        grid, tile = plan.combining(partial_stats.shape[2])
+        _combine[grid](partial_stats, statistics, plan.channels, partial_stats.shape[2], partial_stats.stride(0),
+                       statistics.stride(0), eps, **tile)
     else:
         statistics[0] = running_mean
         statistics[1] = torch.rsqrt(running_var + eps)
@@ -139,6 +145,7 @@ class _Plan:
         self.rows = x.numel() // (self.channels * groups)  # of a group
         block_c = min(table["channels"], triton.next_power_of_2(self.channels))
         block_m = max(1, min(table["elements"] // block_c, triton.next_power_of_2(self.rows)))
+        self.table, self.groups = table, groups
         self.tile = {"BLOCK_M": block_m, "BLOCK_C": block_c, "num_warps": table["num_warps"]}
         self.tiles_c = triton.cdiv(self.channels, block_c)
         chunks = max(1, min(table["programs"] // (self.tiles_c * groups), triton.cdiv(self.rows, block_m)))
@@ -146,6 +153,13 @@ class _Plan:
         self.chunks = triton.cdiv(self.rows, self.chunk_rows)
         self.reducing_grid = (self.tiles_c * self.chunks * groups,)
         self.grid = (self.tiles_c * triton.cdiv(self.rows, block_m) * groups,)
+
+    def combining(self, parts: int) -> tuple[tuple[int], dict]:
+        """Grid and tile that combine ``parts`` parts of every group."""
+        block_p = max(16, min(self.table["parts"], triton.next_power_of_2(parts)))
+        block_c = self.table["part_elements"] // block_p
+        grid = (triton.cdiv(self.channels, block_c) * self.groups,)
+        return grid, {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": self.table["num_warps"]}
 
 
 def _group_stride(value: Tensor) -> int:

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -78,16 +78,16 @@ def compile_all(target: str, cases) -> list[Resources]:
     triton.runtime.driver.set_active(StubDriver(gpu, 100 + list(TARGETS).index(target)))
     common.architecture = lambda device: target
     found: list[Resources] = []
-    run, seen = JITFunction.run, set()
+    run, known = JITFunction.run, {}
     current = ""
 
     def warm(self, *args, grid, warmup, **kwargs):
         grid = tuple(grid(kwargs) if callable(grid) else grid)
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if (current, kernel.hash) not in seen:
-            seen.add((current, kernel.hash))
+        if kernel.hash not in known:  # many cases share a kernel
             constants = {k: v for k, v in kwargs.items() if k.isupper()}
-            found.append(measure(current, kernel, target, grid, constants))
+            known[kernel.hash] = measure(current, kernel, target, grid, constants)
+        found.append(replace(known[kernel.hash], case=current, grid=grid))
         return kernel
 
     JITFunction.run = warm

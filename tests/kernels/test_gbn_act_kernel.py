@@ -110,7 +110,8 @@ def test_large_mean_keeps_the_variance(device):
 
 def test_many_chunks_are_combined(device, monkeypatch):
     monkeypatch.setitem(grouped_norm.TABLE, "interpreter",
-                        {"elements": 64, "channels": 16, "programs": 80, "num_warps": 4})
+                        {"elements": 64, "channels": 16, "programs": 80, "parts": 16, "part_elements": 256,
+                         "num_warps": 4})
     leaves = tensors((1, 16, 9, 32), 2, device)
     assert grouped_norm._Plan(leaves[0], 2).chunks > 32  # more than one tile of partial sums
     both([(leaves[0].detach() + 100).requires_grad_(), *leaves[1:]], 2, act="silu", tolerance=5e-5)
