@@ -3,36 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 triton = pytest.importorskip("triton")
 HERE = Path(__file__).resolve().parent
-SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}  # bytes per program
+SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}  # bytes per program, by target
 DOT_KERNELS = ("_attend", "_query_gradient", "_key_gradient")
 NARROW = ("_scales",)  # reads a few sums, one 64-bit number a thread
-
-
-@pytest.fixture(scope="session")
-def compilers(tmp_path_factory):
-    """A process for every target, all at once; without the interpreter, which this one may run under."""
-    folder = tmp_path_factory.mktemp("aot")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    running = {}
-    for target in SHARED_MEMORY:
-        with open(folder / f"{target}.txt", "w") as log:
-            running[target] = subprocess.Popen(
-                [sys.executable, HERE / "aot.py", target, "--json", folder / f"{target}.json"], env=environment,
-                stdout=log, stderr=subprocess.STDOUT)
-    yield folder, running
-    for process in running.values():
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module", params=SHARED_MEMORY)
