@@ -20,7 +20,8 @@ sys.path[:0] = [str(root), str(root / "kernels")]
 import torch  # noqa: E402
 
 from bossnas import dist, search  # noqa: E402
-from bossnas.config import ConfigError, load  # noqa: E402
+from bossnas.config import load  # noqa: E402
+from bossnas.errors import ConfigError  # noqa: E402
 from bossnas.paths import decode  # noqa: E402
 
 

@@ -11,9 +11,9 @@ Parts: "step" is the sampled paths' two views through target and online network,
 average; "calibrate" passes one batch of two views through --paths paths with the batch's own statistics and scores
 them; "rate" is bossnas.rate.rate_block for the same paths, which takes them one by one anyway: no "item-" there.
 
-All variants start from the same weights and must agree on the loss of the first step and on the scores of each part's
-first pass; one that does not is not timed, and the exit code is 1. The parts are timed by the wall clock, the variants
-in turn; "x" is the median of variant ÷ first variant over neighbours.
+All variants start from the same weights and must first agree on the mean scores of the rating passes and on the loss of
+a step; one that does not is not timed, and the exit code is 1. The parts are timed by the wall clock, the variants in
+turn; "x" is the median of variant ÷ first variant over neighbours.
 """
 
 from __future__ import annotations
@@ -176,9 +176,13 @@ def main(argv: list[str] | None = None) -> int:
         "sampled_paths": len(task.sampled), "rated_paths": len(task.rated), "parts": {}, "not_timed": {}}  # fmt: skip
     print(json.dumps({key: value for key, value in report.items() if key not in ("parts", "not_timed")}, indent=1))
     variants = {name: Variant(name, *networks, task) for name in names}
-    for part in options.parts:
-        timed = {name: variant for name, variant in variants.items() if part != "rate" or variant.grouped}
-        time_part(part, timed, options, device, report)
+    parts = [part for part in PARTS if part in options.parts]
+    timed = {}
+    for part in reversed(parts):  # the step comes last: it changes the weights, and each variant's a little differently
+        chosen = {name: variant for name, variant in variants.items() if part != "rate" or variant.grouped}
+        timed[part] = agreeing(part, chosen, options.dtype, report)
+    for part in parts:
+        time_part(part, timed[part], options.rounds, device, report)
         if options.json:
             options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 1 if report["not_timed"] else 0
@@ -191,7 +195,10 @@ def set_up(options: argparse.Namespace, device: torch.device) -> tuple[Task, tup
     block = options.block
     if not 0 <= block < space.blocks:
         raise ValueError(f"--block: there is no block {block}; choose 0 to {space.blocks - 1}")
-    prefix = [decode(text) for text in options.prefix.split("|") if text]
+    try:
+        prefix = [decode(text) for text in options.prefix.split("|") if text]
+    except ValueError:
+        raise ValueError(f"--prefix: {options.prefix!r} is not a list of paths; write 5433|3230") from None
     winners: list[Path] = []
     for b in range(block):
         paths = space.paths(b, winners)
@@ -228,43 +235,45 @@ def set_up(options: argparse.Namespace, device: torch.device) -> tuple[Task, tup
     return task, (online, target, predictor)
 
 
-def time_part(part: str, variants: dict[str, Variant], options: argparse.Namespace, device: torch.device,
-              report: dict[str, Any]) -> None:
-    """Times one part of all variants in turn and adds it to the report; leaves out those that fail or disagree."""
-    print(f"\n{part}", flush=True)
+def agreeing(part: str, variants: dict[str, Variant], dtype: str, report: dict[str, Any]) -> dict[str, Variant]:
+    """Runs a part of every variant, which also warms it up; those that work and agree with the first that does."""
     expected: float | None = None
     running: dict[str, Variant] = {}
-    peaks: dict[str, float] = {}
     for name, variant in variants.items():
         try:
             with kernels_in_use(variant.kernels):
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                    before = torch.cuda.memory_allocated()
-                result = getattr(variant, part)()
-                if device.type == "cuda":
-                    peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
-                for _ in range(WARM_UP - 1):
-                    getattr(variant, part)()
+                result, *_ = [getattr(variant, part)() for _ in range(WARM_UP)]
         except Exception as error:  # a compiler that fails must not lose the others' measurements
             reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
         else:
             expected = result if expected is None else expected
-            agrees = abs(result - expected) <= TOLERANCE[options.dtype]
+            agrees = abs(result - expected) <= TOLERANCE[dtype]
             reason = None if agrees else f"gives {result:+.4f}, the first variant {expected:+.4f}"
         if reason is None:
             running[name] = variant
         else:
             report["not_timed"][f"{part} {name}"] = reason
-            print(f"  {name:<16} NOT TIMED: {reason}", flush=True)
+            print(f"{part}, {name}: NOT TIMED: {reason}", flush=True)
+    return running
 
-    seconds: dict[str, list[float]] = {name: [] for name in running}
-    order = list(running)
-    for turn in range(options.rounds if order else 0):
+
+def time_part(part: str, variants: dict[str, Variant], rounds: int, device: torch.device,
+              report: dict[str, Any]) -> None:
+    """Times one part of all variants in turn and adds it to the report. peak_gib: GPU memory beyond the networks'."""
+    print(f"\n{part}", flush=True)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    peaks: dict[str, float] = {}
+    order = list(variants)
+    for turn in range(rounds if order else 0):
         first = turn % len(order)
         for name in order[first:] + order[:first]:
-            with kernels_in_use(running[name].kernels):
-                seconds[name].append(_seconds(getattr(running[name], part), device))
+            with kernels_in_use(variants[name].kernels):
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
+                seconds[name].append(_seconds(getattr(variants[name], part), device))
+                if device.type == "cuda":
+                    peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
     report["parts"][part] = {}
     for name, times in seconds.items():
         fifths = statistics.quantiles(times, n=5, method="inclusive")

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from bossnas import dist
-from bossnas.config import ConfigError
 from bossnas.engines.protocol import Engine
+from bossnas.errors import ConfigError
 
 STATE, MANIFEST, LATEST = "state.pt", "manifest.json", "latest"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)

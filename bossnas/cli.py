@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from bossnas import __version__, dist
-from bossnas.config import ConfigError, load
+from bossnas.config import load
+from bossnas.errors import ConfigError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]},

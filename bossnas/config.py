@@ -10,13 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-
-class ConfigError(ValueError):
-    """A mistake that the user can mend. Reads "field: problem; fix" on one line."""
-
-    def __init__(self, field: str, problem: str, fix: str):
-        super().__init__(f"{field}: {problem}; {fix}")
-        self.field, self.problem, self.fix = field, problem, fix
+from bossnas.errors import ConfigError
 
 
 class _Section(BaseModel):

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bossnas.config import ConfigError
+from bossnas.errors import ConfigError
 from bossnas.shards import BadImage, ShardIndex, decode
 from bossnas.views import Recipe
 

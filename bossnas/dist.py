@@ -22,7 +22,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from bossnas.config import ConfigError
+from bossnas.errors import ConfigError
 
 T = TypeVar("T")
 USER_ERROR = 2  # exit code of a mistake that the user can mend

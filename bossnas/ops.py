@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bossnas_kernels
-from bossnas.config import ConfigError
+from bossnas.errors import ConfigError
 from bossnas_kernels import dwconv2d, dwconv2d_stats, gbn_act, mhsa2d, mhsa2d_stats
 
 

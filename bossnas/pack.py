@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import MofNCompleteColumn, Progress
 
-from bossnas.config import ConfigError
+from bossnas.errors import ConfigError
 from bossnas.shards import EXTENSIONS, BadImage, ShardIndex, decode
 
 log = logging.getLogger("bossnas.pack")

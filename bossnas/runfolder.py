@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import bossnas
-from bossnas.config import Config, ConfigError, dump, validate
+from bossnas.config import Config, dump, validate
+from bossnas.errors import ConfigError
 
 # What may change between a run and its continuation, since results do not depend on it.
 FREE = ("data.workers", "checkpoint.every_steps", "checkpoint.keep", "out")

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from bossnas import checkpoint, cost, data, dist, engines, heads, log, ops, runfolder, shards, spaces, views
-from bossnas.config import Config, ConfigError, accumulation
+from bossnas.config import Config, accumulation
 from bossnas.engines.protocol import Engine, autocast
+from bossnas.errors import ConfigError
 from bossnas.log import logger
 from bossnas.optim import LARS, parameter_groups
 from bossnas.paths import Path, decode, encode

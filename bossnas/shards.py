@@ -24,7 +24,7 @@ import braceexpand
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from bossnas.config import ConfigError
+from bossnas.errors import ConfigError
 
 log = logging.getLogger("bossnas.shards")
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")

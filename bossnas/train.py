@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from bossnas import bootstrap, dist
-from bossnas.config import ConfigError, TrainConfig
+from bossnas.config import TrainConfig
 from bossnas.engines.protocol import Engine
+from bossnas.errors import ConfigError
 from bossnas.optim import ema_momentum, learning_rate
 from bossnas.paths import Path
 from bossnas.spaces import Space

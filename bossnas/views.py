@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from bossnas.config import ConfigError
+from bossnas.errors import ConfigError
 
 CROP_AREA, CROP_RATIO, CROP_TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
 FLIP_P, JITTER_P, GREY_P = 0.5, 0.8, 0.2

@@ -8,7 +8,7 @@ import time
 import torch
 
 from bossnas import dist
-from bossnas.config import ConfigError
+from bossnas.errors import ConfigError
 
 
 def collectives() -> None:

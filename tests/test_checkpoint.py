@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from bossnas import checkpoint
-from bossnas.config import ConfigError
 from bossnas.engines import make
+from bossnas.errors import ConfigError
 from bossnas.optim import LARS, parameter_groups
 
 

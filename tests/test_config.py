@@ -5,7 +5,8 @@ import json
 import pytest
 import yaml
 
-from bossnas.config import ConfigError, accumulation, dump, load, validate
+from bossnas.config import accumulation, dump, load, validate
+from bossnas.errors import ConfigError
 
 
 def test_json_and_yaml_are_equal(tmp_path):

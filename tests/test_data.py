@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from bossnas import data, views
-from bossnas.config import ConfigError
+from bossnas.errors import ConfigError
 from bossnas.shards import ShardIndex
 
 CIFAR = views.recipe("cifar", 8)

@@ -10,7 +10,7 @@ import ranks
 import torch
 
 from bossnas import dist
-from bossnas.config import ConfigError
+from bossnas.errors import ConfigError
 
 
 @pytest.fixture

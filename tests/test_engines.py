@@ -9,8 +9,8 @@ import pytest
 import ranks
 import torch
 
-from bossnas.config import ConfigError
 from bossnas.engines import make
+from bossnas.errors import ConfigError
 from bossnas.optim import LARS, parameter_groups
 
 LIMIT = 3e-7  # float32 sums in another order, three updates

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Within a level, too, only what stands earlier may be imported. A new module gets its place here.
 LEVELS: dict[int, tuple[str, ...]] = {
     0: ("",),
-    1: ("config", "paths", "dist", "runfolder", "log"),
+    1: ("errors", "config", "paths", "dist", "runfolder", "log"),
     2: ("ops", "heads", "optim", "shards", "views", "cost", "pack", "engines.protocol"),
     3: ("spaces.hytra", "spaces.mbconv", "spaces.nats", "spaces", "supernet", "data", "bossnet"),
     4: (

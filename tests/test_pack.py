@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bossnas.config import ConfigError
+from bossnas.errors import ConfigError
 from bossnas.pack import pack
 from bossnas.shards import ShardIndex
 

@@ -16,7 +16,8 @@ import torch
 from ranks import ROOT, environment
 
 from bossnas import checkpoint, cli, cost, log, runfolder, search
-from bossnas.config import ConfigError, load
+from bossnas.config import load
+from bossnas.errors import ConfigError
 from bossnas.paths import decode
 from bossnas.train import RunState, Step
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bossnas.config import ConfigError
+from bossnas.errors import ConfigError
 from bossnas.shards import BadImage, ShardIndex, decode
 
 

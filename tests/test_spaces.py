@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bossnas import cost, paths, spaces
-from bossnas.config import ConfigError
+from bossnas.errors import ConfigError
 from bossnas.paths import decode, encode
 from bossnas.spaces import hytra, mbconv
 from bossnas.supernet import Item, Supernet

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from bossnas import bootstrap, heads, spaces
-from bossnas.config import ConfigError, TrainConfig
+from bossnas.config import TrainConfig
 from bossnas.engines.single import SingleEngine
+from bossnas.errors import ConfigError
 from bossnas.ops import Attention
 from bossnas.optim import LARS, parameter_groups
 from bossnas.supernet import Item, Supernet

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bossnas import dist
-from bossnas.config import ConfigError
 from bossnas.engines.protocol import Engine
+from bossnas.errors import ConfigError
 
 
 def make(

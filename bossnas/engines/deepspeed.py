@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bossnas import dist
-from bossnas.config import ConfigError
 from bossnas.engines import protocol
+from bossnas.errors import ConfigError
 
 FIELD = "engine.deepspeed"
 # What DeepSpeed alone knows. Everything else is filled from our config, or means nothing here.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bossnas.config import ConfigError
+from bossnas.errors import ConfigError
 from bossnas.optim import LARS
 
 OPTIMIZER_FILE = "optimizer.pt"

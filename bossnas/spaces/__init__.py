@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import nn
 
-from bossnas.config import ConfigError
+from bossnas.errors import ConfigError
 from bossnas.paths import MAX_CANDIDATES, Path
 
 

@@ -70,6 +70,7 @@ def operation(name: str, forward: Callable, fake_forward: Callable, backward: Ca
     ``save(ctx, inputs, output)`` keeps what ``gradients(ctx, backward, *grad_outputs)`` needs, which returns one
     gradient or None for each input.
     """
+    forward, backward = _on_its_device(forward), _on_its_device(backward)
     forward_op = torch.library.custom_op(f"bossnas::{name}", forward, mutates_args=())
     forward_op.register_fake(fake_forward)
     backward_op = torch.library.custom_op(f"bossnas::{name}_backward", backward, mutates_args=())
@@ -85,6 +86,16 @@ def operation(name: str, forward: Callable, fake_forward: Callable, backward: Ca
         return forward_op(*inputs) if torch.compiler.is_compiling() else eager.apply(*inputs)
 
     return call
+
+
+def _on_its_device(launch: Callable) -> Callable:
+    """Launches on the GPU of the first argument; Triton alone would take the current one."""
+    @functools.wraps(launch)
+    def guarded(first, *others):
+        with torch.cuda.device_of(first):
+            return launch(first, *others)
+
+    return guarded
 
 
 @triton.jit

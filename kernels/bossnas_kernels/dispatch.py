@@ -152,7 +152,7 @@ def byol_ensemble_loss(q: Tensor, k: Tensor) -> Tensor:
     alone: targets carry no gradient. Norms below 1e-8 (q) and 1e-12 (k) count as these. ValueError for shapes that do
     not fit.
     """
-    if _by_kernel("byol_ensemble_loss", q):
+    if _by_kernel("byol_ensemble_loss", q) and _by_kernel("byol_ensemble_loss", k):
         return ensemble_loss.byol_ensemble_loss(q, k)
     return reference.byol_ensemble_loss(q, k)
 
