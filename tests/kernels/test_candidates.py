@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from compare import TOLERANCE
 
 import bossnas_kernels
 from bossnas import spaces
@@ -19,9 +20,9 @@ def space(name):
 
 # A layer of a space, the candidate, and the shape of its input; two groups of two images.
 CASES = {
-    "hytra attention": ("hytra", 3, 1, 0, (4, 512, 2, 2)),
+    "hytra attention": ("hytra", 3, 1, 0, (4, 512, 4, 4)),
     "hytra convolution, down": ("hytra", 1, 1, 1, (4, 256, 4, 4)),
-    "mbconv 5x5": ("mbconv", 1, 1, 3, (4, 16, 4, 4)),
+    "mbconv 5x5": ("mbconv", 1, 1, 3, (4, 8, 4, 4)),
     "nats": ("nats", 1, 0, 2, (4, 16, 4, 4)),
 }
 
@@ -48,6 +49,18 @@ def run(function, module, x):
     return y, torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)
 
 
+def close(got, want):
+    """Within twice the tolerance of fp32, since both sides round, of the largest value or gradient. (The bias of a convolution before a batch
+    norm has none: what stands there is the rounding of sums that cancel.)"""
+    (y, grads), (true_y, true_grads) = got, want
+    assert [g is None for g in grads] == [g is None for g in true_grads]
+    pairs = [(g, t) for g, t in zip(grads, true_grads, strict=True) if t is not None]
+    scale = max(t.abs().max().item() for _, t in pairs)
+    torch.testing.assert_close(y, true_y, rtol=0, atol=2 * TOLERANCE[torch.float32] * true_y.abs().max().item())
+    for gradient, truth in pairs:
+        torch.testing.assert_close(gradient, truth, rtol=0, atol=2 * TOLERANCE[torch.float32] * scale)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("statistics", ["batch", "recorded"])
 def test_kernels_give_what_the_reference_gives(device, case, statistics):
@@ -62,12 +75,7 @@ def test_kernels_give_what_the_reference_gives(device, case, statistics):
                 module(x, choice, 2, stats)
             stats.recording = False
         results[kernels] = run(lambda t, s=stats: module(t, choice, 2, s), module, x)
-    (y, grads), (want, wanted) = results["triton"], results["reference"]
-    torch.testing.assert_close(y, want, rtol=0, atol=2e-5 * max(1, want.abs().max().item()))
-    for got, expected in zip(grads, wanted, strict=True):
-        assert (got is None) == (expected is None)
-        if got is not None:
-            torch.testing.assert_close(got, expected, rtol=0, atol=2e-5 * max(1, expected.abs().max().item()))
+    close(results["triton"], results["reference"])
 
 
 def test_the_norm_takes_its_statistics_from_the_part_before(device, monkeypatch):
@@ -94,8 +102,4 @@ def test_compiled(device, case, kernels):
     torch._dynamo.reset()
     twin = copy.deepcopy(module)
     compiled = torch.compile(lambda t: twin(t, choice, 2), backend="aot_eager", fullgraph=True)
-    (y, grads), (want, wanted) = run(compiled, twin, x), run(lambda t: module(t, choice, 2), module, x)
-    torch.testing.assert_close(y, want, rtol=0, atol=1e-5 * max(1, want.abs().max().item()))
-    for got, expected in zip(grads, wanted, strict=True):
-        if expected is not None:
-            torch.testing.assert_close(got, expected, rtol=0, atol=2e-5 * max(1, expected.abs().max().item()))
+    close(run(compiled, twin, x), run(lambda t: module(t, choice, 2), module, x))
