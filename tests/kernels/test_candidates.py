@@ -50,8 +50,11 @@ def run(function, module, x):
 
 
 def close(got, want):
-    """Within twice the tolerance of fp32, since both sides round, of the largest value or gradient. (The bias of a convolution before a batch
-    norm has none: what stands there is the rounding of sums that cancel.)"""
+    """Within twice the tolerance of fp32, since both sides round, of the largest value or gradient.
+
+    Of the module's largest, since the bias of a convolution before a batch norm has a gradient of zero: what stands
+    there is the rounding of sums that cancel.
+    """
     (y, grads), (true_y, true_grads) = got, want
     assert [g is None for g in grads] == [g is None for g in true_grads]
     pairs = [(g, t) for g, t in zip(grads, true_grads, strict=True) if t is not None]
