@@ -25,8 +25,8 @@ def use_kernels(choice: str, device: torch.device) -> str:
     try:
         bossnas_kernels.use(choice)
     except ValueError as error:
-        raise ConfigError("kernels", f"is {choice!r}, but {str(error).removeprefix('kernels: ')}",
-                          "set it to auto") from None
+        problem, _, fix = str(error).removeprefix("kernels: ").partition("; ")
+        raise ConfigError("kernels", f"is {choice!r}, but {problem}", fix) from None
     running = bossnas_kernels.implementation(device)
     if choice == "triton" and running != "triton":
         raise ConfigError("kernels", f"is 'triton', but this run is on {device.type}",

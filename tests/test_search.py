@@ -180,6 +180,7 @@ def _empty_tar(path):
     (["space.image_size=16"], "space.image_size: 16 px leaves no pixel"),
     (["space.name=resnet"], "space.name: there is no space 'resnet'"),
     (["engine.device=cuda"], "engine.device"),
+    (["engine.device=cpu", "kernels=triton"], "kernels: is 'triton', but "),
     (["engine.name=deepspeed", "engine.deepspeed={train_batch_size: 3}"], "engine.deepspeed.train_batch_size"),
     (["engine.name=deepspeed", "engine.deepspeed={zero_optimization: {stage: 3}}"], "stage"),
 ])
