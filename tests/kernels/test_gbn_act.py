@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import strided_gradients
 
 from bossnas_kernels import gbn_act, reference
 
@@ -144,19 +145,6 @@ def test_large_mean_keeps_the_variance(formulation):
     x = (x.detach() + 1000).requires_grad_()
     # At mean 1000 an fp32 input itself is rounded at 3e-5, and the mean again.
     compare((x, weight, bias, None), 2, "relu", tolerance=2e-4)
-
-
-def strided_gradients(like):
-    noise = torch.linspace(-2, 2, 2 * like.numel(), dtype=torch.float64).cos()
-    yield "expanded", torch.full((1,) * like.dim(), 0.3, dtype=torch.float64).expand(like.shape)
-    yield "row expanded", noise[: like[0].numel()].reshape(like[:1].shape).expand(like.shape)
-    yield "every second", noise.reshape(*like.shape, 2)[..., 0]
-    yield "transposed", noise[: like.numel()].reshape(like.transpose(0, 1).shape).transpose(0, 1)
-    if like.dim() == 4:
-        nhwc = noise[: like.numel()].reshape(like.permute(0, 2, 3, 1).shape)
-        yield "channels last", nhwc.permute(0, 3, 1, 2)
-        halves = noise.reshape(like.shape[0], 2 * like.shape[1], *like.shape[2:])
-        yield "slice of a concatenation", halves[:, like.shape[1] :]
 
 
 @pytest.mark.parametrize(
