@@ -48,8 +48,8 @@ def dense(name: str, x: Tensor) -> Tensor:
     if x.dim() != 4:
         return x.contiguous()
     if not x.is_contiguous(memory_format=torch.channels_last):
-        tell_once(f"{name} is not channels_last: it is copied on every call; convert the model and its input "
-                  "with .to(memory_format=torch.channels_last)")
+        tell_once(f"{name} is not channels_last: it is copied on every call; give the model images that are "
+                  ".to(memory_format=torch.channels_last)")
     return x.contiguous(memory_format=torch.channels_last)
 
 

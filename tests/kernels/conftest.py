@@ -63,4 +63,5 @@ def device():
     """Where kernels run: the GPU, or the CPU under the interpreter."""
     import torch
 
+    torch.backends.cudnn.allow_tf32 = False  # else float32 convolutions around a kernel are not float32
     return torch.device("cuda" if ON_GPU and torch.cuda.is_available() else "cpu")

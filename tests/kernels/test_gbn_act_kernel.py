@@ -109,7 +109,7 @@ def test_large_mean_keeps_the_variance(device):
 
 
 def test_many_chunks_are_combined(device, monkeypatch):
-    monkeypatch.setitem(grouped_norm.TABLE, "interpreter",
+    monkeypatch.setitem(grouped_norm.TABLE, common.architecture(device),
                         {"elements": 64, "channels": 16, "programs": 80, "parts": 16, "part_elements": 256,
                          "num_warps": 4})
     leaves = tensors((1, 16, 9, 32), 2, device)
