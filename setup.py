@@ -30,6 +30,7 @@ setup(
         "timm",
         "pyyaml",
         "numpy",
+        "scipy",
         "pydantic>=2",
         "rich",
         "typer",
@@ -38,6 +39,6 @@ setup(
     extras_require={
         "gpu": ["nvidia-ml-py"],  # what torch.cuda.utilization and temperature need
         "report": ["matplotlib", "tensorboard"],
-        "dev": ["pytest", "pytest-timeout", "ruff"],
+        "dev": ["matplotlib", "pytest", "pytest-timeout", "ruff", "fvcore"],
     },
 )

@@ -19,7 +19,7 @@ sys.path[:0] = [str(root), str(root / "kernels")]
 
 import torch  # noqa: E402
 
-from bossnas import dist, search  # noqa: E402
+from bossnas import dist, rating, search  # noqa: E402
 from bossnas.config import load  # noqa: E402
 from bossnas.errors import ConfigError  # noqa: E402
 from bossnas.paths import decode  # noqa: E402
@@ -50,7 +50,7 @@ def main() -> None:
         winner = prefix[block] if block < len(prefix) else paths[0]
         if winner not in paths:
             raise ConfigError("--prefix", f"block {block} has no such path", "see docs/method.md")
-        search.freeze_winner(run, winner)
+        rating.freeze_winner(run, winner)
     engine, steps = search.start_block(run)
     seconds = []
     for _ in range(options.steps):

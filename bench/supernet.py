@@ -9,7 +9,7 @@ computed together; "item-" before a name computes them one by one, as the offici
 
 Parts: "step" is the sampled paths' two views through target and online network, loss, backward, LARS and moving
 average; "calibrate" passes one batch of two views through --paths paths with the batch's own statistics and scores
-them; "rate" is bossnas.rate.rate_block for the same paths, which takes them one by one anyway: no "item-" there.
+them; "rate" is bossnas.rate.rate_block for the same paths: no "item-" there.
 
 All variants start from the same weights and must first agree on the mean scores of the rating passes and on the loss of
 a step; one that does not is not timed, and the exit code is 1. The parts are timed by the wall clock, the variants in
@@ -115,8 +115,8 @@ class Variant:
         """The rating procedure itself on one calibration and one validation batch; the mean score."""
         task = self.task
         scores = rate.rate_block(self.online, self.target, self.predictor, task.block, task.winners, task.rated,
-                                 [task.images[0]], [task.images], autocast=task.autocast)  # fmt: skip
-        return statistics.mean(scores.values())
+                                 [task.images[0]], rate.Validation.held([task.images]), autocast=task.autocast)
+        return statistics.mean(scores["population_centre"].values())
 
     def _embed(self, network: Supernet, items: list[Item]) -> list[Tensor]:
         if self.grouped:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated
 
@@ -33,15 +35,139 @@ def search_command(config: ConfigFile, overrides: Overrides = None, resume: Resu
     search(load(config, overrides), resume == "auto")
 
 
-@app.command(epilog="Example: bossnas rate runs/quickstart --block 0 --block 1")
-def rate(run: Annotated[Path, typer.Argument(help="Run folder.")],
-         block: Annotated[list[int] | None, typer.Option(help="Block to rate, from 0; default: all finished.")] = None
-         ) -> None:
-    """Rate the finished blocks of a run again from its last checkpoint and rewrite their rating files."""
-    from bossnas.search import rerate
+@app.command(epilog="Example: bossnas rate runs/quickstart --block 0 --set rating.temperature=0.1   or, without a run: "
+                    "bossnas rate --untrained --config configs/quickstart_ds.json --set out=runs/untrained")
+def rate(run: Annotated[Path | None, typer.Argument(help="Run folder.")] = None,
+         block: Annotated[list[int] | None, typer.Option(help="Block to rate, from 0; default: all finished.")] = None,
+         untrained: Annotated[bool, typer.Option("--untrained", help="Rate a supernet with random weights.")] = False,
+         config: Annotated[Path | None, typer.Option("--config", "-c", help="Config file, with --untrained.")] = None,
+         overrides: Overrides = None) -> None:
+    """Rate the finished blocks of a run again and rewrite their rating files, or rate a supernet without training."""
+    from bossnas import rating
 
-    for done in rerate(run, block):
-        typer.echo(run / "ratings" / f"block_{done}.json")
+    if untrained == (run is not None):
+        raise ConfigError("RUN", "is missing" if run is None else "and --untrained exclude each other",
+                          "name a run folder, or give --untrained --config FILE")
+    if untrained and (config is None or block is not None):
+        raise ConfigError("--untrained", "needs --config and rates all blocks", "see bossnas rate --help")
+    if run is not None and config is not None:
+        raise ConfigError("--config", "a run has its own config", "leave it out; --set rating.KEY=VALUE overrides it")
+    if untrained:
+        folder = rating.rate_untrained(load(config, overrides))
+        typer.echo(folder / "ratings")
+    else:
+        for done in rating.rerate(run, block, overrides or []):
+            typer.echo(run / "ratings" / f"block_{done}.json")
+
+
+@app.command(epilog="Example: bossnas select runs/quickstart --max-macs 5M --max-params 1M --top 3 --front macs")
+def select(run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+           score: Annotated[str | None, typer.Option(help="Score of the rating files; default: the run's own.")] = None,
+           max_macs: Annotated[str | None, typer.Option(help="Most multiply-adds of an image, such as 600M.")] = None,
+           max_params: Annotated[str | None, typer.Option(help="Most parameters, such as 5M.")] = None,
+           max_latency_ms: Annotated[str | None, typer.Option(help="Most milliseconds; needs --latency.")] = None,
+           latency: Annotated[Path | None, typer.Option(help="Table of bossnas cost --measure --json.")] = None,
+           top: Annotated[int, typer.Option(min=1, max=1000, help="How many architectures, the best first.")] = 5,
+           front: Annotated[str | None, typer.Option(help="Pareto front against macs, params or latency_ms.")] = None,
+           json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None) -> None:
+    """Select the best architectures of a run's ratings under limits. The run folder stays as it is."""
+    from bossnas import select as selection
+    from bossnas.runfolder import write_json
+
+    costs = {name: cost for cost, name in selection.NAMES.items()}
+    if front is not None and front not in costs:
+        raise ConfigError("--front", f"there is no cost {front!r}", f"choose {', '.join(costs)}")
+    given = {"macs": ("--max-macs", max_macs, 1), "params": ("--max-params", max_params, 1),
+             "latency_ns": ("--max-latency-ms", max_latency_ms, 10 ** 6)}
+    limits = {cost: _amount(*value) for cost, value in given.items() if value[1] is not None}
+    _check_writable(json)
+    result = selection.select(run, score=score, limits=limits, top=top, latencies=latency,
+                              front_cost=None if front is None else costs[front])
+    typer.echo("\n".join(selection.lines(result)))
+    if json is not None:
+        write_json(json, result)
+
+
+@app.command(epilog="Example: bossnas cost --config configs/hytra_ds.json --architecture '5433|3230|0010|0000'")
+def cost(config: ConfigFile, overrides: Overrides = None,
+         architecture: Annotated[str | None, typer.Option(help="Cost of this one; default: the whole table.")] = None,
+         measure: Annotated[bool, typer.Option("--measure", help="Measure latencies on this device, too.")] = False,
+         batch: Annotated[int, typer.Option(min=1, help="Images in a measured batch.")] = 1,
+         repeats: Annotated[int, typer.Option(min=3, help="Times that each latency is measured.")] = 30,
+         threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the measurement.")] = None,
+         json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None) -> None:
+    """Multiply-adds and parameters of one architecture, or of every candidate on every input that can occur."""
+    from bossnas import latency
+    from bossnas.runfolder import write_json
+
+    if measure and (architecture is not None or json is None):
+        raise ConfigError("--measure", "makes a table of the whole space for bossnas select",
+                          "leave out --architecture and name a file with --json")
+    _check_writable(json)
+    result = latency.report(load(config, overrides).space, architecture, measured=measure, batch=batch,
+                            repeats=repeats, threads=threads)
+    typer.echo("\n".join(latency.lines(result)))
+    if json is not None:
+        write_json(json, result)
+
+
+def _amount(field: str, text: str, scale: int) -> int:
+    """"1.5M" -> 1500000, times ``scale``; K, M and G are thousands, millions and thousands of millions."""
+    factor = {"K": 10 ** 3, "M": 10 ** 6, "G": 10 ** 9}.get(text[-1:].upper(), 1)
+    try:
+        value = Decimal(text if factor == 1 else text[:-1]) * factor * scale
+        if not 0 < value < 10 ** 18:
+            raise ValueError
+    except (ArithmeticError, ValueError):
+        raise ConfigError(field, f"{text!r} is no amount", "write a number above 0, such as 600M, 1.5G or 20") from None
+    return int(value)
+
+
+def _check_writable(file: Path | None, field: str = "--json") -> None:
+    """Before the work, not after it."""
+    if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
+        raise ConfigError(field, f"cannot write {file}", "name a file in a folder that exists and can be written")
+
+
+@app.command(name="rank", epilog="Example: bossnas rank runs/nats --accuracy nats_cifar10.csv --json rank.json "
+                                 "--plot rank.png --proxies synflow,naswot")
+def rank_command(ratings: Annotated[list[Path], typer.Argument(
+                     help="Run folder, CSV (architecture,score), or the original release's path_rank_*.yml.")],
+                 accuracy: Annotated[Path, typer.Option(help="CSV, YAML or NATS-Bench file: architecture, accuracy.")],
+                 space: Annotated[str | None, typer.Option(help="nats | mbconv | hytra | file.py:ClassName; default: "
+                                                                "the run's, or told from the texts.")] = None,
+                 score: Annotated[str | None, typer.Option(help="Score of the run, or column of the CSV.")] = None,
+                 better: Annotated[str, typer.Option(help="Of scores in a CSV: higher | lower.")] = "higher",
+                 column: Annotated[str | None, typer.Option(help="Column of --accuracy; NATS-Bench: data set.")] = None,
+                 image_size: Annotated[int | None, typer.Option(min=1, help="Of the networks, pixels.")] = None,
+                 proxies: Annotated[str | None, typer.Option(help="synflow,naswot,gradnorm,zico")] = None,
+                 sample: Annotated[int, typer.Option(min=2, help="Architectures the proxies are computed of.")] = 200,
+                 bootstrap: Annotated[int, typer.Option(min=10, max=100_000, help="Resamples.")] = 1000,
+                 seed: Annotated[int, typer.Option(min=0, help="Of resamples, sample, proxies.")] = 0,
+                 json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+                 plot: Annotated[Path | None, typer.Option(help="Draw scatter plots into this .png.")] = None) -> None:
+    """Rank correlations of ratings with true accuracies, always beside what counting parameters would give."""
+    from rich.console import Console
+
+    from bossnas import log, rank
+    from bossnas.compare import compare
+    from bossnas.proxies import chosen
+    from bossnas.runfolder import write_json
+
+    if better not in ("higher", "lower"):
+        raise ConfigError("--better", f"{better!r} is not known", "use higher or lower")
+    names = [] if proxies is None else chosen(proxies)
+    _check_writable(json)
+    _check_writable(plot, "--plot")
+    log.setup(None)
+    found = compare(ratings, accuracy, space=space, score=score, better=better, column=column, image_size=image_size,
+                    seed=seed, resamples=bootstrap, proxy_names=names, sample=sample)
+    rank.show(found.result, Console(width=None if sys.stdout.isatty() else 150))
+    if json is not None:
+        write_json(json, found.result)
+    if plot is not None:
+        rank.draw(found.scores, found.accuracy, {found.result["score"]: found.result, **found.result["baselines"]},
+                  plot)
 
 
 @app.command(epilog="Example: bossnas pack ~/pictures shards/pictures")

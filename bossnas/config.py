@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,6 +58,14 @@ class TrainConfig(_Section):
 
 
 class RatingConfig(_Section):
+    score: Literal["population_centre", "instance_discrimination", "view_agreement", "effective_rank"] = Field(
+        "population_centre", description="which score chooses the winners; the ratings hold all of them")
+    embedding: Literal["projection", "pooled"] = Field(
+        "projection", description="of the target network, for the scores other than population_centre; pooled: the "
+        "block's output, averaged over the map")
+    temperature: float = Field(0.2, gt=0, description="of instance discrimination")
+    max_gib: float | None = Field(None, gt=0, description="memory for the paths that are rated together, GiB; null: "
+                                  "half of what is free on a GPU, 1/8 on a CPU")
     every_epochs: int = Field(2, ge=0, description="rate in mid-stage every n epochs; 0: only at the stage's end")
     batch: int = Field(256, ge=2, description="validation images per batch")
     calibration_images: int = Field(256, ge=2, description="training images in one calibration batch")
@@ -96,6 +105,14 @@ def load(path: str | Path | None, overrides: list[str] | None = None) -> Config:
     values = {} if path is None else _read(Path(path))
     for override in overrides or []:
         _apply(values, override)
+    return validate(values)
+
+
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """The config with ``a.b=value`` overrides applied and validated."""
+    values = config.model_dump(mode="json")
+    for text in overrides:
+        _apply(values, text)
     return validate(values)
 
 

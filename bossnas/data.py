@@ -84,16 +84,18 @@ def batches(index: ShardIndex, recipe: Recipe, views: Sequence[int], view_pairs:
 
 
 def fixed_batches(index: ShardIndex, recipe: Recipe, views: Sequence[int], view_pairs: int, *, seed: int,
-                  count: int | None, batch: int, shuffle: bool, workers: int = 0, max_bad: float = 0.001,
-                  bad: dict[int, str] | None = None) -> Iterator[list[Tensor]]:
+                  count: int | None, batch: int, shuffle: bool, only: Sequence[int] | None = None, workers: int = 0,
+                  max_bad: float = 0.001, bad: dict[int, str] | None = None) -> Iterator[list[Tensor]]:
     """Batches of ``count`` images (None, or more than there are: all) that are the same at every call.
 
     ``shuffle``: the first of a seeded permutation (for calibration), else the first of the index (for
-    validation). The last batch may be short. Views, ``workers`` and unreadable images as in batches().
+    validation). The last batch may be short. ``only``: the numbers of the batches to give, in this order (None: all).
+    Views, ``workers`` and unreadable images as in batches().
     """
     order = _order(seed, FIXED_EPOCH, len(index)) if shuffle else np.arange(len(index))
     order = order[:count]
     chunks = [order[i:i + batch] for i in range(0, len(order), batch)]
+    chunks = chunks if only is None else [chunks[i] for i in only]
     dataset = _Batches(index, recipe, tuple(views), view_pairs, seed, FIXED_EPOCH, chunks, max_bad, 1)
     return _run(dataset, workers, {} if bad is None else bad)
 

@@ -116,6 +116,19 @@ def all_gather(x: Tensor) -> list[Tensor]:
     return parts
 
 
+def all_gather_object(value: T) -> list[T]:
+    """``value`` of every rank, in rank order: anything that pickles, tensors in CPU memory. For small things."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        torch_dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(function: Callable[[], T]) -> T:
+    """What ``function`` gives on rank 0, on every rank; a ConfigError of it is raised on all of them."""
+    return all_gather_object(together(lambda: function() if rank() == 0 else None))[0]
+
+
 def all_reduce_sum(x: Tensor, group: Any = None) -> Tensor:
     """Adds ``x`` up over the ranks of ``group``, in place."""
     if world_size(group) > 1:
@@ -130,11 +143,7 @@ def together(function: Callable[[], T]) -> T:
         result = function()
     except ConfigError as error:
         mine = (error.field, error.problem, error.fix)
-    errors = [mine]
-    if world_size() > 1:
-        errors = [None] * world_size()
-        torch_dist.all_gather_object(errors, mine)
-    for parts in errors:
+    for parts in all_gather_object(mine):
         if parts is not None:
             raise ConfigError(*parts)
     return result

@@ -94,14 +94,14 @@ class Task:
         self.task = bar.add_task(title, total=total, completed=done, info="") if bar is not None else None
         self.started, self.first, self.spoken = time.monotonic(), done, time.monotonic()
 
-    def advance(self, info: str = "") -> None:
-        self.done += 1
+    def advance(self, info: str = "", count: int = 1) -> None:
+        self.done += count
         now = time.monotonic()
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, info=info)
         elif self.show and (now - self.spoken > PLAIN_SECONDS or self.done == self.total):
             self.spoken = now
-            left = (now - self.started) / (self.done - self.first) * (self.total - self.done)
+            left = (now - self.started) / max(1, self.done - self.first) * (self.total - self.done)
             logger.info("%s %d/%d  %s  ETA %d s", self.title, self.done, self.total, info, left)
 
 

@@ -1,98 +1,210 @@
-"""Rating: every path of a block against the population centre (METHOD 4; BossNAS, section 3.4).
+"""Rating: every path of a block, in batches over a trie of paths (METHOD 4 and 8; BossNAS, section 3.4).
 
-The straightforward procedure, path by path, on cached prefix features. Lower scores are better.
+The frozen prefix runs once per batch; a node of the trie (a choice after the same choices) is calibrated once and
+evaluated once per validation batch, both views together, in one batch with all nodes that use the same candidate. The
+paths are cut into units, each computed at once. What is in a unit depends on the paths and the memory budget alone, so
+the scores are the same to the bit for any number of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bossnas import bootstrap, dist
+from bossnas import bootstrap, dist, scores
 from bossnas.ops import Statistics
 from bossnas.paths import Path
 from bossnas.supernet import Item, Supernet
+from bossnas.units import Unit, units
 
-Calibration = tuple[Statistics, Statistics]  # of the target, and of the online network with its predictor
+Pair = Sequence[Tensor]  # view A and view B of some images, each [n, 3, S, S]
+Pieces = dict[tuple[str, int, int], Tensor]  # ("target" | "online" | "sum", validation batch, unit) -> results
+
+
+class Validation(NamedTuple):
+    """Validation images in batches: how many each batch holds, and how to get some of the batches, in order."""
+
+    sizes: Sequence[int]
+    take: Callable[[Sequence[int]], Iterable[Pair]]
+
+    @classmethod
+    def held(cls, pairs: Sequence[Pair]) -> Validation:
+        """Of batches that are in memory."""
+        return cls([len(a) for a, _ in pairs], lambda batches: (pairs[b] for b in batches))
 
 
 @torch.no_grad()
-def calibrate(online: Supernet, target: Supernet, predictor: nn.Module, block: int, path: Path,
-              features: Sequence[Tensor]) -> Calibration:
-    """Batch-norm statistics of ``path``: one training-mode pass per calibration batch, averaged over the batches.
+def calibrate(online: Supernet, target: Supernet, predictor: nn.Module, block: int, paths: Sequence[Path],
+              chosen: Sequence[Unit], features: Iterable[Tensor]) -> tuple[Statistics, Statistics]:
+    """Batch-norm statistics of every node of the units: a training-mode pass per batch, averaged over the batches.
 
-    ``features``: inputs of the block, [N, C, H, W] each. The predictor is calibrated too.
+    ``features``: inputs of the block, [N, C, H, W] each. -> those of the target, and of the online network with the
+    predictor, which is calibrated too.
     """
     of_target, of_online = [], []
     for x in features:
-        t, o = Statistics(), Statistics()
-        target.embed(block, [Item(path, x)], t)
-        predictor(online.embed(block, [Item(path, x)], o)[0], 1, o)
-        of_target.append(t)
-        of_online.append(o)
+        of_target.append(Statistics())
+        for unit, items, features in _features(target, block, paths, chosen, x, of_target[-1]):
+            target.project(block, items, features, of_target[-1].at(unit), last=False)
+        of_online.append(Statistics())
+        for unit, items, features in _features(online, block, paths, chosen, x, of_online[-1]):
+            stats = of_online[-1].at(unit)
+            _predict(predictor[:-1], online.project(block, items, features, stats), stats)
     return Statistics.average(of_target), Statistics.average(of_online)
 
 
 @torch.no_grad()
 def rate_block(online: Supernet, target: Supernet, predictor: nn.Module, block: int, winners: Sequence[Path],
-               paths: Sequence[Path], calibration: Sequence[Tensor], validation: Iterable[Sequence[Tensor]], *,
-               autocast: Callable[[], AbstractContextManager] = nullcontext,
-               advance: Callable[[], None] = lambda: None) -> dict[Path, float]:
-    """Scores every path of the block: mean over the images of l(o^A, c^B) + l(o^B, c^A), in [-4, 4].
+               paths: Sequence[Path], calibration: Sequence[Tensor], validation: Validation, *,
+               temperature: float = 0.2, embedding: str = "projection", most: int | None = None,
+               autocast: Callable[[], AbstractContextManager] = nullcontext, pieces: Pieces | None = None,
+               advance: Callable[[Pieces, int], None] = lambda pieces, paths: None) -> dict[str, dict[Path, float]]:
+    """Every label-free score (`bossnas.scores`) of every path of the block, a mean over the validation images.
 
-    calibration: batches [N, 3, S, S] of one training view. validation: batches (view A, view B), each [n, 3, S, S].
-    Both networks start from the target's frozen prefix along ``winners`` (those of the blocks before this one, never
-    of this block itself). The paths are split over the ranks; all ranks return the same scores, to the bit those of
-    one rank. ``advance`` is called once per calibrated path and once per rated batch and path.
+    calibration: batches [N, 3, S, S] of one training view. Both networks start from the target's frozen prefix along
+    ``winners`` (those of the blocks before this one, never of this block itself). Instance discrimination, view
+    agreement and effective rank are those of the target's ``embedding`` (projection | pooled), within each batch.
+
+    Units hold at most ``most`` paths (None: all). Ranks rate different batches, and where there are fewer batches than
+    ranks, different units; all return the same scores, to the bit those of one rank. ``pieces`` is what an earlier call
+    has already rated, with the same units; ``advance(pieces, n)`` is called with all pieces so far whenever n more
+    paths have been calibrated or have passed one network for one batch, on all ranks alike.
     """
     assert len(winners) == block, "the prefix holds exactly the blocks before this one"
-    mine = paths[dist.rank()::dist.world_size()] or paths[:1]  # a surplus rank keeps in step; its result is not used
+    rating = _Rating(online, target, predictor, block, paths, units(paths, most or len(paths)), temperature, embedding,
+                     Statistics(recording=False), Statistics(recording=False))
+    pieces = dict(pieces or {})
+    count, rank, world = len(validation.sizes), dist.rank(), dist.world_size()
+    pending = [b for b in range(count) if len(rating.missing(pieces, "online", b))]
+    waves = [pending[i:i + world] for i in range(0, len(pending), world)]
+    mine = [wave[rank % len(wave)] for wave in waves]
+    calibrated: set[int] = set()
     with autocast():
-        inputs = [target.features(winners, x) for x in calibration]
-        tables = []
-        for path in mine:
-            tables.append(calibrate(online, target, predictor, block, path, inputs))
-            advance()
-        total = torch.zeros(len(mine), dtype=torch.float64)
-        images = 0
-        for view_a, view_b in validation:
-            x = target.features(winners, torch.cat([view_a, view_b]))
-            targets, predictions = [], []
-            for path, (of_target, of_online) in zip(mine, tables, strict=True):
-                targets.append(bootstrap.full(target.embed(block, [Item(path, x)], of_target)[0]))
-                o = online.embed(block, [Item(path, x)], of_online)[0]
-                predictions.append(bootstrap.full(predictor(o, 1, of_online)))
-                advance()
-            centre_a, centre_b = _centre(targets, len(paths)).chunk(2)
-            for i, o in enumerate(predictions):
-                o_a, o_b = o.chunk(2)
-                total[i] += bootstrap.path_loss(o_a, o_b, centre_a, centre_b).double().sum().item()
-            images += len(view_a)
-    return dict(zip(paths, _interleave(total / images, len(paths)), strict=True))
+        for wave, views in zip(waves, validation.take(mine), strict=True):
+            batch = wave[rank % len(wave)]
+            shares = {network: [_share(rating.missing(pieces, network, wave[r % len(wave)]), r, world, len(wave))
+                                for r in range(world)] for network in ("target", "online")}
+            rating.calibrate({u for of_ranks in shares.values() for u in of_ranks[rank]},
+                             lambda: (target.features(winners, x) for x in calibration))
+            new = {u for of_ranks in shares.values() for share in of_ranks for u in share} - calibrated
+            calibrated |= new
+            advance(pieces, sum(len(rating.units[u].rows) for u in new))
+            x = target.features(winners, torch.cat(list(views)))
+            for network, of_ranks in shares.items():
+                results = rating.run(network, batch, of_ranks[rank], x, pieces)
+                for _ in range(max(map(len, of_ranks))):
+                    found: Pieces = {}
+                    for piece in dist.all_gather_object(next(results, {})):
+                        found |= piece
+                    pieces |= found
+                    advance(pieces, sum(len(value) for (kind, *_), value in found.items() if kind != "sum"))
+            for b in wave:  # its centre is not needed any more
+                for u in range(len(rating.units)):
+                    pieces.pop(("sum", b, u), None)
+    return rating.collect(pieces, validation.sizes)
 
 
-def _centre(targets: list[Tensor], count: int) -> Tensor:
-    """Population centre over all ranks' paths, summed in the order of the paths whatever the number of ranks."""
-    world = dist.world_size()
-    if world == 1:
-        return bootstrap.population_centre(targets)
-    slots = targets + [torch.zeros_like(targets[0])] * (-(-count // world) - len(targets))
-    gathered = dist.all_gather(torch.stack(slots))
-    return bootstrap.population_centre([gathered[p % world][p // world] for p in range(count)])
+@dataclass
+class _Rating:
+    """A rating at work; the statistics of a unit are kept from its first batch on."""
+
+    online: Supernet
+    target: Supernet
+    predictor: nn.Module
+    block: int
+    paths: Sequence[Path]
+    units: list[Unit]
+    temperature: float
+    embedding: str
+    of_target: Statistics
+    of_online: Statistics
+
+    def missing(self, pieces: Pieces, network: str, batch: int) -> list[int]:
+        """Numbers of the units that the network has not rated for the batch."""
+        return [u for u in range(len(self.units)) if (network, batch, u) not in pieces]
+
+    def calibrate(self, wanted: Iterable[int], features: Callable[[], Iterable[Tensor]]) -> None:
+        """Calibrates those of the wanted units that are not yet."""
+        new = [self.units[u] for u in sorted(wanted) if self.units[u] not in self.of_target.parts]
+        if new:
+            found = calibrate(self.online, self.target, self.predictor, self.block, self.paths, new, features())
+            self.of_target.parts.update(found[0].parts)
+            self.of_online.parts.update(found[1].parts)
+
+    def run(self, network: str, batch: int, share: Sequence[int], x: Tensor, pieces: Pieces) -> Iterator[Pieces]:
+        """Rates the units of a share one after another. ``x``: the block's input of both views, [2n, C, H, W]."""
+        chosen, number = [self.units[u] for u in share], {self.units[u]: u for u in share}
+        if network == "target":
+            for unit, items, features in _features(self.target, self.block, self.paths, chosen, x, self.of_target):
+                projections = self.target.project(self.block, items, features, self.of_target.at(unit))
+                u, t = number[unit], bootstrap.full(torch.stack(projections))
+                pooled = [f.mean((2, 3)) for f in features] if self.embedding == "pooled" else None
+                yield {("target", batch, u): self._view_scores(t, pooled).cpu(), ("sum", batch, u): t.sum(0).cpu()}
+        elif share:
+            sums = [pieces["sum", batch, u] for u in range(len(self.units))]
+            centres = (torch.stack(sums).sum(0) / len(self.paths)).to(x.device).chunk(2)
+            for unit, items, features in _features(self.online, self.block, self.paths, chosen, x, self.of_online):
+                stats = self.of_online.at(unit)
+                projections = self.online.project(self.block, items, features, stats)
+                o = bootstrap.full(_predict(self.predictor, projections, stats))
+                a, b = o.view(len(projections), -1, o.shape[1]).chunk(2, 1)
+                score = scores.population_centre(a, b, *centres)
+                yield {("online", batch, number[unit]): score.double().cpu()[:, None]}
+
+    def _view_scores(self, t: Tensor, pooled: Sequence[Tensor] | None) -> Tensor:
+        """Instance discrimination, view agreement and effective rank of projections [P, 2n, D] -> [P, 3]."""
+        embeddings = [t] if pooled is None else [bootstrap.full(p)[None] for p in pooled]  # widths may differ by path
+        rows = []
+        for z in embeddings:
+            a, b = z.chunk(2, 1)
+            rows.append(torch.stack([scores.instance_discrimination(a, b, self.temperature),
+                                     scores.view_agreement(a, b), scores.effective_rank(a, b)], 1))
+        return torch.cat(rows).double()
+
+    def collect(self, pieces: Pieces, sizes: Sequence[int]) -> dict[str, dict[Path, float]]:
+        """The means over the images, summed in the order of the batches."""
+        total = torch.zeros(len(self.paths), len(scores.BETTER), dtype=torch.float64)
+        for batch, size in enumerate(sizes):
+            for u, unit in enumerate(self.units):
+                total[list(unit.rows)] += size * torch.cat([pieces["online", batch, u], pieces["target", batch, u]], 1)
+        means = (total / sum(sizes)).T.tolist()
+        return {name: dict(zip(self.paths, values, strict=True))
+                for name, values in zip(scores.BETTER, means, strict=True)}
 
 
-def _interleave(mine: Tensor, count: int) -> list[float]:
-    """All paths' scores in order, from each rank's share."""
-    world = dist.world_size()
-    slots = torch.zeros(-(-count // world), dtype=torch.float64)
-    slots[:len(mine)] = mine
-    gathered = dist.all_gather(slots)
-    return [gathered[p % world][p // world].item() for p in range(count)]
+def _features(network: Supernet, block: int, paths: Sequence[Path], chosen: Iterable[Unit], x: Tensor,
+              stats: Statistics) -> Iterator[tuple[Unit, list[Item], list[Tensor]]]:
+    """Each unit with its items and their features; the layers of a unit's prefix run once for all units behind it."""
+    trail, here = [network.enter(block, x, stats.at("stem"))], ()
+    for unit in chosen:
+        depth = next((d for d, (a, b) in enumerate(zip(here, unit.prefix, strict=False)) if a != b),
+                     min(len(here), len(unit.prefix)))
+        del trail[depth + 1:]
+        while depth < len(unit.prefix):
+            node = stats.at(unit.prefix[:depth + 1])
+            trail += network(block, [Item(unit.prefix, trail[-1])], node, start=depth, stop=depth + 1)
+            depth += 1
+        here, items = unit.prefix, [Item(paths[row], trail[-1]) for row in unit.rows]
+        yield unit, items, network(block, items, stats.at(unit), start=depth)
 
 
-def best(scores: dict[Path, float]) -> Path:
-    """The path with the lowest score; of equal ones the first."""
-    return min(scores, key=scores.__getitem__)
+def _predict(predictor: nn.Module, projections: Sequence[Tensor], stats: Statistics) -> Tensor:
+    """Predictions of all paths of a unit in one batch, [paths * rows, D]."""
+    return predictor(torch.cat(list(projections)), len(projections), stats.at("predictor"))
+
+
+def _share(pending: Sequence[int], rank: int, world: int, batches: int) -> list[int]:
+    """The rank's part of a batch's units: those ranks that work on one batch take neighbouring units."""
+    team = range(rank % batches, world, batches)
+    member, size = team.index(rank), len(pending)
+    return list(pending[size * member // len(team):size * (member + 1) // len(team)])
+
+
+def best(values: dict[Path, float], better: str = "lower") -> Path:
+    """The path with the best value; of equal ones the first. ``better``: lower | higher."""
+    return (min if better == "lower" else max)(values, key=values.__getitem__)

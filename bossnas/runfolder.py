@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from bossnas.config import Config, dump, validate
 from bossnas.errors import ConfigError
 
 # What may change between a run and its continuation, since results do not depend on it.
-FREE = ("data.workers", "checkpoint.every_steps", "checkpoint.keep", "out")
+FREE = ("data.workers", "rating.max_gib", "checkpoint.every_steps", "checkpoint.keep", "out")
 
 
 def claim(config: Config, resume: bool) -> Path:
@@ -28,6 +30,8 @@ def claim(config: Config, resume: bool) -> Path:
         if changed:
             raise ConfigError("out", f"{folder} holds another run ({', '.join(changed)} differ)",
                               "choose another folder with --set out=FOLDER")
+        if (kind := _kind(folder)) != "search":
+            raise ConfigError("out", f"{folder} holds a {kind}", "choose another folder with --set out=FOLDER")
         if not resume:
             raise ConfigError("out", f"{folder} already holds this run",
                               "go on with --resume auto, or choose another folder with --set out=FOLDER")
@@ -36,25 +40,81 @@ def claim(config: Config, resume: bool) -> Path:
     return folder
 
 
-def prepare(folder: Path, config: Config) -> None:
-    """Writes the resolved config and the versions into the claimed folder."""
+def prepare(folder: Path, config: Config, kind: str = "search") -> None:
+    """Writes the resolved config, the versions and the kind of run into the claimed folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError("out", f"cannot make {folder} ({error.strerror})", "choose another folder") from None
     write_text(folder / "config.json", dump(config))
     (folder / "ratings").mkdir(exist_ok=True)
-    write_json(folder / "versions.json", _versions())
+    write_json(folder / "versions.json", {"kind": kind, **_versions()})
 
 
 def read_config(folder: Path) -> Config:
     """The config of the run in ``folder``. Raises ConfigError when there is none."""
     try:
         return validate(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError("--run", f"{folder} holds no config.json", "name the folder of a run") from None
     except json.JSONDecodeError as error:
         raise ConfigError("--run", f"{folder}/config.json is damaged ({error})", "restore it") from None
+
+
+@dataclass(frozen=True)
+class BlockRating:
+    """One score of every rated path of a block."""
+
+    block: int
+    prefix: list[str]  # the encoded winners of the blocks before, on whose features the block was rated, or nothing
+    score: str
+    better: str  # lower | higher
+    scores: dict[str, float]  # encoded path -> value
+    candidates: list[str]  # names by candidate id
+
+
+def read_ratings(folder: Path, score: str | None = None) -> list[BlockRating]:
+    """The ratings of a run's blocks, ratings/block_0.json and so on, as far as they go.
+
+    ``score`` names one of the scores that the files hold; default: the one the run chose by. Raises ConfigError when a
+    file is missing or damaged, lacks the score or holds a value that is not finite, or the blocks' scores differ.
+    """
+    files = folder / "ratings"
+    numbers = sorted(int(f.stem[6:]) for f in files.glob("block_*.json") if f.stem[6:].isdecimal())
+    if not numbers:
+        raise ConfigError("RUN", f"{folder} holds no ratings/block_0.json", "name the folder of a rated run")
+    ratings = [_read_rating(files / f"block_{block}.json", block, score) for block in range(numbers[-1] + 1)]
+    names = sorted({rating.score for rating in ratings})
+    if len(names) > 1:
+        raise ConfigError("--score", f"the blocks of {folder} were rated by different scores", "choose one of "
+                          f"{', '.join(names)}, or rate again with bossnas rate {folder}")
+    return ratings
+
+
+def _read_rating(file: Path, block: int, score: str | None) -> BlockRating:
+    repair = "rate the block again with bossnas rate RUN"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        name = values["score"] if score is None else score
+        tables = values.get("scores") or {values["score"]: values["paths"]}
+        better = values.get("better") or {"population_centre": "lower"}
+        if name not in tables:
+            raise ConfigError("--score", f"{file} has no score {name!r}", f"choose one of {', '.join(tables)}")
+        rating = BlockRating(block, values["prefix"], name, better[name], tables[name], values["candidates"])
+        if values["block"] != block or rating.better not in ("lower", "higher") or not rating.scores:
+            raise ValueError("it does not describe the ratings of this block")
+        if len(rating.prefix) not in (0, block) or not all(p.isascii() and p.isalnum() for p in rating.prefix):
+            raise ValueError(f"its prefix is {rating.prefix!r}")
+        for path, value in rating.scores.items():
+            if not (path.isascii() and path.isalnum()) or isinstance(value, bool) or not math.isfinite(value):
+                raise ValueError(f"path {path!r} has the score {value!r}")
+    except ConfigError:
+        raise
+    except OSError as error:
+        raise ConfigError("RUN", f"cannot read {file} ({error.strerror})", repair) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # ValueError: of json and of Unicode, too
+        raise ConfigError("RUN", f"{file} is damaged ({type(error).__name__}: {error})", repair) from None
+    return rating
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -69,6 +129,13 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, path)
+
+
+def _kind(folder: Path) -> str:
+    try:
+        return json.loads((folder / "versions.json").read_text(encoding="utf-8")).get("kind", "search")
+    except (OSError, json.JSONDecodeError):
+        return "search"
 
 
 def _differences(old: Config, new: Config) -> list[str]:

@@ -36,34 +36,51 @@ class Supernet(nn.Module):
         self.projectors = nn.ModuleList(
             Projector(space.adapter(b), space.neck_width(b), hidden, out) for b in range(space.blocks))
 
-    def forward(self, block: int, items: Sequence[Item], stats: Statistics | None = None) -> list[Tensor]:
+    def forward(self, block: int, items: Sequence[Item], stats: Statistics | None = None, start: int | None = None,
+                stop: int | None = None) -> list[Tensor]:
         """Features of every item at the block's end, in the items' order.
 
         Layer by layer, items that go through the same candidate and share an input shape make one batch, in which
         batch norms treat each item by itself; items with the same choices so far and the same input tensor are
         computed once. For block 0 inputs are images, for later blocks the features of the block before.
-        ``stats`` records or supplies batch-norm statistics and takes one path at a time.
+
+        ``start``: the inputs are past the stem and that many layers already; ``stop``: go no further than that many.
+        ``stats`` records batch-norm statistics, or supplies those recorded for the same items in the same order.
         """
         keys: list[Hashable] = [id(item.x) for item in items]
         nodes = {key: (item.x, item.groups) for key, item in zip(keys, items, strict=True)}
-        if block == 0 and not isinstance(self.stem, nn.Identity):
-            nodes = self._batched(nodes, {key: 0 for key in nodes}, lambda x, _, groups: self.stem(x, groups, stats))
-        for depth, layer in enumerate(self.blocks[block]):
+        if start is None and self._has_stem(block):
+            nodes = self._batched(nodes, {key: 0 for key in nodes}, lambda x, _, *rest: self.stem(x, *rest), stats,
+                                  "stem")
+        layers = list(self.blocks[block])
+        for depth in range(start or 0, len(layers) if stop is None else stop):
             parents = keys
             keys = [(key, item.path[depth]) for key, item in zip(keys, items, strict=True)]
             inputs = {key: nodes[parent] for key, parent in zip(keys, parents, strict=True)}
             choices = {key: item.path[depth] for key, item in zip(keys, items, strict=True)}
-            nodes = self._batched(inputs, choices, lambda x, c, groups, m=layer: m(x, c, groups, stats))
+            nodes = self._batched(inputs, choices, layers[depth], stats, depth)
         return [nodes[key][0] for key in keys]
+
+    def enter(self, block: int, x: Tensor, stats: Statistics | None = None) -> Tensor:
+        """The first layer's input: in block 0 images pass the stem, which `forward` with ``start=0`` leaves out."""
+        return self.stem(x, 1, stats) if self._has_stem(block) else x
 
     def embed(self, block: int, items: Sequence[Item], stats: Statistics | None = None) -> list[Tensor]:
         """Projections [groups*N, out] of every item."""
-        features = self.forward(block, items, stats)
+        return self.project(block, items, self.forward(block, items, stats), stats)
+
+    def project(self, block: int, items: Sequence[Item], features: Sequence[Tensor], stats: Statistics | None = None,
+                last: bool = True) -> list[Tensor]:
+        """Projections [groups*N, out] of every item from its features at the block's end.
+
+        Without the ``last`` linear layer, behind which there are no statistics: the hidden units [groups*N, hidden].
+        """
         projector = self.projectors[block]
         nodes = {i: (x, item.groups) for i, (x, item) in enumerate(zip(features, items, strict=True))}
         last = {i: item.path[-1] for i, item in enumerate(items)}
-        out = self._batched(nodes, last, lambda x, c, groups: projector.pool(x, c, groups, stats))
-        rows = self._batched(out, {i: 0 for i in out}, lambda x, _, groups: projector.mlp(x, groups, stats))
+        out = self._batched(nodes, last, projector.pool, stats, "pool")
+        mlp = projector.mlp if last else projector.mlp[:-1]
+        rows = self._batched(out, {i: 0 for i in out}, lambda x, _, *rest: mlp(x, *rest), stats, "mlp")
         return [rows[i][0] for i in range(len(items))]
 
     def part(self, block: int) -> nn.ModuleDict:
@@ -86,16 +103,20 @@ class Supernet(nn.Module):
         """Ends a block's training: evaluation mode, no gradients."""
         self.part(block).eval().requires_grad_(False)
 
+    def _has_stem(self, block: int) -> bool:
+        return block == 0 and not isinstance(self.stem, nn.Identity)
+
     @staticmethod
-    def _batched(inputs: dict, choices: dict, call) -> dict:
-        """Runs ``call(x, choice, groups)`` once per (choice, shape, group size); returns the outputs by key."""
+    def _batched(inputs: dict, choices: dict, call, stats: Statistics | None, place: Hashable) -> dict:
+        """Runs ``call(x, choice, groups, stats)`` once per (choice, shape, group size); returns the outputs by key."""
         batches: dict[tuple, list] = {}
         for key, (x, groups) in inputs.items():
             batches.setdefault((choices[key], x.shape[1:], x.shape[0] // groups), []).append(key)
         outputs = {}
-        for (choice, *_), keys in batches.items():
+        for (choice, shape, _), keys in batches.items():
             xs, groups = zip(*(inputs[key] for key in keys), strict=True)
-            y = call(xs[0] if len(xs) == 1 else torch.cat(xs), choice, sum(groups))
+            own = None if stats is None else stats.at((place, choice, *shape))
+            y = call(xs[0] if len(xs) == 1 else torch.cat(xs), choice, sum(groups), own)
             for key, piece, g in zip(keys, y.split([x.shape[0] for x in xs]), groups, strict=True):
                 outputs[key] = (piece, g)
         return outputs

@@ -14,15 +14,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # Within a level, too, only what stands earlier may be imported. A new module gets its place here.
 LEVELS: dict[int, tuple[str, ...]] = {
     0: ("",),
-    1: ("errors", "config", "paths", "dist", "runfolder", "log"),
-    2: ("ops", "heads", "optim", "shards", "views", "cost", "pack", "engines.protocol"),
-    3: ("spaces.hytra", "spaces.mbconv", "spaces.nats", "spaces", "supernet", "data", "bossnet"),
+    1: ("errors", "config", "paths", "dist", "runfolder", "log", "tables", "intervals"),
+    2: ("ops", "heads", "optim", "shards", "views", "pareto", "pack", "engines.protocol"),
+    3: ("spaces.hytra", "spaces.mbconv", "spaces.nats", "spaces", "cost", "latency", "supernet", "data", "bossnet"),
     4: (
-        "bootstrap", "engines.single", "engines.ddp", "engines.fsdp2", "engines.deepspeed", "engines",
+        "bootstrap", "scores", "units", "engines.single", "engines.ddp", "engines.fsdp2", "engines.deepspeed", "engines",
         "checkpoint",
     ),
-    5: ("train", "rate"),
-    6: ("schedule", "select", "search", "retrain", "rank", "report", "sample", "sample.make"),
+    5: ("train", "rate", "baselines", "proxies"),
+    6: ("schedule", "graph", "select", "run", "rating", "search", "retrain", "rank", "compare", "report", "sample", "sample.make"),
     7: ("cli",),
 }
 ORDER = [module for level in sorted(LEVELS) for module in LEVELS[level]]

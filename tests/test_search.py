@@ -15,7 +15,7 @@ import pytest
 import torch
 from ranks import ROOT, environment
 
-from bossnas import checkpoint, cli, cost, log, runfolder, search
+from bossnas import checkpoint, cli, cost, log, rating, runfolder, search
 from bossnas.config import load
 from bossnas.errors import ConfigError
 from bossnas.paths import decode
@@ -61,11 +61,13 @@ def test_the_run_folder_holds_everything(finished):
     price = cost.count([run.online.stem, run.online.blocks], lambda: run.online.features(paths, x))
     assert (architecture["macs"], architecture["params"]) == (price["macs"], price["params"])
     for block in range(4):
-        rating = ratings(finished)[f"block_{block}.json"]
+        rated = ratings(finished)[f"block_{block}.json"]
         paths = run.space.paths(block, [decode(w) for w in winners[:block]])
-        assert [decode(p) for p in rating["paths"]] == paths and rating["prefix"] == winners[:block]
-        assert min(rating["paths"], key=rating["paths"].get) == winners[block]
-        assert all(-4 <= s <= 4 for s in rating["paths"].values())
+        assert [decode(p) for p in rated["paths"]] == paths and rated["prefix"] == winners[:block]
+        assert min(rated["paths"], key=rated["paths"].get) == winners[block]
+        assert all(-4 <= s <= 4 for s in rated["paths"].values())
+        assert rated["scores"].keys() == rated["better"].keys() and rated["scores"][rated["score"]] == rated["paths"]
+        assert all(values.keys() == rated["paths"].keys() for values in rated["scores"].values())
         assert f"block_{block}_epoch_1.json" in ratings(finished)
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     trained = [(line["block"], line["step"]) for line in lines if line["kind"] == "train"]
@@ -88,10 +90,10 @@ def test_rating_again_from_the_last_checkpoint_gives_the_same(finished):
     before = {f: f.read_bytes() for f in (finished / "ratings").glob("block_?.json")}
     for file in before:
         file.write_text("{}")
-    assert search.rerate(finished) == [0, 1, 2, 3]
+    assert rating.rerate(finished) == [0, 1, 2, 3]
     assert {f: f.read_bytes() for f in before} == before
     with pytest.raises(ConfigError, match="--block"):
-        search.rerate(finished, [4])
+        rating.rerate(finished, [4])
 
 
 @pytest.mark.parametrize("engine", ["single", "deepspeed"])
@@ -142,7 +144,7 @@ def test_two_deepspeed_ranks_run_the_users_line(tmp_path, project_root):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert sum(line["kind"] == "train" for line in lines) == 8 and lines[-2]["images"] == 4 * 2 * 16
     before = {name: r for name, r in ratings(out).items() if "epoch" not in name}
-    assert search.rerate(out) == [0, 1, 2, 3]
+    assert rating.rerate(out) == [0, 1, 2, 3]
     after = {name: r for name, r in ratings(out).items() if "epoch" not in name}
     assert after == before, "paths are split over the ranks, not images: one rank must rate as two do"
 
@@ -162,7 +164,7 @@ def test_nats_trains_on_cifar_shards(shared, tmp_path, project_root):
         "heads.hidden=32", "heads.out=16", "data.workers=0"]))
     before = ratings(tmp_path / "nats")
     assert [len(before[f"block_{b}.json"]["paths"]) for b in range(3)] == [64, 64, 8]
-    search.rerate(tmp_path / "nats")
+    rating.rerate(tmp_path / "nats")
     assert ratings(tmp_path / "nats") == before
 
 
@@ -231,7 +233,7 @@ def test_calibration_uses_whole_batches(tmp_path):
     for images, batches, sizes in ((1999, 2, [1999]), (900, 2, [900, 900]), (3000, 1, [2000])):
         run = search.build(config(tmp_path, f"rating.calibration_images={images}",
                                   f"rating.calibration_batches={batches}", "data.recipe=cifar", "space.name=nats"))
-        assert [len(x) for x in search._calibration(run)] == sizes
+        assert [len(x) for x in rating._Calibration(run)] == sizes
 
 
 def test_a_collapse_is_reported(caplog):
@@ -264,7 +266,7 @@ def test_a_folder_with_another_run_is_refused_and_unharmed(finished, tmp_path):
     with pytest.raises(ConfigError, match="not empty"):
         search.search(config(tmp_path / "full"))
     with pytest.raises(ConfigError, match="--run"):
-        search.rerate(tmp_path)
+        rating.rerate(tmp_path)
 
 
 def test_a_disk_without_room_is_found_before_the_start(tmp_path, monkeypatch):
@@ -280,7 +282,7 @@ def test_workers_and_keep_may_change_on_resume(tmp_path):
     assert runfolder.claim(config(tmp_path, "data.workers=3", "checkpoint.keep=5"), resume=True) == tmp_path
 
 
-@pytest.mark.parametrize("command", ["search", "rate", "pack"])
+@pytest.mark.parametrize("command", ["search", "rate", "select", "cost", "rank", "pack"])
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])

@@ -59,8 +59,8 @@ def gbn_act(
 
 
 def _activate(x: Tensor, act: str) -> Tensor:
-    """Apply act to a map that nothing else refers to: ReLU works in place, which saves a map in memory."""
-    return F.relu_(x) if act == "relu" else F.silu(x) if act == "silu" else x
+    """Apply act to a map that nothing else refers to: in place, which saves a map in memory. SiLU's gradient needs it."""
+    return F.relu_(x) if act == "relu" else F.silu(x, inplace=not torch.is_grad_enabled()) if act == "silu" else x
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:

@@ -1,0 +1,230 @@
+"""`bossnas rank`: a rating against an accuracy table, beside size baselines and zero-cost proxies."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path as File
+from typing import Any
+
+import numpy as np
+import torch
+
+from bossnas import baselines, log, proxies, rank, runfolder, spaces, tables
+from bossnas.bossnet import standalone
+from bossnas.cost import CostTable
+from bossnas.errors import ConfigError
+from bossnas.paths import Path, decode
+from bossnas.spaces import Space
+
+IMAGE_SIZES = {"nats": 32, "mbconv": 224, "hytra": 224}  # pixels, as the spaces' public accuracies were measured
+CLASSES = {"nats": 10}  # otherwise ImageNet's 1000
+LENGTHS = {(2, 2, 1): ("nats", "cifar10"), (2, 1, 2): ("nats", "cifar100"), (2, 4, 4, 4, 4): ("mbconv", "cifar10"),
+           (4, 4, 4, 4): ("hytra", "cifar10")}  # layers per block -> space, split
+CHANNELS = re.compile(r"\d+(:\d+)+")
+PROXY_IMAGES = 64  # per batch; random normal, as the labels are random
+
+Architecture = tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found: plain values for a file, and the points behind the figures."""
+
+    result: dict[str, Any]
+    scores: dict[str, np.ndarray]  # the rating first, then the baselines; larger is better
+    accuracy: np.ndarray
+
+
+def compare(sources: list[File], accuracy: File, *, space: str | None = None, score: str | None = None,
+            better: str = "higher", column: str | None = None, image_size: int | None = None, seed: int = 0,
+            resamples: int = 1000, proxy_names: Sequence[str] = (), sample: int = 200) -> Comparison:
+    """Reads ratings and accuracies, matches their architectures and computes every figure.
+
+    ``space`` names the space where the ratings are no run folder and the texts do not tell it. Raises ConfigError for
+    everything that cannot be read or matched.
+    """
+    rating = tables.read_scores(sources, score, better)
+    table = tables.read_accuracies(accuracy, column)
+    chosen = _choose_space(sources, rating, table, space, image_size)
+    reader = _Reader(chosen.space)
+    measured = reader.read_all(table, "--accuracy", accuracy)
+    rated, values = _rate(reader, rating, list(measured), sources)
+    if len(rated) < rank.MINIMUM:
+        raise ConfigError("--accuracy", f"of its {len(measured)} architectures {len(rated)} have a score, too few to "
+                          "rank", "name ratings and accuracies of the same architectures")
+    truth = np.array([measured[architecture] for architecture in rated])
+    sign = 1 if rating.better == "higher" else -1
+    costs = CostTable.of(chosen.space, chosen.image_size)
+    sizes = baselines.size_baselines(costs, rated, chosen.classes)
+    scores = {rating.name: sign * np.array(values), **sizes}
+    figures = rank.report(scores, truth, sizes, resamples=resamples, seed=seed)
+    offered = math.prod(map(len, rating.blocks)) if isinstance(rating, tables.BlockScores) else len(rating.values)
+    result = {
+        "ratings": [str(source) for source in sources], "accuracy": str(accuracy), "space": chosen.name,
+        "space_from": chosen.told_by, "image_size": chosen.image_size, "classes": chosen.classes,
+        "score": rating.name, "better": rating.better, "score_negated": sign < 0, "n": len(rated),
+        "missing": {"without_score": len(measured) - len(rated), "without_accuracy": offered - len(rated)},
+        "seed": seed, "bootstrap": resamples,
+        **figures[rating.name], "baselines": {name: figures[name] for name in sizes}}
+    if proxy_names:
+        result["proxies"] = _with_proxies(chosen, rated, scores, truth, sizes, proxy_names, sample, resamples, seed)
+    result["definitions"] = {**rank.DEFINITIONS, **baselines.DEFINITIONS}
+    return Comparison(result, scores, truth)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    name: str
+    told_by: str  # "the run's config" | "--space" | "the architectures' texts"
+    space: Space
+    image_size: int
+    classes: int
+
+
+def _choose_space(sources: list[File], rating: tables.BlockScores | tables.TableScores, table: dict[str, float],
+                  named: str | None, image_size: int | None) -> _Chosen:
+    """The full-size space (width 1), as the networks of an accuracy table are, whatever width a run searched with."""
+    if isinstance(rating, tables.BlockScores):
+        text = "|".join(next(iter(block)) for block in rating.blocks)
+    else:
+        text = next((t for t in rating.values if not CHANNELS.fullmatch(t)), next(iter(table)))
+    name, split = LENGTHS.get(tuple(map(len, text.split("|"))), (None, "cifar10"))
+    if CHANNELS.fullmatch(text):
+        name = "nats"
+    size, restricted, told_by = None, True, "the architectures' texts"
+    if named is not None:
+        name, told_by = named, "--space"
+    elif (sources[0] / "config.json").is_file():
+        config = runfolder.read_config(sources[0]).space
+        name, split, restricted, told_by = config.name, config.split, config.restricted, "the run's config"
+        size = config.image_size
+    if name is None:
+        raise ConfigError("--space", f"cannot tell the space of architectures such as {text!r}",
+                          "name it: nats, mbconv, hytra or path/to/file.py:ClassName")
+    size = image_size or IMAGE_SIZES.get(name) or size
+    if size is None:
+        raise ConfigError("--image-size", f"is not known for {name}", "give the side of its images, in pixels")
+    space = spaces.make(name, width=1.0, image_size=size, restricted=restricted or name != "hytra",
+                        split=split if name == "nats" else "cifar10")
+    return _Chosen(name, told_by, space, size, CLASSES.get(name, 1000))
+
+
+class _Reader:
+    """Turns texts into architectures of a space; knows the paths that may follow others."""
+
+    def __init__(self, space: Space):
+        self.space = space
+        self._paths: dict[Architecture, frozenset[Path]] = {}
+
+    def paths(self, winners: Architecture) -> frozenset[Path]:
+        if winners not in self._paths:
+            self._paths[winners] = frozenset(self.space.paths(len(winners), list(winners)))
+        return self._paths[winners]
+
+    def read_all(self, values: dict[str, float], field: str, source: File) -> dict[Architecture, float]:
+        """Raises ConfigError for a text that is no architecture of the space, or two that are the same one."""
+        result: dict[Architecture, float] = {}
+        for number, (text, value) in enumerate(values.items(), 1):
+            try:
+                architecture = self.read(text)
+            except ValueError as error:
+                raise ConfigError(field, f"{source} entry {number}, {text!r}: {error}", "mend or remove it, or name "
+                                  "another space with --space") from None
+            if architecture in result:
+                raise ConfigError(field, f"{source} entry {number}, {text!r}, is an architecture that stood before",
+                                  "remove one of the two")
+            result[architecture] = value
+        return result
+
+    def read(self, text: str) -> Architecture:
+        """`8:8:64:64:8` (channels) or `00|77|0` (paths). Raises ValueError."""
+        parts = self._channels(text) if CHANNELS.fullmatch(text) else text.split("|")
+        if len(parts) != self.space.blocks:
+            raise ValueError(f"{len(parts)} paths, but the space has {self.space.blocks} blocks")
+        architecture: Architecture = ()
+        for block, part in enumerate(parts):
+            path = decode(part) if isinstance(part, str) and part.isascii() and part.isalnum() else part
+            if path not in self.paths(architecture):
+                raise ValueError(f"block {block} has no such path")
+            architecture += (path,)
+        return architecture
+
+    def _channels(self, text: str) -> list[Path]:
+        widths = getattr(self.space, "widths", None)
+        if widths is None:
+            raise ValueError("channel numbers, but the space is written in paths")
+        numbers = [int(part) for part in text.split(":")]
+        layers = [self.space.layers(block) for block in range(self.space.blocks)]
+        if len(numbers) != sum(layers):
+            raise ValueError(f"{len(numbers)} channel numbers, but the space has {sum(layers)} layers")
+        unknown = set(numbers).difference(widths)
+        if unknown:
+            raise ValueError(f"{min(unknown)} is not among the widths {', '.join(map(str, widths))}")
+        ids, result = [widths.index(number) for number in numbers], []
+        for count in layers:
+            result.append(tuple(ids[:count]))
+            ids = ids[count:]
+        return result
+
+
+def _rate(reader: _Reader, rating: tables.BlockScores | tables.TableScores, wanted: list[Architecture],
+          sources: list[File]) -> tuple[list[Architecture], list[float]]:
+    """Those of the architectures that have a score, and the scores.
+
+    A block's rating holds for an architecture only if its own blocks before allow the same paths as the winners on
+    which the block was rated: HyTra's blocks are rated at one scale.
+    """
+    if isinstance(rating, tables.TableScores):
+        values = reader.read_all(rating.values, "RATINGS", sources[0])
+        rated = [architecture for architecture in wanted if architecture in values]
+        return rated, [values[architecture] for architecture in rated]
+    if len(rating.blocks) != reader.space.blocks:
+        raise ConfigError("RATINGS", f"rate {len(rating.blocks)} blocks, but the space has {reader.space.blocks}",
+                          "finish the search, name all files, or name another space with --space")
+    blocks = [{decode(text): value for text, value in block.items()} for block in rating.blocks]
+    allowed = [reader.paths(tuple(decode(text) for text in prefix)) for prefix in rating.prefixes]
+    for block, (scores, paths) in enumerate(zip(blocks, allowed, strict=True)):
+        if not paths.issuperset(scores):
+            raise ConfigError("RATINGS", f"block {block} has paths that the space does not have there",
+                              "name another space with --space")
+    rated, sums = [], []
+    for architecture in wanted:
+        if all(path in blocks[k] and reader.paths(architecture[:k]) == allowed[k]
+               for k, path in enumerate(architecture)):
+            rated.append(architecture)
+            sums.append(sum(blocks[k][path] for k, path in enumerate(architecture)))
+    return rated, sums
+
+
+def _with_proxies(chosen: _Chosen, architectures: list[Architecture], scores: dict[str, np.ndarray],
+                  accuracy: np.ndarray, sizes: dict[str, np.ndarray], names: Sequence[str], count: int,
+                  resamples: int, seed: int) -> dict[str, Any]:
+    """Figures of the proxies, and of all other scores, on the same seeded sample of the architectures."""
+    rng = np.random.default_rng(seed)
+    rows = np.sort(rng.choice(len(architectures), min(count, len(architectures)), replace=False))
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(PROXY_IMAGES, 3, chosen.image_size, chosen.image_size, generator=generator)
+    labels = torch.randint(chosen.classes, (PROXY_IMAGES,), generator=generator)
+    values = {name: np.zeros(len(rows)) for name in names}
+    seconds = dict.fromkeys(names, 0.0)
+    with log.progress("proxies", len(rows)) as task:
+        for i, row in enumerate(rows):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                network = proxies.open_branches(standalone(chosen.space, architectures[row], chosen.classes))
+            for name in names:
+                start = time.perf_counter()
+                values[name][i] = proxies.PROXIES[name](network, images, labels)
+                seconds[name] += time.perf_counter() - start
+                if not math.isfinite(values[name][i]):
+                    raise ConfigError("--proxies", f"{name} is {values[name][i]} for the network {architectures[row]}",
+                                      "leave this proxy out, or take another --seed")
+            task.advance()
+    figures = rank.report({**{name: score[rows] for name, score in scores.items()}, **values}, accuracy[rows],
+                          {name: size[rows] for name, size in sizes.items()}, resamples=resamples, seed=seed)
+    return {"sample": len(rows), "images": f"{PROXY_IMAGES} random normal", "labels": "random",
+            "seconds_per_architecture": {name: seconds[name] / len(rows) for name in names}, "figures": figures}

@@ -1,0 +1,196 @@
+"""How well scores order architectures by accuracy: rank correlations with intervals, within size, and regret.
+
+Pure functions over arrays of one value per architecture, [n]; larger scores are meant to be better.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+
+from bossnas.errors import ConfigError
+from bossnas.intervals import bootstrap_intervals
+
+TOLERANCE = 0.1  # sizes that differ by at most this share of the larger one count as equal
+TOP = 0.1  # share of the architectures, by accuracy
+BUDGETS = (0.1, 0.25, 0.5, 0.75, 1.0)  # quantiles of the parameters
+MINIMUM = 2  # architectures without which there is no order
+
+DEFINITIONS = {
+    "sign": "every score is turned so that larger means better; a positive coefficient means that it orders rightly",
+    "kendall": "Kendall's tau-b over all pairs", "spearman": "Spearman's rho (mid-ranks at ties)",
+    "pearson": "Pearson's r of score and accuracy",
+    "low, high": "bootstrap percentiles 2.5 % and 97.5 % over architectures, the same resamples for all scores",
+    "kendall_top10": "tau-b among the architectures whose accuracy is at least its 90 % quantile",
+    "kendall_within_10pct_params": "(concordant - discordant) / pairs, over all pairs whose parameters differ by at "
+                                   "most 10 % of the larger number; a tie in score or accuracy counts as 0",
+    "kendall_within_10pct_macs": "the same over pairs whose multiply-adds differ by at most 10 % of the larger number",
+    "regret": "best accuracy among the architectures of at most `budget_params` parameters, minus the accuracy of the "
+              "one with the best score there (mean accuracy of those that share the best score); budgets are the 10, "
+              "25, 50, 75 and 100 % quantiles of the parameters",
+    "null": "not defined: all values equal, or fewer than two architectures or no pair",
+}
+
+
+def report(scores: Mapping[str, np.ndarray], accuracy: np.ndarray, sizes: Mapping[str, np.ndarray], *, resamples: int,
+           seed: int) -> dict[str, dict[str, Any]]:
+    """Every figure for every score: ``{name: {kendall: {value, low, high}, ..., kendall_top10, ..., regret: [...]}}``.
+
+    ``sizes``: "params" and "macs" of each architecture, whole numbers. Raises ConfigError for fewer than two
+    architectures.
+    """
+    if len(accuracy) < MINIMUM:
+        raise ConfigError("--accuracy", f"{len(accuracy)} architectures have both a score and an accuracy",
+                          "give at least two")
+    intervals = bootstrap_intervals(scores, accuracy, resamples=resamples, seed=seed)
+    top = accuracy >= np.quantile(accuracy, 1 - TOP)
+    near = {size: within(sizes[size], scores, accuracy) for size in ("params", "macs")}
+    result = {}
+    for name, score in scores.items():
+        values = coefficients(score, accuracy)
+        result[name] = {
+            **{key: {"value": value, "low": _number(intervals[name][key][0]), "high": _number(intervals[name][key][1])}
+               for key, value in values.items()},
+            "kendall_top10": coefficients(score[top], accuracy[top])["kendall"],
+            "kendall_within_10pct_params": near["params"][name], "kendall_within_10pct_macs": near["macs"][name],
+            "regret": regret(score, accuracy, sizes["params"])}
+    return result
+
+
+def coefficients(score: np.ndarray, accuracy: np.ndarray) -> dict[str, float | None]:
+    """Kendall's tau-b, Spearman's rho and Pearson's r; None where all values of a side are equal."""
+    if len(score) < MINIMUM or np.ptp(score) == 0 or np.ptp(accuracy) == 0:
+        return {"kendall": None, "spearman": None, "pearson": None}
+    return {"kendall": _number(stats.kendalltau(score, accuracy).statistic),
+            "spearman": _number(stats.spearmanr(score, accuracy).statistic),
+            "pearson": _number(stats.pearsonr(score, accuracy).statistic)}
+
+
+def within(size: np.ndarray, scores: Mapping[str, np.ndarray], accuracy: np.ndarray) -> dict[str, float | None]:
+    """(concordant - discordant) / pairs over the pairs of nearly equal size: difference at most 10 % of the larger.
+
+    Exact, by comparing the architectures, sorted by size, with those k places further on, for every k.
+    """
+    order = np.argsort(size, kind="stable")
+    size = size[order]
+    # size_j - size_i <= size_j / 10 for the larger j, in whole numbers: 9 size_j <= 10 size_i
+    end = np.searchsorted(9 * size, 10 * size, side="right")
+    x, y = np.stack([_dense(score[order]) for score in scores.values()]), _dense(accuracy[order])
+    position, n = np.arange(len(size)), len(size)
+    balance, pairs = np.zeros(len(x), np.int64), int((end - position - 1).sum())
+    for k in range(1, int((end - position).max())):
+        near = end[:n - k] - position[:n - k] > k
+        up, down = near & (y[k:] > y[:-k]), near & (y[k:] < y[:-k])
+        rises, falls = x[:, k:] > x[:, :-k], x[:, k:] < x[:, :-k]
+        balance += np.count_nonzero(rises & up | falls & down, 1) - np.count_nonzero(rises & down | falls & up, 1)
+    return {name: float(value) / pairs if pairs and np.ptp(scores[name]) else None
+            for name, value in zip(scores, balance, strict=True)}
+
+
+def regret(score: np.ndarray, accuracy: np.ndarray, params: np.ndarray) -> list[dict[str, float]]:
+    """What choosing by score costs in accuracy under budgets of parameters (see DEFINITIONS), one row per budget."""
+    rows = []
+    for quantile in BUDGETS:
+        budget = np.quantile(params, quantile, method="lower")
+        inside = params <= budget
+        best = float(accuracy[inside].max())
+        picked = float(accuracy[inside & (score == score[inside].max())].mean())
+        rows.append({"quantile": quantile, "budget_params": int(budget), "architectures": int(inside.sum()),
+                     "best_accuracy": best, "picked_accuracy": picked, "regret": best - picked})
+    return rows
+
+
+def show(result: Mapping[str, Any], console: Console) -> None:
+    """Prints what `bossnas rank` found: what was compared, then tables of figures."""
+    missing = result["missing"]
+    console.print(f"{result['n']} architectures of {result['space']} (told by {result['space_from']}); "
+                  f"{missing['without_score']} of the accuracy table have no score, {missing['without_accuracy']} "
+                  "rated ones have no accuracy", highlight=False)
+    if result["score_negated"]:
+        console.print(f"{result['score']}: lower is better, so it is negated", highlight=False)
+    rows = {result["score"]: result, **result["baselines"]}
+    console.print(figures_table("rank correlation with accuracy [95 % interval]", rows))
+    console.print(regret_table(rows))
+    if "proxies" in result:
+        proxies = result["proxies"]
+        title = f"with zero-cost proxies, on a sample of {proxies['sample']} ({proxies['images']} images)"
+        console.print(figures_table(title, proxies["figures"]))
+        console.print("seconds per architecture: " + ", ".join(
+            f"{name} {seconds:.2g}" for name, seconds in proxies["seconds_per_architecture"].items()), highlight=False)
+
+
+def figures_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The figures of several scores for the console."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("score", no_wrap=True)
+    for heading in ("Kendall", "Spearman", "Pearson", "top 10 %", "±10 % params", "±10 % MACs"):
+        table.add_column(heading, justify="right")
+    for name, row in rows.items():
+        table.add_row(name, *(_with_interval(row[key]) for key in ("kendall", "spearman", "pearson")),
+                      *(_short(row[key]) for key in ("kendall_top10", "kendall_within_10pct_params",
+                                                     "kendall_within_10pct_macs")))
+    return table
+
+
+def regret_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Regret of several scores under budgets of parameters, for the console."""
+    table = Table(title="regret in accuracy of the best score within a budget of parameters", title_justify="left")
+    table.add_column("score", no_wrap=True)
+    first = next(iter(rows.values()))["regret"]
+    for budget in first:
+        table.add_column(f"≤ {budget['budget_params'] / 1e6:.3g} M ({budget['quantile']:.0%})", justify="right")
+    for name, row in rows.items():
+        table.add_row(name, *(f"{budget['regret']:.2f}" for budget in row["regret"]))
+    return table
+
+
+def draw(scores: Mapping[str, np.ndarray], accuracy: np.ndarray, rows: Mapping[str, Mapping[str, Any]],
+         out: Path) -> None:
+    """Scatter plots, accuracy against each score, into one picture. Raises ConfigError where it cannot be drawn."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("--plot", "needs matplotlib", "pip install 'bossnas[report]'") from None
+
+    columns = min(3, len(scores))
+    lines = math.ceil(len(scores) / columns)
+    figure = Figure(figsize=(4 * columns, 3.4 * lines), layout="constrained")
+    for axes, (name, score) in zip(figure.subplots(lines, columns, squeeze=False).flat, scores.items(), strict=False):
+        axes.scatter(score, accuracy, s=max(1, min(20, 20_000 / len(score))), alpha=0.4, linewidths=0, rasterized=True)
+        axes.locator_params(axis="x", nbins=5)
+        axes.set(title=f"{name}: Kendall {_short(rows[name]['kendall']['value'])}", xlabel=name, ylabel="accuracy")
+    for axes in figure.axes[len(scores):]:
+        axes.remove()
+    draft = out.with_name(out.name + ".tmp")
+    try:
+        figure.savefig(draft, format=out.suffix[1:] or "png", dpi=120)
+        os.replace(draft, out)
+    except (OSError, ValueError) as error:
+        draft.unlink(missing_ok=True)
+        raise ConfigError("--plot", f"cannot write {out} ({error})", "name a .png, .pdf or .svg file") from None
+
+
+def _dense(values: np.ndarray) -> np.ndarray:
+    """Ranks from 0, equal values alike, in the narrowest type: comparisons of int16 are the fastest."""
+    ranks = np.unique(values, return_inverse=True)[1]
+    return ranks.astype(np.int16 if ranks.max() < 2 ** 15 else np.int32)
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _with_interval(row: Mapping[str, float | None]) -> str:
+    return _short(row["value"]) + ("" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]")

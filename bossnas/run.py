@@ -1,0 +1,143 @@
+"""A run at hand: its networks, space, data and position, built from its config, saved and restored."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path as Folder
+
+import torch
+from torch import Tensor, nn
+
+from bossnas import checkpoint, cost, data, dist, engines, heads, ops, runfolder, shards, spaces, views
+from bossnas.config import Config, accumulation
+from bossnas.engines.protocol import Engine
+from bossnas.errors import ConfigError
+from bossnas.log import logger
+from bossnas.paths import decode, encode
+from bossnas.spaces import Space
+from bossnas.supernet import Supernet
+from bossnas.train import RunState
+
+
+@dataclass
+class Run:
+    """Everything a search holds: networks, space, data and where it is."""
+
+    config: Config
+    space: Space
+    online: Supernet
+    target: Supernet
+    predictors: nn.ModuleList
+    train_set: shards.ShardIndex
+    val_set: shards.ShardIndex
+    recipe: views.Recipe
+    device: torch.device
+    kernels: str  # which run: triton | reference
+    state: RunState = field(default_factory=RunState)
+    bad: dict[int, str] = field(default_factory=dict)  # unreadable training images met so far
+    calibration: list[Tensor] = field(default_factory=list)  # the calibration images, once they are drawn
+
+    @property
+    def view_ids(self) -> list[int]:
+        return list(range(2 * self.space.view_pairs))
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches per optimizer step."""
+        return accumulation(self.config, dist.world_size())
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.config.train.steps_per_epoch or len(self.train_set) // self.config.train.batch
+
+
+def build(config: Config, training: bool = True) -> Run:
+    """Networks, space and data of a config, all checked against each other; weights as drawn from the seed.
+
+    ``training=False``: for a rating alone; what only the training needs is not checked.
+    """
+    device = dist.device(config.engine.device)
+    space = spaces.make(config.space.name, width=config.space.width, image_size=config.space.image_size,
+                        restricted=config.space.restricted, split=config.space.split)
+    kernels = ops.use_kernels(config.kernels, device)
+    if training:
+        make_engine(config).check(device.type)
+    images = data.open_data(config.data.train, config.data.val)
+    train_set, val_set = images.train, images.val
+    needed = config.train.batch * (config.train.steps_per_epoch or 1)
+    if training and len(train_set) < needed:
+        raise ConfigError("train.steps_per_epoch" if config.train.steps_per_epoch else "train.batch",
+                          f"an epoch takes {needed} images, but data.train has {len(train_set)}", "lower it")
+    torch.manual_seed(config.seed)
+    online = Supernet(space, config.heads.hidden, config.heads.out)
+    predictors = nn.ModuleList(heads.predictor(config.heads.hidden, config.heads.out) for _ in range(space.blocks))
+    target = copy.deepcopy(online).requires_grad_(False)
+    return Run(config, space, online.to(device), target.to(device), predictors.to(device), train_set, val_set,
+               views.recipe(config.data.recipe, config.space.image_size), device, kernels)
+
+
+def make_engine(config: Config) -> Engine:
+    """The engine that the config names. Raises ConfigError where its batch cannot be divided over the ranks."""
+    return engines.make(config.engine.name, accumulate=accumulation(config, dist.world_size()),
+                        micro_batch=config.train.micro_batch, precision=config.train.precision, clip=config.train.clip,
+                        section=config.engine.deepspeed)
+
+
+def announce(run: Run, folder: Folder, title: str) -> None:
+    """The log's first lines: what runs on what, and from where it goes on."""
+    if run.config.data.train is None and dist.rank() == 0:
+        logger.warning("DEMONSTRATION: no data.train is set, so this run uses the embedded sample of Fashion-MNIST "
+                       "(%d training, %d validation images of 28x28 pixels). Its result says nothing about your data.",
+                       len(run.train_set), len(run.val_set))
+    parameters = sum(p.numel() for p in run.online.parameters())
+    logger.info("%s %s on %d %s rank(s), %s kernels: %d blocks, %.1f M supernet parameters, %d training images",
+                run.config.space.name, title, dist.world_size(), run.device.type, run.kernels, run.space.blocks,
+                parameters / 1e6, len(run.train_set))
+    if run.state.block or run.state.step:
+        done = run.state.block == run.space.blocks
+        where = "this run is finished" if done else f"going on in block {run.state.block} at step {run.state.step}"
+        logger.info("%s: %s", folder, where)
+
+
+def write_architecture(run: Run, folder: Folder) -> None:
+    """architecture.json: the winners put together (greedy), with their cost."""
+    winners, size = run.state.winners, run.config.space.image_size
+    x = torch.zeros(1, 3, size, size, device=run.device)
+    networks: list[nn.Module] = [run.target.stem, run.target.blocks]
+    price = cost.count(networks, lambda: run.target.features(winners, x))
+    text = "|".join(encode(p) for p in winners)
+    runfolder.write_json(folder / "architecture.json", {
+        "space": run.config.space.name, "width": run.config.space.width, "image_size": size, "architecture": text,
+        "paths": [encode(p) for p in winners], **run.space.describe(winners), **price})
+    logger.info("architecture %s: %.2f M multiply-adds, %.2f M parameters", text, price["macs"] / 1e6,
+                price["params"] / 1e6)
+    logger.info("everything lies in %s", folder)
+
+
+def save(run: Run, folder: Folder, engine: Engine | None) -> None:
+    """A checkpoint of the whole run, and of the engine's state within a block."""
+    state = run.state
+    values = {"block": state.block, "step": state.step, "images_seen": state.images_seen,
+              "winners": [encode(p) for p in state.winners], "online": run.online.state_dict(),
+              "target": run.target.state_dict(), "predictors": run.predictors.state_dict()}
+    checkpoint.save(folder / "checkpoints", f"block{state.block}-step{state.step:06d}", values, engine,
+                    run.config.checkpoint.keep)
+
+
+def restore(run: Run, folder: Folder) -> Folder | None:
+    """Loads the last checkpoint if there is one; returns its folder, where the engine's state lies."""
+    last = checkpoint.latest(folder / "checkpoints")
+    if last is None:
+        return None
+    values = checkpoint.load(last)
+    run.online.load_state_dict(values["online"])
+    run.target.load_state_dict(values["target"])
+    run.predictors.load_state_dict(values["predictors"])
+    state = run.state
+    state.block, state.step, state.images_seen = values["block"], values["step"], values["images_seen"]
+    state.winners[:] = [decode(text) for text in values["winners"]]
+    for block in range(state.block):
+        run.online.freeze(block)
+        run.target.freeze(block)
+    return last
