@@ -33,6 +33,7 @@ from bossnas.paths import encode  # noqa: E402
 from bossnas.runfolder import BlockRating  # noqa: E402
 
 TOP = 10
+ROUNDS = 5  # of --latency
 
 
 def made_up_ratings(table: CostTable, kind: str, seed: int) -> list[BlockRating]:
@@ -104,7 +105,7 @@ def equal_to_enumeration(graph: Graph, limits: dict, found: list, front: list) -
 
 
 def additivity(config_file: str, overrides: list[str], networks: int, batch: int, repeats: int) -> dict:
-    """Random networks from end to end and as sums of their layers."""
+    """Random networks from end to end and as sums of their layers, in several rounds."""
     of = load(config_file, overrides).space
     space, device = spaces.make(**of.model_dump()), dist.device()
     table = CostTable.of(space, of.image_size)
@@ -119,18 +120,22 @@ def additivity(config_file: str, overrides: list[str], networks: int, batch: int
             paths = space.paths(block, architecture)
             architecture.append(paths[rng.integers(len(paths))])
         calls[tuple(architecture)] = lambda a=tuple(architecture): end_to_end(stem, blocks, a, x)
-    rows = latency.measure(table, batch=batch, repeats=repeats, device=device)
-    timed = table.with_latency(*split(rows, table))
-    with torch.no_grad():
-        whole = {a: statistics.median(ns) / 1e6 for a, ns in latency.interleaved(calls, repeats, device).items()}
-    sums = {a: timed.cost(a).latency_ms for a in whole}
-    off = [sums[a] / whole[a] - 1 for a in whole]
-    order = np.argsort(list(whole.values()))
-    ranks = np.corrcoef(np.argsort(order), np.argsort(np.argsort(list(sums.values()))))[0, 1]
+    rounds = []
+    for _ in range(ROUNDS):  # the table and the networks take turns, since a machine's speed drifts
+        rows = latency.measure(table, batch=batch, repeats=repeats, device=device)
+        timed = table.with_latency(*split(rows, table))
+        with torch.no_grad():
+            times = latency.interleaved(calls, repeats, device)
+        sums = np.array([timed.cost(architecture).latency_ms for architecture in times])
+        whole = np.array([statistics.median(ns) / 1e6 for ns in times.values()])
+        off = sums / whole - 1
+        rounds.append({"median_ms": float(np.median(whole)), "median_signed_error": float(np.median(off)),
+                       "median_absolute_error": float(np.median(abs(off))),
+                       "largest_absolute_error": float(abs(off).max()),
+                       "spearman": float(np.corrcoef(whole.argsort().argsort(), sums.argsort().argsort())[0, 1])})
+    median = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
     return {"space": of.model_dump(mode="json"), "device": latency.machine(device), "batch": batch, "repeats": repeats,
-            "threads": torch.get_num_threads(), "networks": len(whole), "median_ms": statistics.median(whole.values()),
-            "median_signed_error": statistics.median(off), "median_absolute_error": statistics.median(map(abs, off)),
-            "largest_absolute_error": max(map(abs, off)), "spearman": float(ranks)}
+            "threads": torch.get_num_threads(), "networks": len(calls), "median_of_rounds": median, "rounds": rounds}
 
 
 def split(rows: list[dict], table: CostTable) -> tuple[int, dict]:
@@ -153,7 +158,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", dest="overrides", default=[], metavar="A.B=VALUE")
     parser.add_argument("--networks", type=int, default=20)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the result there")
     options = parser.parse_args()

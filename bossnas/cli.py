@@ -140,7 +140,7 @@ def rank_command(ratings: Annotated[list[Path], typer.Argument(
                  better: Annotated[str, typer.Option(help="Of scores in a CSV: higher | lower.")] = "higher",
                  column: Annotated[str | None, typer.Option(help="Column of --accuracy; NATS-Bench: data set.")] = None,
                  image_size: Annotated[int | None, typer.Option(min=1, help="Of the networks, pixels.")] = None,
-                 proxies: Annotated[str | None, typer.Option(help="synflow,naswot,gradnorm,zico")] = None,
+                 proxies: Annotated[str | None, typer.Option(help="Of synflow, naswot, gradnorm, zico.")] = None,
                  sample: Annotated[int, typer.Option(min=2, help="Architectures the proxies are computed of.")] = 200,
                  bootstrap: Annotated[int, typer.Option(min=10, max=100_000, help="Resamples.")] = 1000,
                  seed: Annotated[int, typer.Option(min=0, help="Of resamples, sample, proxies.")] = 0,
@@ -159,6 +159,8 @@ def rank_command(ratings: Annotated[list[Path], typer.Argument(
     names = [] if proxies is None else chosen(proxies)
     _check_writable(json)
     _check_writable(plot, "--plot")
+    if plot is not None:
+        rank.check_picture(plot)
     log.setup(None)
     found = compare(ratings, accuracy, space=space, score=score, better=better, column=column, image_size=image_size,
                     seed=seed, resamples=bootstrap, proxy_names=names, sample=sample)

@@ -60,16 +60,17 @@ def compare(sources: list[File], accuracy: File, *, space: str | None = None, sc
     sign = 1 if rating.better == "higher" else -1
     costs = CostTable.of(chosen.space, chosen.image_size)
     sizes = baselines.size_baselines(costs, rated, chosen.classes)
-    scores = {rating.name: sign * np.array(values), **sizes}
+    name = rating.name if rating.name not in {*sizes, *proxy_names} else f"{rating.name} (given)"
+    scores = {name: sign * np.array(values), **sizes}
     figures = rank.report(scores, truth, sizes, resamples=resamples, seed=seed)
     offered = math.prod(map(len, rating.blocks)) if isinstance(rating, tables.BlockScores) else len(rating.values)
     result = {
         "ratings": [str(source) for source in sources], "accuracy": str(accuracy), "space": chosen.name,
         "space_from": chosen.told_by, "image_size": chosen.image_size, "classes": chosen.classes,
-        "score": rating.name, "better": rating.better, "score_negated": sign < 0, "n": len(rated),
+        "score": name, "better": rating.better, "score_negated": sign < 0, "n": len(rated),
         "missing": {"without_score": len(measured) - len(rated), "without_accuracy": offered - len(rated)},
         "seed": seed, "bootstrap": resamples,
-        **figures[rating.name], "baselines": {name: figures[name] for name in sizes}}
+        **figures[name], "baselines": {name: figures[name] for name in sizes}}
     if proxy_names:
         result["proxies"] = _with_proxies(chosen, rated, scores, truth, sizes, proxy_names, sample, resamples, seed)
     result["definitions"] = {**rank.DEFINITIONS, **baselines.DEFINITIONS}
@@ -91,10 +92,8 @@ def _choose_space(sources: list[File], rating: tables.BlockScores | tables.Table
     if isinstance(rating, tables.BlockScores):
         text = "|".join(next(iter(block)) for block in rating.blocks)
     else:
-        text = next((t for t in rating.values if not CHANNELS.fullmatch(t)), next(iter(table)))
-    name, split = LENGTHS.get(tuple(map(len, text.split("|"))), (None, "cifar10"))
-    if CHANNELS.fullmatch(text):
-        name = "nats"
+        text = next((t for t in rating.values if not CHANNELS.fullmatch(t)), next(iter(rating.values)))
+    name, split = _recognise([text, next(iter(table))])
     size, restricted, told_by = None, True, "the architectures' texts"
     if named is not None:
         name, told_by = named, "--space"
@@ -106,11 +105,21 @@ def _choose_space(sources: list[File], rating: tables.BlockScores | tables.Table
         raise ConfigError("--space", f"cannot tell the space of architectures such as {text!r}",
                           "name it: nats, mbconv, hytra or path/to/file.py:ClassName")
     size = image_size or IMAGE_SIZES.get(name) or size
-    if size is None:
+    if size is None and ".py:" in name:
         raise ConfigError("--image-size", f"is not known for {name}", "give the side of its images, in pixels")
-    space = spaces.make(name, width=1.0, image_size=size, restricted=restricted or name != "hytra",
+    # an unknown name is refused before the size matters
+    space = spaces.make(name, width=1.0, image_size=size or 1, restricted=restricted or name != "hytra",
                         split=split if name == "nats" else "cifar10")
     return _Chosen(name, told_by, space, size, CLASSES.get(name, 1000))
+
+
+def _recognise(texts: list[str]) -> tuple[str | None, str]:
+    """Space and split by the layers per block of the first text that tells them; channel numbers are NATS-Bench's."""
+    for text in texts:
+        known = LENGTHS.get(tuple(map(len, text.split("|"))))
+        if known is not None and not CHANNELS.fullmatch(text):
+            return known
+    return ("nats" if any(CHANNELS.fullmatch(text) for text in texts) else None), "cifar10"
 
 
 class _Reader:

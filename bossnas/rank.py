@@ -152,13 +152,20 @@ def regret_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def draw(scores: Mapping[str, np.ndarray], accuracy: np.ndarray, rows: Mapping[str, Mapping[str, Any]],
-         out: Path) -> None:
-    """Scatter plots, accuracy against each score, into one picture. Raises ConfigError where it cannot be drawn."""
+def check_picture(out: Path) -> None:
+    """Raises ConfigError unless matplotlib is there and can write such a file."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
         raise ConfigError("--plot", "needs matplotlib", "pip install 'bossnas[report]'") from None
+    if out.suffix[1:] not in FigureCanvasBase.get_supported_filetypes():
+        raise ConfigError("--plot", f"cannot draw {out}", "name a .png, .pdf or .svg file")
+
+
+def draw(scores: Mapping[str, np.ndarray], accuracy: np.ndarray, rows: Mapping[str, Mapping[str, Any]],
+         out: Path) -> None:
+    """Scatter plots, accuracy against each score, into one picture."""
+    from matplotlib.figure import Figure  # optional: see check_picture
 
     columns = min(3, len(scores))
     lines = math.ceil(len(scores) / columns)
@@ -170,12 +177,8 @@ def draw(scores: Mapping[str, np.ndarray], accuracy: np.ndarray, rows: Mapping[s
     for axes in figure.axes[len(scores):]:
         axes.remove()
     draft = out.with_name(out.name + ".tmp")
-    try:
-        figure.savefig(draft, format=out.suffix[1:] or "png", dpi=120)
-        os.replace(draft, out)
-    except (OSError, ValueError) as error:
-        draft.unlink(missing_ok=True)
-        raise ConfigError("--plot", f"cannot write {out} ({error})", "name a .png, .pdf or .svg file") from None
+    figure.savefig(draft, format=out.suffix[1:], dpi=120)
+    os.replace(draft, out)
 
 
 def _dense(values: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ the scores are the same to the bit for any number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -177,20 +177,25 @@ class _Rating:
                 for name, values in zip(scores.BETTER, means, strict=True)}
 
 
-def _features(network: Supernet, block: int, paths: Sequence[Path], chosen: Iterable[Unit], x: Tensor,
-              stats: Statistics) -> Iterator[tuple[Unit, list[Item], list[Tensor]]]:
+def _features(network: Supernet, block: int, paths: Sequence[Path], chosen: Sequence[Unit], x: Tensor,
+              stats: Statistics | None) -> Iterator[tuple[Unit, list[Item], list[Tensor]]]:
     """Each unit with its items and their features; the layers of a unit's prefix run once for all units behind it."""
-    trail, here = [network.enter(block, x, stats.at("stem"))], ()
+    def at(place: Hashable) -> Statistics | None:
+        return None if stats is None else stats.at(place)
+
+    if not chosen:
+        return
+    trail, here = [network.enter(block, x, at("stem"))], ()
     for unit in chosen:
         depth = next((d for d, (a, b) in enumerate(zip(here, unit.prefix, strict=False)) if a != b),
                      min(len(here), len(unit.prefix)))
         del trail[depth + 1:]
         while depth < len(unit.prefix):
-            node = stats.at(unit.prefix[:depth + 1])
-            trail += network(block, [Item(unit.prefix, trail[-1])], node, start=depth, stop=depth + 1)
+            node = unit.prefix[:depth + 1]
+            trail += network(block, [Item(node, trail[-1])], at(node), start=depth, stop=depth + 1)
             depth += 1
         here, items = unit.prefix, [Item(paths[row], trail[-1]) for row in unit.rows]
-        yield unit, items, network(block, items, stats.at(unit), start=depth)
+        yield unit, items, network(block, items, at(unit), start=depth)
 
 
 def _predict(predictor: nn.Module, projections: Sequence[Tensor], stats: Statistics) -> Tensor:

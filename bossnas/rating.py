@@ -212,7 +212,7 @@ def _units_fit(run: Run, block: int, winners: Sequence[Path], paths: Sequence[Pa
         gib = GPU_SHARE * torch.cuda.mem_get_info()[0] / 2**30 if run.device.type == "cuda" else CPU_GIB
     size = config.space.image_size
     with autocast(run.device.type, config.train.precision), torch.no_grad():
-        x = torch.zeros(2, 3, size, size, device=run.device).contiguous(memory_format=torch.channels_last)
+        x = torch.zeros(4, 3, size, size, device=run.device).contiguous(memory_format=torch.channels_last)
         footprint = Footprint(run.target, block, paths, run.target.features(winners, x))
     most = min(dist.all_gather_object(footprint.most(images, int(gib * 2**30))))
     if most == 0 and rating.max_gib is not None:

@@ -81,7 +81,10 @@ def read_accuracies(source: Path, column: str | None = None) -> dict[str, float]
 def _read_csv(field: str, source: Path, column: str | None, option: str,
               usual: tuple[str, ...]) -> tuple[str, dict[str, float]]:
     """The column's name, and first column -> value. Row numbers in errors count the header as row 1."""
-    rows = list(csv.reader(_text(field, source).splitlines()))
+    try:
+        rows = list(csv.reader(_text(field, source).splitlines()))
+    except csv.Error as error:
+        raise ConfigError(field, f"{source} is no CSV file ({error})", "name a text file") from None
     if not rows or len(rows[0]) < 2:
         raise ConfigError(field, f"{source} has no header with two columns",
                           f"write a first row such as architecture,{usual[0]}")

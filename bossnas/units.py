@@ -51,9 +51,9 @@ def units(paths: Sequence[Path], most: int) -> list[Unit]:
 
 
 class Footprint:
-    """Bytes that units of a block need at once, from each candidate's own, measured with a few images.
+    """Bytes that units of a block need at once, from each candidate's own, measured with two nodes of a few images.
 
-    ``x``: the block's input for those images, [N, C, H, W]. Not counted: the weights, the input, the statistics.
+    ``x``: the block's input for those images, [2N, C, H, W]. Not counted: the weights, the input, the statistics.
     """
 
     @torch.no_grad()
@@ -63,7 +63,7 @@ class Footprint:
         self.kinds: dict[Path, tuple] = {}  # which candidate makes it from which shape: those of a kind share a batch
         self.inner: dict[tuple, int] = {}  # peak of each kind, its output included
         outputs: dict[tuple, Tensor] = {}
-        entered = network.enter(block, x)
+        entered = network.enter(block, x)  # as one node: every path shares it
         shapes, samples = {(): tuple(entered.shape[1:])}, {(): entered}
         self.inputs[()] = entered.nbytes
         for path in paths:
@@ -73,7 +73,7 @@ class Footprint:
                     continue
                 kind = (depth, choice, shapes[parent])
                 if kind not in outputs:
-                    item, made = Item(path, samples[parent]), []
+                    item, made = Item(path, samples[parent], 2), []
                     self.inner[kind] = peak_bytes(lambda i=item, m=made, d=depth: m.extend(
                         network(block, [i], start=d, stop=d + 1)))
                     outputs[kind] = made[0]
@@ -86,24 +86,26 @@ class Footprint:
             kind, pooled = self.kinds[path], []
             if kind not in self.pools:
                 self.pools[kind] = peak_bytes(lambda p=path, rows=pooled: rows.append(
-                    projector.pool(samples[p], p[-1])))
-                self.head = pooled[0].nbytes + peak_bytes(lambda rows=pooled: projector.mlp(rows[0]))  # the second part
+                    projector.pool(samples[p], p[-1], 2)))
+                self.head = pooled[0].nbytes + peak_bytes(lambda rows=pooled: projector.mlp(rows[0], 2))  # second part
 
     def of(self, unit: Unit, images: int) -> int:
-        """Bytes at the unit's peak when ``images`` pass it together."""
+        """Bytes at the unit's peak when ``images`` pass it together: each layer's inputs, outputs, and one candidate at
+        work, with its inputs put together and, for what it does node by node, one node more."""
         paths = [self.paths[row] for row in unit.rows]
-        prefix = sum(self.inputs[unit.prefix[:d]] for d in range(len(unit.prefix) + 1))
-        peak = 0
+        trail = [unit.prefix[:d] for d in range(len(unit.prefix) + 1)]
+        prefix = sum(self.inputs[node] for node in trail)
+        peak = max((self.inner[self.kinds[node]] for node in trail[1:]), default=0)
         for depth in range(len(unit.prefix), len(paths[0])):
             parents, children = ({p[:d] for p in paths} for d in (depth, depth + 1))
             size = sum(self.inputs[n] for n in parents) + sum(self.inputs[n] for n in children)
             for kind, count in Counter(self.kinds[n] for n in children).items():
                 entering = next(self.inputs[n[:-1]] for n in children if self.kinds[n] == kind)
-                peak = max(peak, size + count * (self.inner[kind] + entering))
+                peak = max(peak, size + count * entering + (count + 1) * self.inner[kind])
         size = sum(self.inputs[p] for p in paths)
         for kind, count in Counter(self.kinds[p] for p in paths).items():
             entering = next(self.inputs[p] for p in paths if self.kinds[p] == kind)
-            peak = max(peak, size + count * (self.pools[kind] + entering))
+            peak = max(peak, size + count * entering + (count + 1) * self.pools[kind])
         peak = max(peak, size + 2 * len(paths) * self.head)
         return -(-(prefix + peak) * images // self.images)
 

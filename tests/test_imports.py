@@ -18,11 +18,14 @@ LEVELS: dict[int, tuple[str, ...]] = {
     2: ("ops", "heads", "optim", "shards", "views", "pareto", "pack", "engines.protocol"),
     3: ("spaces.hytra", "spaces.mbconv", "spaces.nats", "spaces", "cost", "latency", "supernet", "data", "bossnet"),
     4: (
-        "bootstrap", "scores", "units", "engines.single", "engines.ddp", "engines.fsdp2", "engines.deepspeed", "engines",
-        "checkpoint",
+        "bootstrap", "scores", "units", "engines.single", "engines.ddp", "engines.fsdp2", "engines.deepspeed",
+        "engines", "checkpoint",
     ),
     5: ("train", "rate", "baselines", "proxies"),
-    6: ("schedule", "graph", "select", "run", "rating", "search", "retrain", "rank", "compare", "report", "sample", "sample.make"),
+    6: (
+        "schedule", "graph", "select", "run", "rating", "search",
+        "retrain", "rank", "compare", "report", "sample", "sample.make",
+    ),
     7: ("cli",),
 }
 ORDER = [module for level in sorted(LEVELS) for module in LEVELS[level]]

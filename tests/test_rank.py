@@ -4,12 +4,13 @@ import csv
 import itertools
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from bossnas import cli, intervals, rank
+from bossnas import cli, compare, intervals, rank, spaces, tables
 from bossnas.paths import all_paths, encode
 
 COEFFICIENTS = ("kendall", "spearman", "pearson")
@@ -192,6 +193,16 @@ def test_scores_of_a_csv_match_channels(tmp_path, capsys):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_score_named_like_a_baseline_keeps_its_own_figures(tmp_path, capsys):
+    _, accuracy = nats_files(tmp_path, accuracy=lambda c: -sum(c))
+    (tmp_path / "scores.csv").write_text(accuracy.read_text().replace("test_accuracy", "params"))
+    code, _ = ranked(capsys, tmp_path / "scores.csv", "--accuracy", accuracy, "--bootstrap", "10", "--json",
+                     tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert code == 0 and found["score"] == "params (given)" and found["kendall"]["value"] == pytest.approx(1)
+    assert found["baselines"]["params"]["kendall"]["value"] < 0
+
+
 def test_lower_may_be_better_and_missing_is_counted(tmp_path, capsys):
     scores, accuracy = nats_files(tmp_path)
     lines = scores.read_text().splitlines()
@@ -231,21 +242,18 @@ def test_a_run_folder_is_summed_over_blocks(tmp_path, capsys):
     assert "choose one of a, b" in refused(capsys, run, "--accuracy", accuracy, "--score", "c")
 
 
-def test_hytra_ratings_hold_only_at_the_scale_where_they_were_made(tmp_path, capsys, monkeypatch):
+def test_hytra_ratings_hold_only_at_the_scale_where_they_were_made(tmp_path):
     """Block 1 was rated after a winner that ends at scale 2; behind one that ends at scale 1 it says nothing."""
-    monkeypatch.setattr("bossnas.compare.IMAGE_SIZES", {"hytra": 32})
     run = run_folder(tmp_path / "run", {"name": "hytra"}, ["5444", "2222", "0000"],
-                     [{"5444": 1.0, "5433": 2.0}, {"2222": 1.0, "3333": 2.0}, {"0000": 1.0},
-                      {"0000": 1.0, "1111": 2.0}])
-    good = ["5444|2222|0000|0000", "5444|2222|0000|1111", "5444|3333|0000|1111"]
-    (tmp_path / "a.csv").write_text("path,accuracy\n" + "".join(f"{t},{70 - i}\n" for i, t in enumerate(good))
-                                    + "5433|2222|0000|0000,60\n")
-    code, said = ranked(capsys, run, "--accuracy", tmp_path / "a.csv", "--bootstrap", "10", "--json",
-                        tmp_path / "out.json")
-    assert code == 0, said
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert found["n"] == 3 and found["missing"]["without_score"] == 1
-    assert found["kendall"]["value"] == pytest.approx(1)
+                     [{"5444": 1.0, "5433": 2.0}, {"2222": 3.0, "3333": 4.0}, {"0000": 5.0},
+                      {"0000": 6.0, "1111": 7.0}])
+    reader = compare._Reader(spaces.make("hytra", width=1.0, image_size=32, restricted=True, split="cifar10"))
+    texts = {"5444|2222|0000|0000": 15, "5444|3333|0000|1111": 17, "5444|2222|0000|0010": None,
+             "5433|2222|0000|0000": None}
+    wanted = reader.read_all(dict.fromkeys(texts, 0.0), "--accuracy", run)
+    rated, sums = compare._rate(reader, tables.read_scores([run]), list(wanted), [run])
+    assert {"|".join(map(encode, architecture)): value for architecture, value in zip(rated, sums, strict=True)} == {
+        text: value for text, value in texts.items() if value is not None}
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
@@ -277,10 +285,25 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert "cannot tell the space" in refused(capsys, tmp_path / "odd.csv", "--accuracy", tmp_path / "odd.csv")
 
 
-def test_a_picture_of_an_unknown_kind_is_refused(tmp_path, capsys):
+def test_pictures_that_cannot_be_drawn_are_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("bossnas.compare.compare", lambda *args, **options: pytest.fail("the work began"))
     scores, accuracy = nats_files(tmp_path)
-    code, said = ranked(capsys, scores, "--accuracy", accuracy, "--bootstrap", "10", "--plot", tmp_path / "a.doc")
-    assert code == 2 and "--plot" in said and not list(tmp_path.glob("a.doc*"))
+    assert "cannot draw" in refused(capsys, scores, "--accuracy", accuracy, "--plot", tmp_path / "a.doc")
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    assert "bossnas[report]" in refused(capsys, scores, "--accuracy", accuracy, "--plot", tmp_path / "a.png")
+
+
+def test_proxies_stand_beside_the_others_on_one_sample(tmp_path, capsys):
+    scores, accuracy = nats_files(tmp_path)
+    code, said = ranked(capsys, scores, "--accuracy", accuracy, "--json", tmp_path / "out.json", "--bootstrap", "10",
+                        "--proxies", "synflow", "--sample", "8")
+    found = json.loads((tmp_path / "out.json").read_text())["proxies"]
+    assert code == 0 and "seconds per architecture" in said and found["sample"] == 8
+    assert list(found["figures"]) == ["score", "params", "macs", "sum_channels", "sum_log_channels", "wide_candidates",
+                                      "synflow"]
+    assert found["figures"]["score"]["kendall"]["value"] == pytest.approx(1)
+    assert found["figures"]["synflow"]["kendall"]["value"] > 0.3  # on networks from 8 to 64 channels
+    assert found["seconds_per_architecture"]["synflow"] > 0
 
 
 def test_help_has_an_example(capsys):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bossnas import spaces
-from bossnas.ops import Attention, GroupedBatchNorm, PooledPointwise, Statistics
+from bossnas.ops import Attention, GroupedBatchNorm, PooledPointwise, Statistics, conv
 from bossnas.spaces import nats
 from bossnas.supernet import Item, Supernet
 
@@ -91,8 +91,9 @@ def test_recorded_statistics_repeat_the_recorded_pass(name):
     recorded = Statistics.average([stats])
     again = net.embed(0, [Item(path, x)], recorded)[0]
     assert not torch.equal(first, again)  # the recorded variance is unbiased, the normalising one is not
-    for norm, (mean, var) in stats.table.items():
-        recorded.table[norm] = (mean, var * (1 - 1 / pixels[norm]))
+    for place, part in stats.parts.items():
+        for norm, (mean, var) in part.table.items():
+            recorded.parts[place].table[norm] = (mean, var * (1 - 1 / pixels[norm]))
     torch.testing.assert_close(net.embed(0, [Item(path, x)], recorded)[0], first, rtol=1e-9, atol=1e-9)
     again = net.embed(0, [Item(path, x)], recorded)[0]
     half = net.embed(0, [Item(path, x[:2])], recorded)[0]
@@ -209,3 +210,37 @@ def test_target_is_a_copy():
     _, net = make("nats")
     target = copy.deepcopy(net)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), target.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["hytra", "mbconv", "nats"])
+def test_statistics_of_many_paths_are_those_of_each(name):
+    """Recorded together, every path evaluates as when it was recorded alone; layers may be split off in front."""
+    space, net = make(name)
+    randomise_gammas(net)
+    paths = space.paths(0, [])[::7]
+    x, images = (torch.randn(n, 3, 32, 32, dtype=torch.float64) for n in (4, 3))
+    together = Statistics()
+    net.embed(0, [Item(p, x) for p in paths], together)
+    together = Statistics.average([together])
+    found = net.embed(0, [Item(p, images) for p in paths], together)
+    for path, ours in zip(paths, found, strict=True):
+        alone = Statistics()
+        net.embed(0, [Item(path, x)], alone)
+        truth = net.embed(0, [Item(path, images)], Statistics.average([alone]))[0]
+        torch.testing.assert_close(ours, truth, rtol=1e-11, atol=1e-11)
+    entered = net.enter(0, images)
+    first = net(0, [Item(paths[0], entered)], start=0, stop=1)[0]
+    rest = net(0, [Item(paths[0], first)], start=1)[0]
+    torch.testing.assert_close(rest, net(0, [Item(paths[0], images)])[0])
+
+
+def test_a_wide_convolution_of_a_small_map_is_a_convolution():
+    torch.manual_seed(0)
+    wide = conv(6, 128, 3, 2).double()
+    for size, layout in ((4, torch.channels_last), (5, torch.contiguous_format), (16, torch.channels_last)):
+        x = torch.randn(3, 6, size, size, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+        y, truth = wide(x), F.conv2d(x, wide.weight, None, 2, 1)
+        torch.testing.assert_close(y, truth)
+        weight = torch.randn_like(truth)
+        for a, b in zip(*(torch.autograd.grad((t * weight).sum(), [x, wide.weight]) for t in (y, truth)), strict=True):
+            torch.testing.assert_close(a, b)

@@ -77,7 +77,8 @@ def test_columns_of_a_csv(tmp_path):
 @pytest.mark.parametrize("text, words", [
     ("", "no header"), ("architecture\n1", "no header"), ("1|2,70\n3|4,71\n", "begins with values"),
     ("a,b\n1|2,x\n", "row 2 has the value 'x'"), ("a,b\n1|2,inf\n", "row 2"), ("a,b\n,5\n", "names no architecture"),
-    ("a,b\n", "holds no architecture"), ("a,b\n1|2,3,4\n", "row 2 has 3 cells")])
+    ("a,b\n", "holds no architecture"), ("a,b\n1|2,3,4\n", "row 2 has 3 cells"),
+    ("a,b\n" + "1" * 200_000 + ",2\n", "no CSV file")])
 def test_damaged_csv(tmp_path, text, words):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(ConfigError, match="--accuracy") as caught:

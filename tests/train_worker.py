@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from bossnas import bootstrap, dist, engines, heads, spaces
 from bossnas.config import TrainConfig
 from bossnas.optim import LARS, ema_momentum, learning_rate, parameter_groups
-from bossnas.rate import rate_block
+from bossnas.rate import Validation, rate_block
 from bossnas.supernet import Item, Supernet
 from bossnas.train import SHUFFLE, RunState, sample_paths, train_block
 
@@ -93,13 +93,33 @@ def main() -> None:
     assert unshuffled > 1e-4, "this check would not notice a missing shuffle"
 
     paths, x = space.paths(0, []), torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    for count in (5, 1):  # an uneven share, and a rank without a path
-        scores = rate_block(online, target, predictor, 0, [], paths[:count], [x], [(x[:5], x[3:])])
-        real = dist.world_size, dist.rank, dist.all_gather
-        dist.world_size, dist.rank, dist.all_gather = (lambda group=None: 1), (lambda group=None: 0), lambda t: [t]
-        alone = rate_block(online, target, predictor, 0, [], paths[:count], [x], [(x[:5], x[3:])])
-        dist.world_size, dist.rank, dist.all_gather = real
-        assert scores == alone, (scores, alone)
+    batches = [(x[:5], x[3:]), (x[1:4], x[4:7]), (x[:5], x[2:7])]
+
+    def rate(count: int, batch_count: int, most: int | None, **resume):
+        return rate_block(online, target, predictor, 0, [], paths[:count], [x], Validation.held(batches[:batch_count]),
+                          most=most, **resume)
+
+    # more batches than ranks, fewer, units to share, an uneven share, a rank without work
+    for count, batch_count, most in ((50, 3, None), (50, 1, 4), (5, 3, 2), (5, 1, None), (1, 1, None)):
+        pieces, counted = {}, []
+
+        def advance(found: dict, n: int, counted=counted, pieces=pieces) -> None:
+            counted.append(n)
+            pieces.update(found)
+
+        scores = rate(count, batch_count, most, advance=advance)
+        real = {name: getattr(dist, name) for name in ("world_size", "rank", "all_gather_object")}
+        dist.world_size, dist.rank, dist.all_gather_object = lambda group=None: 1, lambda group=None: 0, lambda v: [v]
+        alone, counted_alone = rate(count, batch_count, most), []
+        half = {key: value for i, (key, value) in enumerate(pieces.items()) if i % 3}  # another number of ranks goes on
+        for batch in {b for _, b, _ in half}:
+            if any(("target", batch, u) not in half for _, _, u in pieces):
+                half = {key: value for key, value in half.items() if key[1] != batch}
+        resumed = rate(count, batch_count, most, pieces=half, advance=lambda _, n, c=counted_alone: c.append(n))
+        for name, function in real.items():
+            setattr(dist, name, function)
+        assert scores == alone == resumed, (scores, alone, resumed)
+        assert sum(counted) == count * (1 + 2 * batch_count) >= sum(counted_alone)
     if rank == 0:
         print(f"equal within {max(off):.1e}")
 
