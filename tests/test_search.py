@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +95,104 @@ def test_rating_again_from_the_last_checkpoint_gives_the_same(finished):
     assert {f: f.read_bytes() for f in before} == before
     with pytest.raises(ConfigError, match="--block"):
         rating.rerate(finished, [4])
+
+
+def test_another_temperature_rates_anew_and_other_keys_are_refused(finished, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    before = ratings(folder)["block_1.json"]
+    assert rating.rerate(folder, [1], ["rating.temperature=1.0", "rating.score=view_agreement"]) == [1]
+    after = ratings(folder)["block_1.json"]
+    assert after["paths"] == before["scores"]["view_agreement"] and after["score"] == "view_agreement"
+    assert after["scores"]["population_centre"] == before["scores"]["population_centre"]
+    assert after["scores"]["instance_discrimination"] != before["scores"]["instance_discrimination"]
+    with pytest.raises(ConfigError, match="--set: 'seed=4' would rate another run"):
+        rating.rerate(folder, [1], ["seed=4"])
+
+
+def test_a_rating_that_was_cut_goes_on(finished, tmp_path, monkeypatch):
+    """Cut after some parts, called again: the same file, and only the rest is computed."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    before = (folder / "ratings/block_1.json").read_bytes()
+    monkeypatch.setattr(rating, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(rating, "CPU_GIB", 1e-3)
+    counts, limit = [], [150]
+
+    def advance(self, info="", count=1):
+        counts.append(count)
+        if sum(counts) > limit[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(log.Task, "advance", advance)
+    with pytest.raises(KeyboardInterrupt):
+        rating.rerate(folder, [1])
+    partial = folder / "ratings/block_1.partial"
+    assert partial.exists() and (folder / "ratings/block_1.json").read_bytes() == before
+    limit[0], first = 10**9, sum(counts[:-1])
+    counts.clear()
+    rating.rerate(folder, [1])
+    paths = len(json.loads(before)["paths"])
+    assert not partial.exists() and sum(counts) <= paths * (1 + 2 * 2) - first + paths  # calibrated once more
+    again = ratings(folder)["block_1.json"]
+    monkeypatch.undo()
+    monkeypatch.setattr(rating, "CPU_GIB", 1e-3)
+    rating.rerate(folder, [1])
+    assert ratings(folder)["block_1.json"] == again
+    # progress of other weights, and a damaged file, are not taken
+    for content in ({"key": "another", "pieces": {("online", 0, 0): torch.zeros(1, 1)}}, None):
+        torch.save(content, partial) if content else partial.write_bytes(b"cut off")
+        rating.rerate(folder, [1])
+        assert ratings(folder)["block_1.json"] == again and not partial.exists()
+
+
+def test_memory_changes_the_parts_not_the_scores(finished, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    truth = ratings(folder)["block_0.json"]
+    rating.rerate(folder, [0], ["rating.max_gib=0.002"])
+    assert "parts of at most" in (folder / "log.txt").read_text()
+    found = ratings(folder)["block_0.json"]
+    for name, values in truth["scores"].items():
+        assert found["scores"][name] == pytest.approx(values, abs=1e-4 if name == "effective_rank" else 1e-5)
+    before = (folder / "ratings/block_0.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"rating.max_gib: 1e-06 GiB is too little .* which take 0\.0"):
+        rating.rerate(folder, [0], ["rating.max_gib=1e-6"])
+    assert (folder / "ratings/block_0.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("space", ["hytra", "nats"])
+def test_an_untrained_supernet_is_rated(tmp_path, space):
+    folder = tmp_path / "untrained"
+    changes = (f"space.name={space}", "space.width=0.125", "rating.score=instance_discrimination")
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["rate", "--untrained", *arguments(folder, *changes, file=ROOT / "configs/quickstart_ds.json")])
+    assert caught.value.code == 0
+    winners = json.loads((folder / "winners.json").read_text())["winners"]
+    for block, winner in enumerate(winners):
+        rated = ratings(folder)[f"block_{block}.json"]
+        assert max(rated["paths"], key=rated["paths"].get) == winner and rated["score"] == "instance_discrimination"
+        assert len(set(rated["paths"].values())) == len(rated["paths"]), "no candidate is dead"
+        assert rated["prefix"] == winners[:block]
+    assert json.loads((folder / "architecture.json").read_text())["paths"] == winners
+    with pytest.raises(ConfigError, match="holds a rating without training"):
+        search.search(load(folder / "config.json"), resume=True)
+    with pytest.raises(ConfigError, match="another run|holds a rating|already"):
+        rating.rate_untrained(load(folder / "config.json"))
+
+
+@pytest.mark.parametrize("words, message", [
+    ([], "RUN: is missing"), (["--untrained"], "--untrained: needs --config"),
+    (["runs/x", "--untrained"], "RUN: and --untrained exclude"),
+    (["runs/x", "--config", "a.json"], "--config: a run has its own config"),
+    (["no/such/run"], "--run: no/such/run holds no config.json"),
+    (["--untrained", "--config", "a.json"], "--config: cannot read a.json"),
+])
+def test_mistakes_of_rate_end_with_one_line(words, message, capfd):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["rate", *words])
+    errors = capfd.readouterr().err.splitlines()
+    assert caught.value.code == 2 and len(errors) == 1 and message in errors[0], errors
 
 
 @pytest.mark.parametrize("engine", ["single", "deepspeed"])
