@@ -167,6 +167,22 @@ def test_a_variant_that_computes_something_else_is_not_timed(supernet, tmp_path,
     assert list(report["parts"]["step"]) == ["reference"] and list(report["not_timed"]) == ["step eager"]
 
 
+@pytest.mark.parametrize("space, block", [("hytra", 0), ("mbconv", 0), ("nats", 2)])
+def test_the_rating_equals_the_official_procedure_and_is_timed(project_root, tmp_path, space, block):
+    out, env = tmp_path / "rating.json", {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, project_root / "bench/rating.py", "--space", space, "--width", "0.25", "--hidden", "32",
+               "--out", "16", "--json", out, "--batches", "1", "2", "--block"]
+    done = subprocess.run([*command, str(block)], capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["batches"] for row in rows] == [1, 2]
+    for row in rows:
+        assert (row["space"], row["block"]) == (space, block) and row["paths"] > 7 and row["ratio"] > 0
+        assert row["max_abs_diff"] < 1e-5 and row["same_order"]
+    refused = subprocess.run([*command, "9"], capture_output=True, text=True, timeout=100, env=env)
+    assert refused.returncode == 2 and "has blocks 0 to" in refused.stderr.splitlines()[-1]
+
+
 def test_the_gpu_suite_parses_and_refuses_where_there_is_no_gpu(project_root, tmp_path):
     script = project_root / "kernels" / "bench" / "gpu_suite.sh"
     assert subprocess.run(["bash", "-n", script]).returncode == 0
