@@ -9,7 +9,9 @@ NATS, the plain 1x1 convolution to 2048 channels. "ours" is bossnas.rate.rate_bl
 all scores, units of the automatic size; finding that size is timed apart (footprint_s), since it is done once.
 
 Both must give the same scores. Times are CPU times of this process; the paths of the official procedure are timed in
-slices, with ours between them. ratio = official / ours, of the medians.
+slices, with ours between them. ratio = official / ours, of the medians; formula = P B (8L + 4Lp) / (2T + 4TB), the
+layer evaluations of both. peak_gib: all tensors that ours has at once (units, statistics, prefix features), of which
+the units keep to gib.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from bossnas.paths import Path, decode  # noqa: E402
 from bossnas.rate import Validation, calibrate, rate_block  # noqa: E402
 from bossnas.rating import CPU_GIB  # noqa: E402
 from bossnas.supernet import Item, Supernet  # noqa: E402
-from bossnas.units import Footprint, Unit, units  # noqa: E402
+from bossnas.units import Footprint, Unit, peak_bytes, units  # noqa: E402
 
 SIZES = {"hytra": 64, "mbconv": 64, "nats": 32}  # pixels
 PREFIX = {"hytra": ["5433", "3230", "0010"]}  # of BossNet-T0; elsewhere the path in the middle of each block's list
@@ -94,7 +96,7 @@ class Task:
 
     def __init__(self, space: str, block: int, batches: int, options: argparse.Namespace):
         self.space = spaces.make(space, width=options.width, image_size=SIZES[space], restricted=True, split="cifar10")
-        self.block, self.images, self.layout = block, options.images, options.layout
+        self.block, self.images, self.layout, self.gib = block, options.images, options.layout, options.gib
         hidden, out = options.hidden, options.out
         torch.manual_seed(0)
         self.online = Supernet(_First(self.space, block + 1), hidden, out)
@@ -106,8 +108,8 @@ class Task:
             for p in self.target.parameters():
                 p.add_(torch.randn_like(p), alpha=0.01)
         self.predictors = [heads.predictor(hidden, out) for _ in range(block + 1)]
-        self.calibration = [self._random() for _ in range(2)]  # the official procedure passes both, the second counts
-        self.validation = [(self._random(), self._random()) for _ in range(batches)]
+        self.calibration = self._views()  # the official procedure passes both, the second counts
+        self.validation = [self._views() for _ in range(batches)]
         self.winners: list[Path] = []
         for b in range(block):
             paths = self.space.paths(b, self.winners)
@@ -120,13 +122,19 @@ class Task:
             self.winners.append(winner)
         self.paths = self.space.paths(block, self.winners)
         started = time.process_time()
-        footprint = Footprint(self.target, block, self.paths, self.target.features(self.winners, self._random()[:4]))
+        few = self.target.features(self.winners, self.calibration[1][:4])
+        footprint = Footprint(self.target, block, self.paths, few)
         self.most = options.most or max(1, footprint.most(2 * options.images, int(options.gib * 2**30)))
         self.footprint_s = time.process_time() - started
 
-    def _random(self) -> Tensor:
+    def _views(self) -> tuple[Tensor, Tensor]:
+        """Two views of random images that differ in colour and coarse structure, as pictures do. (To a network all
+        images of plain noise are alike, and batch norms divide rounding errors by next to nothing.)"""
         size = SIZES[type(self.space).__name__.lower()]
-        return torch.randn(self.images, 3, size, size).contiguous(memory_format=torch.channels_last)
+        coarse = F.interpolate(torch.randn(self.images, 3, 4, 4), size=size, mode="bilinear")
+        image = 2 * coarse + 2 * torch.randn(self.images, 3, 1, 1)
+        a, b = (image + 0.3 * torch.randn_like(image) for _ in range(2))
+        return a.contiguous(memory_format=torch.channels_last), b.contiguous(memory_format=torch.channels_last)
 
     def ours(self) -> list[float]:
         """Scores against the population centre."""
@@ -202,6 +210,8 @@ def measure(task: Task) -> dict:
         official.run(range(first, last))
         official_s += time.process_time() - started
     truth = official.scores()
+    batches, layers, behind = len(task.validation), len(task.paths[0]), sum(len(p) for p in task.winners)
+    nodes = sum(len({p[:d] for p in task.paths}) for d in range(1, layers + 1))
     order = [sorted(range(rows), key=scores.__getitem__) for scores in (ours, truth)]
     return {"paths": rows, "official_s": round(official_s, 3), "ours_s": round(statistics.median(ours_s), 3),
             "ours_spread_s": [round(min(ours_s), 3), round(max(ours_s), 3)],
@@ -209,7 +219,8 @@ def measure(task: Task) -> dict:
             "max_abs_diff": max(abs(a - b) for a, b in zip(ours, truth, strict=True)),
             "same_order": order[0] == order[1], "units": len(units(task.paths, task.most)),
             "footprint_s": round(task.footprint_s, 3),
-            "nodes": sum(len({p[:d] for p in task.paths}) for d in range(1, len(task.paths[0]) + 1))}
+            "gib": task.gib, "peak_gib": round(peak_bytes(task.ours) / 2**30, 4), "nodes": nodes,
+            "formula": round(rows * batches * (8 * layers + 4 * behind) / (2 * nodes + 4 * nodes * batches), 2)}
 
 
 def main(argv: list[str] | None = None) -> int:

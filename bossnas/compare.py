@@ -128,10 +128,12 @@ class _Reader:
     def __init__(self, space: Space):
         self.space = space
         self._paths: dict[Architecture, frozenset[Path]] = {}
+        self._sets: dict[frozenset[Path], frozenset[Path]] = {}  # equal sets are kept once
 
     def paths(self, winners: Architecture) -> frozenset[Path]:
         if winners not in self._paths:
-            self._paths[winners] = frozenset(self.space.paths(len(winners), list(winners)))
+            found = frozenset(self.space.paths(len(winners), list(winners)))
+            self._paths[winners] = self._sets.setdefault(found, found)
         return self._paths[winners]
 
     def read_all(self, values: dict[str, float], field: str, source: File) -> dict[Architecture, float]:
@@ -195,18 +197,31 @@ def _rate(reader: _Reader, rating: tables.BlockScores | tables.TableScores, want
         raise ConfigError("RATINGS", f"rate {len(rating.blocks)} blocks, but the space has {reader.space.blocks}",
                           "finish the search, name all files, or name another space with --space")
     blocks = [{decode(text): value for text, value in block.items()} for block in rating.blocks]
-    allowed = [reader.paths(tuple(decode(text) for text in prefix)) for prefix in rating.prefixes]
+    allowed = [_allowed(reader, block, prefix) for block, prefix in enumerate(rating.prefixes)]
     for block, (scores, paths) in enumerate(zip(blocks, allowed, strict=True)):
-        if not paths.issuperset(scores):
+        if paths is not None and not paths.issuperset(scores):
             raise ConfigError("RATINGS", f"block {block} has paths that the space does not have there",
                               "name another space with --space")
     rated, sums = [], []
     for architecture in wanted:
-        if all(path in blocks[k] and reader.paths(architecture[:k]) == allowed[k]
+        if all(path in blocks[k] and allowed[k] in (None, reader.paths(architecture[:k]))
                for k, path in enumerate(architecture)):
             rated.append(architecture)
             sums.append(sum(blocks[k][path] for k, path in enumerate(architecture)))
     return rated, sums
+
+
+def _allowed(reader: _Reader, block: int, prefix: list[str]) -> frozenset[Path] | None:
+    """The paths that may follow the winners on which a block was rated; None for a rating that holds everywhere."""
+    if block and not prefix:
+        return None
+    winners: Architecture = ()
+    for path in map(decode, prefix):
+        if path not in reader.paths(winners):
+            raise ConfigError("RATINGS", f"block {block} was rated on {'|'.join(prefix)}, which the space does not have",
+                              "name another space with --space")
+        winners += (path,)
+    return reader.paths(winners)
 
 
 def _with_proxies(chosen: _Chosen, architectures: list[Architecture], scores: dict[str, np.ndarray],

@@ -65,7 +65,7 @@ class RatingConfig(_Section):
         "block's output, averaged over the map")
     temperature: float = Field(0.2, gt=0, description="of instance discrimination")
     max_gib: float | None = Field(None, gt=0, description="memory for the paths that are rated together, GiB; null: "
-                                  "half of what is free on a GPU, 1/8 on a CPU")
+                                  "half of what is free on a GPU, 1/4 on a CPU")
     every_epochs: int = Field(2, ge=0, description="rate in mid-stage every n epochs; 0: only at the stage's end")
     batch: int = Field(256, ge=2, description="validation images per batch")
     calibration_images: int = Field(256, ge=2, description="training images in one calibration batch")

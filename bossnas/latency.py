@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from bossnas.errors import ConfigError
 from bossnas.log import progress
 
 WARM_UP = 2  # calls that are not timed: they allocate and choose algorithms
+LONGEST = 1e9  # ms; sums of more would leave the 64-bit integers of nanoseconds
 STEM = None  # stands for the stem where the others have their key
 
 
@@ -100,13 +100,13 @@ def attach(table: CostTable, file: File, command: str) -> CostTable:
                  row.get("latency_ms") for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
     except OSError as error:
         raise ConfigError("--latency", f"cannot read {file} ({error.strerror})", f"make it with {command}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError("--latency", f"{file} is not a table of latencies", f"make it with {command}") from None
     nanoseconds = []
     for row in table.rows():
         value = found.get((row["block"], row["layer"], row["candidate"], row["name"], *row["input"], row["macs"],
                            row["params"]))
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < LONGEST:
             shape = "x".join(map(str, row["input"]))
             where = f"the stem on {shape}" if row["block"] is None else (
                 f"block {row['block']} layer {row['layer']} candidate {row['candidate']} ({row['name']}, "

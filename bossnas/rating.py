@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path as Folder
@@ -24,7 +25,7 @@ from bossnas.units import Footprint, Unit, units
 
 CALIBRATION_VIEW = 1  # METHOD 4: view index 1 of the calibration batch
 SAVE_SECONDS = 30  # between two writings of a rating's progress
-CPU_GIB = 0.125  # larger maps than some 32 MiB come from fresh pages at every operation, which costs more than it saves
+CPU_GIB = 0.25  # larger maps than some 32 MiB come from fresh pages at every operation, which costs more than it saves
 GPU_SHARE = 0.5  # of the memory that is free when the rating starts
 
 Scores = dict[str, dict[Path, float]]
@@ -58,6 +59,9 @@ def rate(run: Run, block: int, partial: Folder | None = None) -> Scores:
             temperature=settings.temperature, embedding=settings.embedding, most=most,
             autocast=lambda: autocast(run.device.type, run.config.train.precision), pieces=pieces, advance=advance)
     progress.drop()
+    if not all(math.isfinite(value) for values in scores.values() for value in values.values()):
+        raise ConfigError("train.lr", f"block {block} is rated with values that are not finite: its weights are not",
+                          "lower it, or lengthen train.warmup_epochs; the last checkpoint is unharmed")
     return scores
 
 

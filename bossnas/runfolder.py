@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import subprocess
@@ -16,6 +15,7 @@ import bossnas
 from bossnas.config import Config, dump, validate
 from bossnas.errors import ConfigError
 
+LARGEST = 1e300  # scores below it add up to a finite number
 # What may change between a run and its continuation, since results do not depend on it.
 FREE = ("data.workers", "rating.max_gib", "checkpoint.every_steps", "checkpoint.keep", "out")
 
@@ -54,11 +54,14 @@ def prepare(folder: Path, config: Config, kind: str = "search") -> None:
 def read_config(folder: Path) -> Config:
     """The config of the run in ``folder``. Raises ConfigError when there is none."""
     try:
-        return validate(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError("--run", f"{folder} holds no config.json", "name the folder of a run") from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise ConfigError("--run", f"cannot read {folder}/config.json ({error.strerror})", "restore it") from None
+    except (ValueError, RecursionError) as error:  # ValueError: of json and of Unicode
         raise ConfigError("--run", f"{folder}/config.json is damaged ({error})", "restore it") from None
+    return validate(values)
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ def read_ratings(folder: Path, score: str | None = None) -> list[BlockRating]:
     """The ratings of a run's blocks, ratings/block_0.json and so on, as far as they go.
 
     ``score`` names one of the scores that the files hold; default: the one the run chose by. Raises ConfigError when a
-    file is missing or damaged, lacks the score or holds a value that is not finite, or the blocks' scores differ.
+    file is missing or damaged, lacks the score or holds a value that is not finite, or the blocks' scores differ or
+    disagree about which value is better.
     """
     files = folder / "ratings"
     numbers = sorted(int(f.stem[6:]) for f in files.glob("block_*.json") if f.stem[6:].isdecimal())
@@ -88,6 +92,9 @@ def read_ratings(folder: Path, score: str | None = None) -> list[BlockRating]:
     if len(names) > 1:
         raise ConfigError("--score", f"the blocks of {folder} were rated by different scores", "choose one of "
                           f"{', '.join(names)}, or rate again with bossnas rate {folder}")
+    if len({rating.better for rating in ratings}) > 1:
+        raise ConfigError("RUN", f"the blocks of {folder} disagree whether a lower {names[0]} is better",
+                          f"rate again with bossnas rate {folder}")
     return ratings
 
 
@@ -106,13 +113,13 @@ def _read_rating(file: Path, block: int, score: str | None) -> BlockRating:
         if len(rating.prefix) not in (0, block) or not all(p.isascii() and p.isalnum() for p in rating.prefix):
             raise ValueError(f"its prefix is {rating.prefix!r}")
         for path, value in rating.scores.items():
-            if not (path.isascii() and path.isalnum()) or isinstance(value, bool) or not math.isfinite(value):
+            if not (path.isascii() and path.isalnum()) or isinstance(value, bool) or not abs(value) < LARGEST:
                 raise ValueError(f"path {path!r} has the score {value!r}")
     except ConfigError:
         raise
     except OSError as error:
         raise ConfigError("RUN", f"cannot read {file} ({error.strerror})", repair) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # ValueError: of json and of Unicode, too
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # ValueError: of Unicode, too
         raise ConfigError("RUN", f"{file} is damaged ({type(error).__name__}: {error})", repair) from None
     return rating
 

@@ -20,6 +20,7 @@ from bossnas.runfolder import read_ratings
 
 ACCURACY_COLUMNS = ("accuracy", "test_accuracy", "top1")  # taken before others, in this order
 NATS_BENCH_EPOCHS = "90"  # the longest training in NATS-Bench's size space
+DEEPEST = 20  # nesting of YAML; a rating has three levels
 
 
 @dataclass(frozen=True)
@@ -163,18 +164,27 @@ def _release_scores(files: list[Path]) -> BlockScores:
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # libyaml's parser is ten times faster
-    """Text, lists, mappings, and tuples under their Python tag; nothing else is made, and nothing is ever run.
+    """Text, lists, and tuples under their Python tag; nothing else is made, and nothing is ever run.
 
     Scalars stay text: read as YAML 1.1, `8:8:8:8:8` would be a number to the base of 60 and `0123` one to the base 8.
     """
 
     yaml_implicit_resolvers: dict = {}
     yaml_constructors: dict = {}
+    depth = 0
+
+    def descend_resolver(self, current_node: Any, current_index: Any) -> None:
+        """Called around each node. Refuses deep nesting, on which libyaml's recursion would end the process."""
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.YAMLError("nested too deeply")
+
+    def ascend_resolver(self) -> None:
+        self.depth -= 1
 
 
 _Loader.add_constructor("tag:yaml.org,2002:str", yaml.SafeLoader.construct_scalar)
 _Loader.add_constructor("tag:yaml.org,2002:seq", yaml.SafeLoader.construct_yaml_seq)
-_Loader.add_constructor("tag:yaml.org,2002:map", yaml.SafeLoader.construct_yaml_map)
 _Loader.add_constructor("tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node)))
 _Loader.add_constructor(None, yaml.SafeLoader.construct_undefined)
 
@@ -183,10 +193,10 @@ def _yaml(field: str, source: Path, compose: bool = False) -> Any:
     text = _text(field, source)
     try:
         return yaml.compose(text, _Loader) if compose else yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where else ""
-        problem = getattr(error, "problem", None) or type(error).__name__
+        problem = getattr(error, "problem", None) or error
         raise ConfigError(field, f"{source}{line} is refused ({' '.join(str(problem).split())})",
                           "name a file of plain text and numbers") from None
 

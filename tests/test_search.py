@@ -161,6 +161,14 @@ def test_memory_changes_the_parts_not_the_scores(finished, tmp_path):
     assert (folder / "ratings/block_0.json").read_bytes() == before
 
 
+def test_a_rating_that_is_not_finite_chooses_nothing(finished):
+    run = rating.build(config(finished))
+    with torch.no_grad():
+        run.online.blocks[0][0].candidates[4].body[2].weight.fill_(torch.nan)
+    with pytest.raises(ConfigError, match="train.lr: block 0 is rated with values that are not finite"):
+        rating.rate(run, 0)
+
+
 @pytest.mark.parametrize("space", ["hytra", "nats"])
 def test_an_untrained_supernet_is_rated(tmp_path, space):
     folder = tmp_path / "untrained"
