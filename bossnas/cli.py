@@ -53,11 +53,11 @@ def rate(run: Annotated[Path | None, typer.Argument(help="Run folder.")] = None,
     if run is not None and config is not None:
         raise ConfigError("--config", "a run has its own config", "leave it out; --set rating.KEY=VALUE overrides it")
     if untrained:
-        folder = rating.rate_untrained(load(config, overrides))
-        typer.echo(folder / "ratings")
+        written = [rating.rate_untrained(load(config, overrides)) / "ratings"]
     else:
-        for done in rating.rerate(run, block, overrides or []):
-            typer.echo(run / "ratings" / f"block_{done}.json")
+        written = [run / "ratings" / f"block_{done}.json" for done in rating.rerate(run, block, overrides or [])]
+    if dist.rank() == 0:
+        typer.echo("\n".join(map(str, written)))
 
 
 @app.command(epilog="Example: bossnas select runs/quickstart --max-macs 5M --max-params 1M --top 3 --front macs")

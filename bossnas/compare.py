@@ -218,8 +218,8 @@ def _allowed(reader: _Reader, block: int, prefix: list[str]) -> frozenset[Path] 
     winners: Architecture = ()
     for path in map(decode, prefix):
         if path not in reader.paths(winners):
-            raise ConfigError("RATINGS", f"block {block} was rated on {'|'.join(prefix)}, which the space does not have",
-                              "name another space with --space")
+            raise ConfigError("RATINGS", f"block {block} was rated on {'|'.join(prefix)}, which the space does not "
+                              "have", "name another space with --space")
         winners += (path,)
     return reader.paths(winners)
 

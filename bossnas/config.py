@@ -159,7 +159,7 @@ def _read(path: Path) -> dict:
                           "name a .json or .yaml file") from None
     try:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
         where = str(error).replace("\n", " ")
         raise ConfigError("--config", f"{path} is not valid {path.suffix[1:]} ({where})", "mend the file") from None
     if values is None:

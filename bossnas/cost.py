@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -133,19 +134,12 @@ class CostTable:
 
     def networks(self, architectures: Sequence[Sequence[Path]]) -> dict[str, np.ndarray]:
         """{"macs", "params"}, each an int64 array with one value per architecture."""
-        totals = np.zeros((len(architectures), 2), np.int64)
-        for row, architecture in enumerate(architectures):
-            shape, macs, params = self.image, 0, 0
-            for block, path in enumerate(architecture):
-                cost, shape = self.path(block, path, shape)
-                macs, params = macs + cost.macs, params + cost.params
-            totals[row] = macs, params
-        return {"macs": totals[:, 0], "params": totals[:, 1]}
+        costs = [self.cost(architecture) for architecture in architectures]
+        return {name: np.array([getattr(cost, name) for cost in costs], np.int64) for name in ("macs", "params")}
 
     def with_latency(self, stem_ns: int, latencies_ns: dict[Key, int]) -> CostTable:
         """A table with measured latencies, one for each entry of this one."""
-        table = object.__new__(CostTable)
-        table.__dict__.update(self.__dict__)
+        table = copy.copy(self)
         table.stem = Entry(replace(self.stem.cost, latency_ns=stem_ns), self.stem.shape)
         table.entries = {key: Entry(replace(entry.cost, latency_ns=latencies_ns[key]), entry.shape)
                          for key, entry in self.entries.items()}

@@ -9,6 +9,7 @@ is two numbers, the epoch and the micro-batch.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from bossnas import dist
 from bossnas.errors import ConfigError
 from bossnas.shards import BadImage, ShardIndex, decode
 from bossnas.views import Recipe
@@ -181,10 +183,22 @@ def _leave_signals_to_the_run(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _context() -> multiprocessing.context.BaseContext:
+    """How loader processes start. A process group has threads of its own, and a fork may then take over a lock that one
+    of them holds just then: seen as a worker that hangs inside os.fork. So with several ranks a server that has no
+    threads forks."""
+    if dist.world_size() == 1:
+        return multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 def _from_workers(dataset: _Batches, workers: int) -> Iterator[tuple]:
     # its own generator: the loader must not draw from the run's random numbers
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=PREFETCH,
-                        worker_init_fn=_leave_signals_to_the_run, generator=torch.Generator())
+                        worker_init_fn=_leave_signals_to_the_run, generator=torch.Generator(),
+                        multiprocessing_context=_context())
     handler = signal.getsignal(signal.SIGCHLD)
     iterator = iter(loader)
     if threading.current_thread() is threading.main_thread():

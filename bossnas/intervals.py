@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 EXACT_UP_TO = 2000
+ROUNDING = 1e-10  # a resample's variance, as a share of that of all, below which it is what differences leave
 CHUNK = 4_000_000  # counts in memory at once
 NAMES = ("kendall", "spearman", "pearson")
 
@@ -55,9 +56,9 @@ def _resamples(n: int, count: int, seed: int) -> Iterator[np.ndarray]:
 
 def _exact(x: np.ndarray, y: np.ndarray):
     """counts [R, n] -> coefficients [3, R]."""
-    signs = np.sign(x[:, None] - x) * np.sign(y[:, None] - y)
-    signs = signs.astype(np.float32)  # sums of up to 2000 x 2000 whole numbers, exact in float32
     groups_x, groups_y = _groups(x), _groups(y)
+    signs = np.sign(groups_x[:, None] - groups_x) * np.sign(groups_y[:, None] - groups_y)
+    signs = signs.astype(np.float32)  # sums of up to 2000 whole numbers, exact in float32
     a, b = _standard(x), _standard(y)
 
     def statistic(counts: np.ndarray) -> np.ndarray:
@@ -88,7 +89,7 @@ def _first_order(x: np.ndarray, y: np.ndarray):
         c, cx, cy, uv, uu, vv, a, b, ab, aa, bb = (totals + (counts - 1) @ columns).T
         center = n / 4  # the mean of mid-ranks is one half under any counts
         return np.stack([_ratio(c, cx, cy), _ratio(uv - center, uu - center, vv - center),
-                         _ratio(ab - a * b / n, aa - a * a / n, bb - b * b / n)])
+                         _ratio(ab - a * b / n, aa - a * a / n, bb - b * b / n, ROUNDING * n * n)])
 
     return statistic
 
@@ -119,7 +120,11 @@ def _below(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _standard(x: np.ndarray) -> np.ndarray:
-    return (x - x.mean()) / (x.std() or 1)
+    """Mean 0 and variance 1; zeros where all values are equal, of which rounding can make a variance."""
+    if x.min() == x.max():
+        return np.zeros_like(x)
+    x = x / abs(x).max()  # squares of very large or small values would leave float64
+    return (x - x.mean()) / x.std()
 
 
 def _groups(values: np.ndarray) -> np.ndarray:
@@ -154,7 +159,7 @@ def _weighted_pearson(counts: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.nd
     return _ratio((counts * u * v).sum(1), (counts * u * u).sum(1), (counts * v * v).sum(1))
 
 
-def _ratio(product: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """product / sqrt(first * second), NaN where that is not defined."""
+def _ratio(product: np.ndarray, first: np.ndarray, second: np.ndarray, least: float = 1e-18) -> np.ndarray:
+    """product / sqrt(first * second), NaN where that is not defined: the root's square is not above ``least``."""
     square = first * second
-    return np.where(square > 1e-18, product / np.sqrt(np.where(square > 1e-18, square, 1)), np.nan)
+    return np.where(square > least, product / np.sqrt(np.where(square > least, square, 1)), np.nan)

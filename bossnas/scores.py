@@ -46,15 +46,17 @@ def effective_rank(a: Tensor, b: Tensor) -> Tensor:
     """exp of the entropy of the normalised singular values of the centred embeddings (Roy & Vetterli 2007).
 
     ``a``, ``b``: [P, N, D], both views together make 2N rows. -> [P], between 1 and min(2N - 1, D); 0 where all rows
-    are equal. Computed in float64 from the eigenvalues of the smaller of the two Gram matrices.
+    are equal, NaN where one is not finite. In float64, from the eigenvalues of the smaller of the two Gram matrices.
     """
     raw = torch.cat([a, b], 1).double()
     rows = raw - raw.mean(1, keepdim=True)
     gram = torch.bmm(rows, rows.mT) if rows.shape[1] <= rows.shape[2] else torch.bmm(rows.mT, rows)
     # singular values below the rounding of the embeddings, or of the Gram matrix, count as zero
     noise = raw.square().sum((1, 2)) * rows.shape[1] * max(torch.finfo(a.dtype).eps ** 2, torch.finfo(torch.double).eps)
-    eigenvalues = torch.linalg.eigvalsh(gram)
+    finite = gram.isfinite().all(2).all(1)
+    eigenvalues = torch.linalg.eigvalsh(torch.where(finite[:, None, None], gram, 0))  # which takes no NaN
     singular = torch.where(eigenvalues > noise[:, None], eigenvalues, 0).clamp_min(0).sqrt()
     total = singular.sum(1)
     share = singular / torch.where(total > 0, total, 1)[:, None]
-    return torch.where(total > 0, -torch.special.xlogy(share, share).sum(1), -torch.inf).exp().to(a.dtype)
+    rank = torch.where(total > 0, -torch.special.xlogy(share, share).sum(1), -torch.inf).exp()
+    return torch.where(finite, rank, torch.nan).to(a.dtype)

@@ -46,17 +46,17 @@ def read_scores(sources: list[Path], score: str | None = None, better: str = "hi
     """A run folder, a CSV file, or the per-block YAML files of the original release (in a folder, or one by one).
 
     ``score`` names a score of the run or a column of the CSV file; ``better`` says which of two values in a CSV file is
-    the better one. Raises ConfigError for everything that cannot be read, with the file and the row.
+    the better one. Raises ConfigError for everything that cannot be read, with the file and the row or entry.
     """
     first = sources[0]
     if len(sources) == 1 and first.is_dir():
         if any(first.glob("path_rank_*.y*ml")):
-            return _release_scores(_release_files(first))
+            return _release_scores(_release_files(first), score)
         ratings = read_ratings(first, score)
         return BlockScores(ratings[0].score, ratings[0].better, [r.scores for r in ratings],
                            [r.prefix for r in ratings])
     if all(source.suffix in (".yml", ".yaml") for source in sources):
-        return _release_scores(sources)
+        return _release_scores(sources, score)
     if len(sources) == 1 and first.suffix == ".csv":
         name, values = _read_csv("RATINGS", first, score, "--score", ("score",))
         return TableScores(name, better, values)
@@ -72,6 +72,8 @@ def read_accuracies(source: Path, column: str | None = None) -> dict[str, float]
     if source.suffix == ".csv":
         return _read_csv("--accuracy", source, column, "--column", ACCURACY_COLUMNS)[1]
     if source.suffix in (".yml", ".yaml"):
+        if column is not None:
+            raise ConfigError("--column", f"{source} has no columns", "leave it out")
         return _read_yaml_mapping(source)
     if source.is_dir() or source.suffix in (".pbz2", ".pickle"):
         return _read_nats_bench(source, column or "cifar10")
@@ -94,6 +96,8 @@ def _read_csv(field: str, source: Path, column: str | None, option: str,
         raise ConfigError(field, f"{source} begins with values, not with the columns' names",
                           f"write a first row such as architecture,{usual[0]}")
     name = column or next((n for n in usual if n in header[1:]), header[1] if len(header) == 2 else None)
+    if header[1:].count(name) > 1:
+        raise ConfigError(field, f"{source} has several columns {name!r}", "rename or remove all but one")
     if name not in header[1:]:
         raise ConfigError(option, f"{source} has no column {name!r}" if name else f"{source} has several columns",
                           f"choose of {', '.join(header[1:])}")
@@ -147,8 +151,10 @@ def _release_files(folder: Path) -> list[Path]:
     return [files[block] for block in wanted]
 
 
-def _release_scores(files: list[Path]) -> BlockScores:
+def _release_scores(files: list[Path], score: str | None) -> BlockScores:
     """The original release's ratings: per block a list of (path, loss) tuples, lower is better."""
+    if score is not None:
+        raise ConfigError("--score", f"{files[0]} holds one score without a name", "leave it out")
     blocks = []
     for file in files:
         pairs = _yaml("RATINGS", file)

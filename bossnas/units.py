@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bossnas.ops import Statistics
 from bossnas.paths import Path
 from bossnas.supernet import Item, Supernet
 
@@ -51,7 +52,8 @@ def units(paths: Sequence[Path], most: int) -> list[Unit]:
 
 
 class Footprint:
-    """Bytes that units of a block need at once, from each candidate's own, measured with two nodes of a few images.
+    """Bytes that units of a block need at once, from each candidate's own, measured with two nodes of a few images
+    that are calibrated.
 
     ``x``: the block's input for those images, [2N, C, H, W]. Not counted: the weights, the input, the statistics.
     """
@@ -75,7 +77,7 @@ class Footprint:
                 if kind not in outputs:
                     item, made = Item(path, samples[parent], 2), []
                     self.inner[kind] = peak_bytes(lambda i=item, m=made, d=depth: m.extend(
-                        network(block, [i], start=d, stop=d + 1)))
+                        network(block, [i], Statistics(), start=d, stop=d + 1)))
                     outputs[kind] = made[0]
                 samples[node] = outputs[kind]
                 self.kinds[node], shapes[node] = kind, tuple(outputs[kind].shape[1:])
@@ -86,8 +88,9 @@ class Footprint:
             kind, pooled = self.kinds[path], []
             if kind not in self.pools:
                 self.pools[kind] = peak_bytes(lambda p=path, rows=pooled: rows.append(
-                    projector.pool(samples[p], p[-1], 2)))
-                self.head = pooled[0].nbytes + peak_bytes(lambda rows=pooled: projector.mlp(rows[0], 2))  # second part
+                    projector.pool(samples[p], p[-1], 2, Statistics())))
+                self.head = pooled[0].nbytes + peak_bytes(  # the second part
+                    lambda rows=pooled: projector.mlp(rows[0], 2, Statistics()))
 
     def of(self, unit: Unit, images: int) -> int:
         """Bytes at the unit's peak when ``images`` pass it together: each layer's inputs, outputs, and one candidate at

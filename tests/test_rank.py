@@ -131,6 +131,21 @@ def test_first_order_intervals_approach_the_exact_ones(n, tolerance):
         assert exact[name][key][1] - exact[name][key][0] > 10 * tolerance
 
 
+def test_pearson_of_rare_constant_and_extreme_values_is_exact_in_both_ways():
+    """A value that a resample may miss leaves that resample without variance, not with what rounding makes of it."""
+    rng = np.random.default_rng(6)
+    accuracy = rng.normal(size=300)
+    scores = {"rare": (np.arange(300) == 7) * 1.0, "constant": np.full(300, 0.1), "small": accuracy * 1e-300,
+              "large": np.where(accuracy > 0, 1e308, -1e308)}
+    exact, first = (intervals.bootstrap_intervals(scores, accuracy, resamples=300, seed=0, exact_up_to=up_to)
+                    for up_to in (300, 0))
+    for name in scores:
+        assert first[name]["pearson"] == pytest.approx(exact[name]["pearson"], abs=1e-9, nan_ok=True), name
+    assert np.isnan(exact["constant"]["pearson"]).all()
+    assert exact["small"]["pearson"] == pytest.approx((1, 1))
+    assert 0.7 < exact["large"]["pearson"][0] < exact["large"]["pearson"][1] < 0.9
+
+
 def test_agreement_counts_pairs_of_each_item():
     rng = np.random.default_rng(2)
     for n in (1, 2, 3, 50, 129):
@@ -254,6 +269,28 @@ def test_hytra_ratings_hold_only_at_the_scale_where_they_were_made(tmp_path):
     rated, sums = compare._rate(reader, tables.read_scores([run]), list(wanted), [run])
     assert {"|".join(map(encode, architecture)): value for architecture, value in zip(rated, sums, strict=True)} == {
         text: value for text, value in texts.items() if value is not None}
+
+
+def test_ratings_without_a_prefix_hold_everywhere_and_a_wrong_prefix_is_refused(tmp_path, capsys):
+    ratings = [{encode(p): float(-sum(p)) for p in all_paths([8] * layers)} for layers in (2, 1, 2)]
+    space = {"name": "nats", "image_size": 32, "split": "cifar100"}
+    _, accuracy = nats_files(tmp_path)
+    run = run_folder(tmp_path / "run", space, [], ratings)
+    code, _ = ranked(capsys, run, "--accuracy", accuracy, "--bootstrap", "10", "--json", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert code == 0 and found["n"] == 22 and found["kendall"]["value"] == pytest.approx(1)
+    hytra = [{"5444": 1.0}, {"2222": 3.0}, {"0000": 5.0}, {"0000": 6.0}]
+    (tmp_path / "hytra.csv").write_text("architecture,accuracy\n5444|2222|0000|0000,1\n5444|2222|0000|0001,2\n")
+    for name, winners in (("odd", ["zzzz", "2222", "0000"]), ("dead_end", ["5555", "2222", "0000"])):
+        run = run_folder(tmp_path / name, {"name": "hytra"}, winners, hytra)
+        said = refused(capsys, run, "--accuracy", tmp_path / "hytra.csv")
+        assert f"block 1 was rated on {winners[0]}, which the space does not have" in said
+
+
+def test_equal_sets_of_paths_are_kept_once():
+    reader = compare._Reader(spaces.make("mbconv", width=1.0, image_size=32, restricted=True, split="cifar10"))
+    after = [reader.paths((path,)) for path in reader.paths(())]
+    assert len(after) == 16 and all(paths is after[0] for paths in after)
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):

@@ -33,6 +33,10 @@ def test_instance_discrimination_ends():
 def test_effective_rank_ends():
     torch.manual_seed(0)
     assert scores.effective_rank(torch.ones(1, 5, 3), torch.ones(1, 5, 3)).item() == 0
+    broken = torch.randn(2, 4, 3)
+    broken[0, 1, 2] = torch.nan
+    found = scores.effective_rank(broken, broken)
+    assert found[0].isnan() and 1 < found[1] <= 3
     line = torch.randn(1, 6, 1) * torch.randn(1, 1, 9) + 4
     assert scores.effective_rank(line, line.flip(1)).item() == pytest.approx(1, abs=1e-3)
     corners = torch.cat([torch.eye(4), -torch.eye(4)])[None]  # the same spread in four directions

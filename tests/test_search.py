@@ -164,7 +164,8 @@ def test_memory_changes_the_parts_not_the_scores(finished, tmp_path):
 def test_a_rating_that_is_not_finite_chooses_nothing(finished):
     run = rating.build(config(finished))
     with torch.no_grad():
-        run.online.blocks[0][0].candidates[4].body[2].weight.fill_(torch.nan)
+        for network in (run.online, run.target):
+            network.blocks[0][0].candidates[4].body[2].weight.fill_(torch.nan)
     with pytest.raises(ConfigError, match="train.lr: block 0 is rated with values that are not finite"):
         rating.rate(run, 0)
 
@@ -241,7 +242,8 @@ def test_two_deepspeed_ranks_run_the_users_line(tmp_path, project_root):
     out = tmp_path / "two"
     command = ["deepspeed", "--num_accelerators", "2", "launch/train.py", "--config", "configs/hytra_ds.json",
                *arguments(out, "data.train=null", "data.val=null", "train.warmup_epochs=0", "train.epochs=1",
-                          "train.precision=fp32", "rating.calibration_batches=2", "space.width=0.05")]
+                          "train.precision=fp32", "rating.calibration_batches=2", "space.width=0.05",
+                          "data.workers=1")]
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
     done = subprocess.run(command, env={**environment(), "PATH": path}, capture_output=True, text=True, timeout=400,
                           cwd=project_root, start_new_session=True)

@@ -428,7 +428,16 @@ def damage(file, key, value):
     ([], lambda run: damage(run / "ratings/block_1.json", "prefix", ["09"]), "block 1 was rated on 09, which"),
     ([], lambda run: damage(run / "ratings/block_1.json", "candidates", None), "block_1.json is damaged"),
     ([], lambda run: damage(run / "ratings/block_1.json", "score", "view_agreement"), "--score: the blocks of"),
+    ([], lambda run: damage(run / "ratings/block_1.json", "scores", {"population_centre": {"00": 10 ** 400}}),
+     "path '00' has the score 1000"),
+    ([], lambda run: damage(run / "ratings/block_1.json", "scores", {"population_centre": {"00": -1e308}}),
+     "path '00' has the score -1e+308"),
+    ([], lambda run: damage(run / "ratings/block_1.json", "better", {"population_centre": "higher"}),
+     "RUN: the blocks of"),
+    ([], lambda run: (run / "ratings/block_1.json").write_text("[" * 100_000), "block_1.json is damaged"),
     ([], lambda run: (run / "config.json").unlink(), "config.json"),
+    ([], lambda run: (run / "config.json").write_text("[" * 100_000), "config.json is damaged"),
+    ([], lambda run: (run / "config.json").write_bytes(b"\xff\xfe"), "config.json is damaged"),
 ])
 def test_mistakes_end_with_one_line_and_write_nothing(run, capfd, options, prepare, words):
     if prepare:
@@ -448,6 +457,8 @@ def test_mistakes_end_with_one_line_and_write_nothing(run, capfd, options, prepa
     (lambda rows: [{**row, "macs": row["macs"] // 2} for row in rows], "block 0 layer 0 candidate 0 (width8, "),
     (lambda rows: [{**row, "latency_ms": None} for row in rows], "the stem on 3x32x32"),
     (lambda rows: [{**row, "latency_ms": float("inf")} for row in rows], "the stem on 3x32x32"),
+    (lambda rows: [{**row, "latency_ms": 10 ** 400} for row in rows], "the stem on 3x32x32"),
+    (lambda rows: [{**row, "latency_ms": 1e14} for row in rows], "the stem on 3x32x32"),
     (lambda rows: "none", "is not a table of latencies"),
 ])
 def test_a_missing_latency_is_refused_and_never_guessed(run, tables, capfd, change, words):
