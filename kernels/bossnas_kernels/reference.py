@@ -59,8 +59,10 @@ def gbn_act(
 
 
 def _activate(x: Tensor, act: str) -> Tensor:
-    """Apply act to a map that nothing else refers to: in place, which saves a map in memory. SiLU's gradient needs it."""
-    return F.relu_(x) if act == "relu" else F.silu(x, inplace=not torch.is_grad_enabled()) if act == "silu" else x
+    """Apply act to a map that nothing else refers to: in place where no gradient needs it, which saves a map."""
+    if act == "silu":
+        return F.silu(x, inplace=not torch.is_grad_enabled())
+    return F.relu_(x) if act == "relu" else x
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
