@@ -170,8 +170,8 @@ def test_a_variant_that_computes_something_else_is_not_timed(supernet, tmp_path,
 @pytest.mark.parametrize("space, block", [("hytra", 0), ("mbconv", 0), ("nats", 2)])
 def test_the_rating_equals_the_official_procedure_and_is_timed(project_root, tmp_path, space, block):
     out, env = tmp_path / "rating.json", {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, project_root / "bench/rating.py", "--space", space, "--width", "0.25", "--hidden", "32",
-               "--out", "16", "--json", out, "--batches", "1", "2", "--block"]
+    command = [sys.executable, project_root / "bench/rating.py", "--space", space, "--width", "0.25", "--hidden", "256",
+               "--out", "128", "--json", out, "--batches", "1", "2", "--block"]
     done = subprocess.run([*command, str(block)], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
