@@ -105,8 +105,8 @@ class Variant:
         x = torch.cat([task.views[0], task.views[task.pairs]])
         items = [Item(path, x) for path in task.rated]
         with task.autocast():
-            centre_a, centre_b = bootstrap.population_centre(
-                [bootstrap.full(t) for t in self._embed(self.target, items)]).chunk(2)  # fmt: skip
+            targets = torch.stack([bootstrap.full(t) for t in self._embed(self.target, items)])
+            centre_a, centre_b = targets.mean(0).chunk(2)
             scores = [bootstrap.path_loss(*bootstrap.full(o).chunk(2), centre_a, centre_b).mean()
                       for o in self._predict(self._embed(self.online, items))]  # fmt: skip
         return torch.stack(scores).mean().item()

@@ -25,18 +25,13 @@ def ensemble_loss(predicted: Sequence[Tensor], projections: Sequence[Tensor]) ->
     return byol_ensemble_loss(torch.stack(list(predicted)), torch.stack(list(projections)))
 
 
-def population_centre(projections: Sequence[Tensor]) -> Tensor:
-    """Mean over all paths of the plain target projections, each [N, D] -> [N, D] (rating, METHOD 4)."""
-    return torch.stack(list(projections)).mean(0)
-
-
 def loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """-2 cos(predicted, target) for each image: [N, D], [N, D] -> [N], in [-2, 2]."""
-    return -2 * F.cosine_similarity(full(predicted), full(target), dim=1)
+    """-2 cos(predicted, target) for each image: [..., N, D], [N, D] -> [..., N], in [-2, 2]."""
+    return -2 * F.cosine_similarity(full(predicted), full(target), dim=-1)
 
 
 def path_loss(predicted_a: Tensor, predicted_b: Tensor, target_a: Tensor, target_b: Tensor) -> Tensor:
-    """Symmetric loss of one path for each image: view A predicts the target of view B and the reverse. [N], [-4, 4]."""
+    """Symmetric loss for each image, of one path or many: view A predicts view B's target and the reverse. [-4, 4]."""
     return loss(predicted_a, target_b) + loss(predicted_b, target_a)
 
 

@@ -19,10 +19,7 @@ def population_centre(predicted_a: Tensor, predicted_b: Tensor, centre_a: Tensor
     ``predicted``: of P paths, [P, N, D]; ``centre``: [N, D], the mean of all paths' target projections. -> [P], the
     mean over the images of -2 cos - 2 cos, in [-4, 4]; lower is better.
     """
-    def loss(predicted: Tensor, centre: Tensor) -> Tensor:
-        return -2 * F.cosine_similarity(bootstrap.full(predicted), bootstrap.full(centre), dim=-1)
-
-    return (loss(predicted_a, centre_b) + loss(predicted_b, centre_a)).mean(1)
+    return bootstrap.path_loss(predicted_a, predicted_b, centre_a, centre_b).mean(1)
 
 
 def instance_discrimination(a: Tensor, b: Tensor, temperature: float) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bossnas import bootstrap, heads, spaces
+from bossnas import heads, spaces
 from bossnas.ops import GroupedBatchNorm, PooledPointwise, Statistics
 from bossnas.rate import Validation, _features, best, calibrate, rate_block
 from bossnas.scores import BETTER
@@ -295,9 +295,3 @@ def test_peak_bytes():
 def test_the_better_value_wins():
     values = {(0,): 1.0, (1,): 3.0, (2,): 1.0, (3,): 3.0}
     assert best(values) == best(values, "lower") == (0,) and best(values, "higher") == (1,)
-
-
-def test_centre_is_not_normalised_per_path():
-    long, short = torch.tensor([[10.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    centre = bootstrap.population_centre([long, short])
-    assert bootstrap.loss(long, centre) < -1.98

@@ -201,6 +201,5 @@ def test_losses_and_spread():
     target = (F.normalize(a) + F.normalize(b)) / 2  # the mean of unit vectors, itself shorter
     torch.testing.assert_close(bootstrap.ensemble_loss([b, a, a], [a, b]).double(), torch.stack(
         [bootstrap.loss(p, target).mean() for p in (b, a, a)]))
-    torch.testing.assert_close(bootstrap.population_centre([a, b]), (a + b) / 2)
     assert bootstrap.spread(torch.ones(6, 4)) == 0
     assert 0.9 < bootstrap.spread(torch.randn(4000, 16)) < 1.1
