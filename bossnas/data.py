@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from bossnas import dist
 from bossnas.errors import ConfigError
-from bossnas.shards import BadImage, ShardIndex, decode
+from bossnas.images import BadImage, decode
+from bossnas.shards import ShardIndex
 from bossnas.views import Recipe
 
 log = logging.getLogger("bossnas.data")
@@ -150,7 +151,7 @@ class _Batches(Dataset):
         """The sample or the next good one; None when more are bad than is allowed."""
         while len(bad) <= self.allowed:
             try:
-                return decode(self.index.read(sample)[0])
+                return Image.fromarray(decode(self.index.read(sample)[0]))
             except BadImage as error:
                 bad[sample] = str(error)
                 sample = (sample + 1) % len(self.index)

@@ -15,7 +15,8 @@ import numpy as np
 from rich.progress import MofNCompleteColumn, Progress
 
 from bossnas.errors import ConfigError
-from bossnas.shards import EXTENSIONS, BadImage, ShardIndex, decode
+from bossnas.images import EXTENSIONS, BadImage, decode
+from bossnas.shards import ShardIndex
 
 log = logging.getLogger("bossnas.pack")
 SUFFIXES = tuple(f".{ext}" for ext in EXTENSIONS)

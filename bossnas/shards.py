@@ -22,41 +22,16 @@ from pathlib import Path
 
 import braceexpand
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from bossnas.errors import ConfigError
+from bossnas.images import EXTENSIONS
 
 log = logging.getLogger("bossnas.shards")
-EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 OPENERS = {".tar": open, ".tar.gz": gzip.open, ".tgz": gzip.open, ".tar.xz": lzma.open}
 TAR_ERRORS = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError)
 INDEX_FORMAT = 1
 OPEN_FILES = 128
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
-
-
-class BadImage(ValueError):
-    """An image that cannot be decoded; the text says why."""
-
-
-def decode(data: bytes) -> Image.Image:
-    """Decodes a JPEG, PNG or WebP by its content, whatever it is called, to RGB (8 bits a channel).
-
-    Greyscale, palette, CMYK, 16-bit grey and transparent images come out RGB (alpha is dropped); an
-    EXIF rotation is not applied. Raises BadImage.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-        image.load()
-        if image.mode.startswith("I"):  # Pillow would clip 16 bits to 8 instead of scaling them
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")
-        return image.convert("RGB")
-    except UnidentifiedImageError:
-        raise BadImage("no JPEG, PNG or WebP") from None
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
-        raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
 class ShardIndex:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from bossnas.errors import ConfigError
-from bossnas.shards import BadImage, ShardIndex, decode
+from bossnas.shards import ShardIndex
 
 
 def picture(seed: int, ext: str = "png", mode: str = "RGB", size: tuple[int, int] = (12, 9)) -> bytes:
@@ -166,32 +166,3 @@ def test_open_files_are_bounded(tmp_path, monkeypatch):
         assert len(index._files) <= 2
     index.close()
     assert index.read(1)[0] == picture(1)
-
-
-@pytest.mark.parametrize(("ext", "mode", "expected"), [
-    ("jpg", "L", (99, 99, 99)), ("png", "L", (99, 99, 99)), ("png", "LA", (99, 99, 99)),
-    ("jpg", "CMYK", (200, 60, 30)), ("jpg", "RGB", (200, 60, 30)), ("png", "RGBA", (200, 60, 30)),
-    ("webp", "RGB", (200, 60, 30)), ("png", "P", (204, 51, 51)), ("png", "1", None)])
-def test_decode_gives_rgb(ext, mode, expected):
-    file = io.BytesIO()
-    image = Image.new("RGB", (12, 9), (200, 60, 30)).convert(mode, dither=Image.Dither.NONE)
-    image.save(file, {"jpg": "JPEG"}.get(ext, ext.upper()))
-    image = decode(file.getvalue())
-    assert image.mode == "RGB" and image.size == (12, 9)
-    if expected:
-        assert np.abs(np.asarray(image, int) - expected).max() <= 3
-
-
-def test_decode_scales_16_bit_grey_and_drops_a_palettes_transparency():
-    file = io.BytesIO()
-    Image.fromarray(np.array([[0, 0x80FF, 0xFFFF]], np.uint16)).save(file, "PNG")
-    assert np.asarray(decode(file.getvalue()))[0, :, 0].tolist() == [0, 0x80, 0xFF]
-    file = io.BytesIO()
-    Image.fromarray(np.array([[7]], np.uint8)).convert("P").save(file, "PNG", transparency=b"\0" * 8)
-    assert np.asarray(decode(file.getvalue())).tolist() == [[[7, 7, 7]]]
-
-
-@pytest.mark.parametrize("data", [b"", b"no image", picture(0)[:-40], picture(0, "jpg")[:200]])
-def test_undecodable_images_raise(data):
-    with pytest.raises(BadImage):
-        decode(data)
