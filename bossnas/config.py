@@ -35,7 +35,20 @@ class DataConfig(_Section):
     train: str | list[str] | None = Field(None, description="training shards: glob, brace pattern or list of tars")
     val: str | list[str] | None = Field(None, description="validation shards, for the rating; null: see train")
     recipe: Literal["imagenet", "cifar"] = Field("imagenet", description="augmentation of the views")
+    reader: Literal["auto", "index", "stream"] = Field(
+        "auto", description="index: random access to local shards, any ranks and workers; stream: shards of object "
+        "stores and web servers, from beginning to end; auto: stream where a URL is given")
     workers: int = Field(2, ge=0, description="loader processes per rank; 0 loads in the training process")
+    views_on: Literal["auto", "device", "worker_crops", "worker"] = Field(
+        "auto", description="where views are made: worker: in the loader processes; worker_crops: crops there, the "
+        "rest on the device; device: all there, loaders only decode; auto: device on a GPU, worker elsewhere")
+    shuffle_block: int | None = Field(
+        None, ge=1, description="index: shuffle the shards and within blocks of n images, for storage that is slow at "
+        "random access (8192 is a good start); null: all images")
+    buffer: int = Field(1000, ge=0, description="stream: images in a reader's shuffle buffer")
+    retries: int = Field(5, ge=0, description="stream: failures of a connection on end that are put up with")
+    timeout_s: float = Field(60.0, gt=0, description="stream: seconds without a byte that count as a failure")
+    allow_pipe: bool = Field(False, description="stream: let pipe:COMMAND run a shell command")
     val_images: int | None = Field(None, ge=2, description="use the first n validation images; null: all")
     max_bad: float = Field(0.001, ge=0, lt=1, description="share of unreadable images above which the run stops")
 

@@ -1,55 +1,58 @@
 """From shards to batches of views: an order that no number of ranks or workers changes.
 
-The global batch i of an epoch is a slice of one permutation seeded by (seed, epoch); a rank takes its part
-of every global batch. A view's randomness is seeded by (seed, epoch, sample, view). So the same images and
-pixels come for any ranks and workers of the same global batch, and a run may go on anywhere: its place
-is two numbers, the epoch and the micro-batch.
+Indexed shards: the global batch i of an epoch is a slice of one permutation seeded by (seed, epoch); a rank takes its
+part of every global batch. A view's randomness is seeded by (seed, epoch, sample, view). So the same images and pixels
+come for any ranks and workers of the same global batch, and a run may go on anywhere: its place is two numbers, the
+epoch and the micro-batch.
+
+Streamed shards: the shards of an epoch, in an order seeded by (seed, epoch), are dealt out to the readers, which are
+the workers of all ranks; the same place is exact as long as there are as many readers.
 """
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
-import signal
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
+from itertools import count as count_up
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from bossnas import dist
+from bossnas.collate import Collate, place
+from bossnas.config import DataConfig
 from bossnas.errors import ConfigError
 from bossnas.images import BadImage, decode
-from bossnas.shards import ShardIndex
+from bossnas.loader import Item, load
+from bossnas.shards import ShardIndex, is_remote
+from bossnas.stream import Sample, ShardStream, share
 from bossnas.views import Recipe
 
-log = logging.getLogger("bossnas.data")
 SAMPLE = Path(__file__).parent / "sample"
 FIXED_EPOCH = 2**31 - 1  # the epoch of fixed batches: none that a training reaches
-PREFETCH = 2  # batches that every worker makes ahead
-SHOWN = 10  # unreadable images that an error lists
+CPU = torch.device("cpu")
+Source = ShardIndex | ShardStream
 
 
 @dataclass(frozen=True)
 class Data:
     """Training and validation images; ``is_sample``: the small set that comes with the package."""
 
-    train: ShardIndex
-    val: ShardIndex
+    train: Source
+    val: Source
     is_sample: bool
 
 
-def open_data(train: str | list[str] | None = None, val: str | list[str] | None = None) -> Data:
+def open_data(settings: DataConfig, train_images: int | None = None) -> Data:
     """Opens the shards of both sets, or the packaged sample (Fashion-MNIST) when neither is named.
 
-    Raises ConfigError naming data.train or data.val, also when only one of them is given.
+    ``train_images``: images of a training epoch, where the config says it; streams whose number of images is not known
+    need it, and data.val_images. Raises ConfigError that names the key, also when only one of the sets is given.
     """
+    train, val = settings.train, settings.val
     if (train is None) != (val is None):
         unset, is_set = ("train", "val") if train is None else ("val", "train")
         raise ConfigError(f"data.{unset}", f"is not set, but data.{is_set} is",
@@ -57,159 +60,203 @@ def open_data(train: str | list[str] | None = None, val: str | list[str] | None 
     is_sample = train is None
     if is_sample:
         train, val = [str(SAMPLE / "train-000000.tar.gz")], [str(SAMPLE / "val-000000.tar.gz")]
-    return Data(ShardIndex.open(train, "data.train"), ShardIndex.open(val, "data.val"), is_sample)
+    return Data(_open(train, "data.train", settings, train_images, "train.steps_per_epoch"),
+                _open(val, "data.val", settings, settings.val_images, "data.val_images"), is_sample)
 
 
-def batches(index: ShardIndex, recipe: Recipe, views: Sequence[int], view_pairs: int, *, seed: int,
-            epoch: int, start: int, steps: int, batch: int, rank: int = 0, world: int = 1,
-            workers: int = 0, max_bad: float = 0.001,
-            bad: dict[int, str] | None = None) -> Iterator[list[Tensor]]:
+def _open(pattern: str | list[str], field: str, settings: DataConfig, images: int | None, key: str) -> Source:
+    remote = [is_remote(text) for text in ([pattern] if isinstance(pattern, str) else pattern)]
+    if not (any(remote) if settings.reader == "auto" else settings.reader == "stream"):
+        return ShardIndex.open(pattern, field)
+    stream = ShardStream.open(pattern, field, allow_pipe=settings.allow_pipe, retries=settings.retries,
+                              timeout=settings.timeout_s, images=images)
+    if stream.samples is None:
+        raise ConfigError(key, f"is not set, and nothing says how many images {field} has",
+                          "set it, or put the pack.json of bossnas pack beside the shards")
+    return stream
+
+
+def readers(source: Source, settings: DataConfig, world: int) -> int | None:
+    """How many readers share the shards of a stream; None for an index, whose order has nothing to do with it."""
+    return world * max(settings.workers, 1) if isinstance(source, ShardStream) else None
+
+
+def batches(source: Source, recipe: Recipe, views: Sequence[int], view_pairs: int, settings: DataConfig, *, seed: int,
+            epoch: int, start: int, steps: int, batch: int, rank: int = 0, world: int = 1, device: torch.device = CPU,
+            bad: dict[str, str] | None = None) -> Iterator[list[Tensor]]:
     """The micro-batches start..steps-1 of an epoch that has ``steps`` of them, for one rank.
 
-    Each is a list with a tensor [batch, 3, S, S] for every view in ``views`` (see Recipe.make). No sample
-    comes twice in an epoch. ``workers`` processes make whole micro-batches ahead (0: in this process);
-    close the iterator, or let it go, to end them (each ends with the micro-batch it is making).
+    Each is a list with a tensor [batch, 3, S, S] on ``device`` (channels_last) for every view in ``views`` (see
+    Recipe.draw). No sample of an index comes twice in an epoch; a reader of a stream whose shards end before the epoch
+    does begins them again, which is logged. settings.workers processes make whole micro-batches ahead (0: in this
+    process); close the iterator, or let it go, to end them (each ends with the micro-batch it is making).
 
-    An unreadable image is replaced by the next good one of the index, logged with its shard and key, and
-    put into ``bad`` (sample -> problem). The rank stops with a ConfigError (data.max_bad) when it has met
-    more of them than max(1, max_bad * its share of the index) in these batches; with max_bad = 0, at the
-    first. Raises ConfigError at once when the index is too small for the epoch.
+    An unreadable image is replaced, by the next good one of the index or by a neighbour in its batch of a stream,
+    logged with its shard and key, and put into ``bad`` (name -> problem). The rank stops with a ConfigError
+    (data.max_bad) when it has met more of them than max(1, max_bad * its share of the images) in these batches; with
+    max_bad = 0, at the first. Raises ConfigError at once when there are too few images for the epoch, or shards for
+    the readers.
     """
     need = steps * batch * world
-    if need > len(index):
-        raise ConfigError(index.field, f"holds {len(index)} images, but an epoch of {steps} micro-batches of "
+    if need > len(source):
+        raise ConfigError(source.field, f"holds {len(source)} images, but an epoch of {steps} micro-batches of "
                           f"{batch} on {world} ranks takes {need}", "give more images or ask for fewer steps")
     if not 0 <= start <= steps:
         raise ValueError(f"start {start}: expected 0..{steps}")
-    order = _order(seed, epoch, len(index))[:need].reshape(steps, world, batch)[start:, rank]
-    dataset = _Batches(index, recipe, tuple(views), view_pairs, seed, epoch, list(order), max_bad, world)
-    return _run(dataset, workers, {} if bad is None else bad)
+    collate = Collate(recipe, tuple(views), view_pairs, seed, epoch, place(settings.views_on, device))
+    if isinstance(source, ShardStream):
+        order, workers = source.order(seed, epoch), max(settings.workers, 1)
+        parts = [share(order, rank * workers + worker, world * workers) for worker in range(workers)]
+        dataset = _Streamed(source, collate, _allowed(settings.max_bad, steps * batch), parts, settings.buffer,
+                            range(start, steps), steps * batch, batch, is_endless=True)
+    else:
+        order = _order(source, seed, epoch, settings.shuffle_block)
+        chunks = order[:need].reshape(steps, world, batch)[start:, rank]
+        dataset = _Indexed(source, collate, _allowed(settings.max_bad, len(source) // world), list(chunks))
+    return load(dataset, collate, dataset.allowed, settings.workers, device, {} if bad is None else bad)
 
 
-def fixed_batches(index: ShardIndex, recipe: Recipe, views: Sequence[int], view_pairs: int, *, seed: int,
-                  count: int | None, batch: int, shuffle: bool, only: Sequence[int] | None = None, workers: int = 0,
-                  max_bad: float = 0.001, bad: dict[int, str] | None = None) -> Iterator[list[Tensor]]:
+def fixed_batches(source: Source, recipe: Recipe, views: Sequence[int], view_pairs: int, settings: DataConfig, *,
+                  seed: int, count: int | None, batch: int, shuffle: bool, only: Sequence[int] | None = None,
+                  device: torch.device = CPU, bad: dict[str, str] | None = None) -> Iterator[list[Tensor]]:
     """Batches of ``count`` images (None, or more than there are: all) that are the same at every call.
 
-    ``shuffle``: the first of a seeded permutation (for calibration), else the first of the index (for
-    validation). The last batch may be short. ``only``: the numbers of the batches to give, in this order (None: all).
-    Views, ``workers`` and unreadable images as in batches().
+    ``shuffle``: the first in a seeded order (for calibration), else the first of the shards (for validation). The last
+    batch may be short. ``only``: the numbers of the batches to give, in this order (None: all). A stream is read by
+    one process, from its beginning to the last batch asked for, and gives batches in ascending order alone.
+    Views, device, workers and unreadable images as in batches().
     """
-    order = _order(seed, FIXED_EPOCH, len(index)) if shuffle else np.arange(len(index))
-    order = order[:count]
-    chunks = [order[i:i + batch] for i in range(0, len(order), batch)]
-    chunks = chunks if only is None else [chunks[i] for i in only]
-    dataset = _Batches(index, recipe, tuple(views), view_pairs, seed, FIXED_EPOCH, chunks, max_bad, 1)
-    return _run(dataset, workers, {} if bad is None else bad)
+    count = len(source) if count is None else min(count, len(source))
+    firsts = range(0, count, batch)
+    chosen = range(len(firsts)) if only is None else only
+    collate = Collate(recipe, tuple(views), view_pairs, seed, FIXED_EPOCH, place(settings.views_on, device))
+    allowed, workers = _allowed(settings.max_bad, len(source)), settings.workers
+    if isinstance(source, ShardStream):
+        shards = source.order(seed, FIXED_EPOCH) if shuffle else np.arange(len(source.urls))
+        dataset = _Streamed(source, collate, allowed, [shards], settings.buffer if shuffle else 0, chosen, count, batch,
+                            is_endless=False)
+        workers = min(workers, 1)
+    else:
+        order = _order(source, seed, FIXED_EPOCH, settings.shuffle_block) if shuffle else np.arange(len(source))
+        dataset = _Indexed(source, collate, allowed, [order[:count][firsts[i]:firsts[i] + batch] for i in chosen])
+    return load(dataset, collate, allowed, workers, device, {} if bad is None else bad)
 
 
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)
+def _order(index: ShardIndex, seed: int, epoch: int, block: int | None) -> np.ndarray:
+    """A seeded permutation of the samples. ``block``: of the shards instead, and within every so many samples: reads
+    then stay within a few shards at a time, for storage that is slow at random access."""
+    rng = np.random.Generator(np.random.PCG64([seed, epoch]))
+    if block is None:
+        return rng.permutation(len(index))
+    ends = index.ends
+    spans = list(zip([0, *ends[:-1]], ends, strict=True))
+    order = np.concatenate([np.arange(*spans[shard]) for shard in rng.permutation(len(spans))])
+    for first in range(0, len(order), block):
+        rng.shuffle(order[first:first + block])
+    return order
+
+
+def _allowed(share_bad: float, images: int) -> int:
+    """Unreadable images that are put up with."""
+    return max(1, int(share_bad * images)) if share_bad else 0
 
 
 @dataclass
-class _Batches(Dataset):
+class _Indexed(Dataset):
     """Batch i is made of the samples ``chunks[i]``. Travels to worker processes."""
 
     index: ShardIndex
-    recipe: Recipe
-    views: tuple[int, ...]
-    view_pairs: int
-    seed: int
-    epoch: int
+    collate: Collate
+    allowed: int
     chunks: list[np.ndarray]
-    max_bad: float
-    world: int
-
-    @property
-    def allowed(self) -> int:
-        """Unreadable images that are put up with."""
-        share = max(1, int(self.max_bad * len(self.index) / self.world)) if self.max_bad else 0
-        return min(share, len(self.index) - 1)
 
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def __getitem__(self, i: int) -> tuple[list[Tensor], dict[int, str], tuple[str, ...]]:
-        """The views, the unreadable samples met, and a ConfigError's parts (the whole would not travel)."""
-        size = self.recipe.image_size
-        tensors = [torch.empty(len(self.chunks[i]), 3, size, size) for _ in self.views]
-        bad: dict[int, str] = {}
+    def __getitem__(self, i: int) -> Item:
+        bad: dict[str, str] = {}
+        samples = self.chunks[i].tolist()
         try:
-            for row, sample in enumerate(map(int, self.chunks[i])):
-                image = self._good_image(sample, bad)
-                if image is None:
-                    break
-                for tensor, view in zip(tensors, self.views, strict=True):
-                    rng = np.random.Generator(np.random.PCG64([self.seed, self.epoch, sample, view]))
-                    tensor[row] = self.recipe.make(image, view, self.view_pairs, rng)
+            pictures = [self._good_picture(sample, bad) for sample in samples]
+            return Item(self.collate.begin(pictures, samples), bad)
         except ConfigError as error:
-            return [], bad, (error.field, error.problem, error.fix)
-        return tensors, bad, ()
+            return Item.failed(error, bad)
 
-    def _good_image(self, sample: int, bad: dict[int, str]) -> Image.Image | None:
-        """The sample or the next good one; None when more are bad than is allowed."""
-        while len(bad) <= self.allowed:
+    def _good_picture(self, sample: int, bad: dict[str, str]) -> np.ndarray:
+        """The sample or the next good one."""
+        for _ in range(min(self.allowed + 1, len(self.index))):
             try:
-                return Image.fromarray(decode(self.index.read(sample)[0]))
+                return decode(self.index.read(sample)[0])
             except BadImage as error:
-                bad[sample] = str(error)
+                bad[self.index.name(sample)] = str(error)
                 sample = (sample + 1) % len(self.index)
-        return None
+        raise ConfigError("data.max_bad", f"{len(bad)} images on end cannot be read", "pack the images again")
 
 
-def _run(dataset: _Batches, workers: int, known: dict[int, str]) -> Iterator[list[Tensor]]:
-    index, met = dataset.index, {}
-    items = _from_workers(dataset, workers) if workers else (dataset[i] for i in range(len(dataset)))
-    with closing(items):
-        for tensors, bad, error in items:
-            if error:
-                raise ConfigError(*error)
-            for sample, problem in bad.items():
-                if sample not in known:
-                    log.warning("unreadable image %s is replaced: %s", index.name(sample), problem)
-            known.update(bad)
-            met.update(bad)
-            if len(met) > dataset.allowed:
-                shown = "; ".join(f"{index.name(i)}: {problem}" for i, problem in list(met.items())[:SHOWN])
-                raise ConfigError("data.max_bad",
-                                  f"{len(met)} images cannot be read, more than {dataset.allowed} ({shown})",
-                                  "pack the images again, which leaves such out, or raise data.max_bad")
-            yield tensors
+@dataclass
+class _Streamed(IterableDataset):
+    """Batches of a stream. ``parts``: the shards of each worker; batch i is made by worker i % len(parts)."""
 
+    stream: ShardStream
+    collate: Collate
+    allowed: int
+    parts: list[np.ndarray]
+    buffer: int
+    chosen: Sequence[int]  # numbers of the batches to give
+    images: int  # that all batches take from this rank's shards
+    batch: int
+    is_endless: bool  # whether shards are begun again when they have come to their end
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    # a scheduler signals the whole process group; the run must still get batches until it has saved its state
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    def __iter__(self) -> Iterator[Item]:
+        workers, info = len(self.parts), get_worker_info()
+        if not len(self.chosen):
+            return
+        # a loader asks its worker 0 first: that one takes over the part whose turn it is
+        worker = ((0 if info is None else info.id) + self.chosen[0]) % workers
+        notes: list[str] = []
+        samples, taken = self._samples(worker, notes), 0
+        try:
+            for i in self.chosen:
+                if i % workers != worker:
+                    continue
+                skipped = i // workers - taken  # batches of this worker that somebody else has had, or nobody wants
+                size = min(self.batch, self.images - i * self.batch)
+                chunk = list(islice(samples, skipped * self.batch, skipped * self.batch + size))
+                taken = i // workers + 1
+                if len(chunk) < size:
+                    raise ConfigError(self.stream.field, f"ends {size - len(chunk)} images too early in batch {i}",
+                                      "correct data.val_images, or pack.json beside the shards")
+                yield self._item(chunk, notes)
+        except ConfigError as error:
+            yield Item.failed(error, {})
 
+    def _samples(self, worker: int, notes: list[str]) -> Iterator[Sample]:
+        key = [self.collate.seed, self.collate.epoch, int(self.parts[worker][0])]
+        for again in count_up():
+            found = False
+            for sample in self.stream.read(self.parts[worker], [*key, again], self.buffer):
+                found = True
+                yield sample
+            if not found:
+                raise ConfigError(self.stream.field, f"holds no image in {self.stream.urls[key[2]]}", "pack it again")
+            if not self.is_endless:
+                return
+            notes.append(f"{self.stream.field}: a reader has come to the end of its {len(self.parts[worker])} shards "
+                         f"in epoch {self.collate.epoch} and begins them again")
 
-def _context() -> multiprocessing.context.BaseContext:
-    """How loader processes start. A process group has threads of its own, and a fork may then take over a lock that one
-    of them holds just then: seen as a worker that hangs inside os.fork. So with several ranks a server that has no
-    threads forks."""
-    if dist.world_size() == 1:
-        return multiprocessing.get_context("fork")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
-
-
-def _from_workers(dataset: _Batches, workers: int) -> Iterator[tuple]:
-    # its own generator: the loader must not draw from the run's random numbers
-    loader = DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=PREFETCH,
-                        worker_init_fn=_leave_signals_to_the_run, generator=torch.Generator(),
-                        multiprocessing_context=_context())
-    handler = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(loader)
-    if threading.current_thread() is threading.main_thread():
-        # torch's handler would raise for a dead worker wherever the run is just then, say while it saves its
-        # state; without it, the next batch raises
-        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-    try:
-        yield from iterator
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise ConfigError("data.workers", f"a loader process died ({error})", "use fewer, or give the "
-                          "machine more memory and shared memory (/dev/shm)") from error
+    def _item(self, chunk: list[Sample], notes: list[str]) -> Item:
+        bad: dict[str, str] = {}
+        pictures: list[np.ndarray | None] = []
+        for sample in chunk:
+            try:
+                pictures.append(decode(sample.data))
+            except BadImage as error:
+                bad[sample.name] = str(error)
+                pictures.append(pictures[-1] if pictures else None)
+        good = next((picture for picture in pictures if picture is not None), None)
+        if good is None:
+            return Item.failed(ConfigError("data.max_bad", f"none of the {len(chunk)} images of a batch can be read",
+                                           "pack the images again"), bad)
+        said, notes[:] = list(notes), []
+        pictures = [good if picture is None else picture for picture in pictures]
+        return Item(self.collate.begin(pictures, [sample.id for sample in chunk]), bad, said)

@@ -44,7 +44,7 @@ def decode(data: bytes) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             _check_size(*image.size)
-            return np.asarray(_to_rgb(image))
+            return np.array(_to_rgb(image))
     except UnidentifiedImageError:
         raise BadImage("no JPEG, PNG or WebP" if data else "an empty file") from None
     except BadImage:

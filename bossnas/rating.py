@@ -180,10 +180,9 @@ class _Calibration(Sequence):
             whole = min(rating.calibration_batches, len(run.train_set) // rating.calibration_images)
             count = whole * rating.calibration_images or len(run.train_set)
             chosen = data.fixed_batches(
-                run.train_set, run.recipe, [CALIBRATION_VIEW], run.space.view_pairs, shuffle=True, seed=run.config.seed,
-                count=count, batch=rating.calibration_images, workers=run.config.data.workers,
-                max_bad=run.config.data.max_bad, bad=run.bad)
-            run.calibration = [batch[0] for batch in chosen]
+                run.train_set, run.recipe, [CALIBRATION_VIEW], run.space.view_pairs, run.config.data, shuffle=True,
+                seed=run.config.seed, count=count, batch=rating.calibration_images, device=run.device, bad=run.bad)
+            run.calibration = [batch[0].cpu() for batch in chosen]
 
     def __len__(self) -> int:
         return len(self.run.calibration)
@@ -198,10 +197,9 @@ def _validation(run: Run) -> Validation:
     count = min(run.config.data.val_images or len(run.val_set), len(run.val_set))
 
     def take(batches: Sequence[int]) -> Iterator[list[Tensor]]:
-        for views in data.fixed_batches(run.val_set, run.recipe, [0, run.space.view_pairs], run.space.view_pairs,
-                                        shuffle=False, seed=run.config.seed, count=count, batch=batch, only=batches,
-                                        workers=run.config.data.workers, max_bad=run.config.data.max_bad, bad={}):
-            yield [x.to(run.device, memory_format=torch.channels_last) for x in views]
+        return data.fixed_batches(run.val_set, run.recipe, [0, run.space.view_pairs], run.space.view_pairs,
+                                  run.config.data, shuffle=False, seed=run.config.seed, count=count, batch=batch,
+                                  only=batches, device=run.device, bad={})
 
     return Validation([min(batch, count - first) for first in range(0, count, batch)], take)
 
@@ -232,8 +230,9 @@ def _key(run: Run, block: int, winners: Sequence[Path], cut: Sequence[Unit], siz
     modules = nn.ModuleList([*run.online.part(block).values(), *run.target.part(block).values(), run.predictors[block]])
     weights = torch.stack([p.detach().double().sum() for p in modules.parameters()]).tolist()
     settings = run.config.model_dump(mode="json", include={"seed", "space", "data", "rating", "kernels"})
-    for section, name in (("rating", "score"), ("rating", "max_gib"), ("data", "workers")):
-        settings[section].pop(name)
+    for key in runfolder.FREE + ("rating.score",):
+        section, _, name = key.rpartition(".")
+        settings.get(section, {}).pop(name, None)
     text = repr((block, list(winners), list(cut), list(sizes), weights, settings))
     return hashlib.sha256(text.encode()).hexdigest()
 

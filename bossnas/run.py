@@ -9,7 +9,7 @@ from pathlib import Path as Folder
 import torch
 from torch import Tensor, nn
 
-from bossnas import checkpoint, cost, data, dist, engines, heads, ops, runfolder, shards, spaces, views
+from bossnas import checkpoint, cost, data, dist, engines, heads, ops, runfolder, spaces, views
 from bossnas.config import Config, accumulation
 from bossnas.engines.protocol import Engine
 from bossnas.errors import ConfigError
@@ -29,13 +29,13 @@ class Run:
     online: Supernet
     target: Supernet
     predictors: nn.ModuleList
-    train_set: shards.ShardIndex
-    val_set: shards.ShardIndex
+    train_set: data.Source
+    val_set: data.Source
     recipe: views.Recipe
     device: torch.device
     kernels: str  # which run: triton | reference
     state: RunState = field(default_factory=RunState)
-    bad: dict[int, str] = field(default_factory=dict)  # unreadable training images met so far
+    bad: dict[str, str] = field(default_factory=dict)  # unreadable training images met so far
     calibration: list[Tensor] = field(default_factory=list)  # the calibration images, once they are drawn
 
     @property
@@ -63,9 +63,9 @@ def build(config: Config, training: bool = True) -> Run:
     kernels = ops.use_kernels(config.kernels, device)
     if training:
         make_engine(config).check(device.type)
-    images = data.open_data(config.data.train, config.data.val)
-    train_set, val_set = images.train, images.val
     needed = config.train.batch * (config.train.steps_per_epoch or 1)
+    images = data.open_data(config.data, needed if config.train.steps_per_epoch else None)
+    train_set, val_set = images.train, images.val
     if training and len(train_set) < needed:
         raise ConfigError("train.steps_per_epoch" if config.train.steps_per_epoch else "train.batch",
                           f"an epoch takes {needed} images, but data.train has {len(train_set)}", "lower it")
@@ -119,8 +119,8 @@ def save(run: Run, folder: Folder, engine: Engine | None) -> None:
     """A checkpoint of the whole run, and of the engine's state within a block."""
     state = run.state
     values = {"block": state.block, "step": state.step, "images_seen": state.images_seen,
-              "winners": [encode(p) for p in state.winners], "online": run.online.state_dict(),
-              "target": run.target.state_dict(), "predictors": run.predictors.state_dict()}
+              "winners": [encode(p) for p in state.winners], "data": _data_state(run),
+              "online": run.online.state_dict(), "target": run.target.state_dict(), "predictors": run.predictors.state_dict()}
     checkpoint.save(folder / "checkpoints", f"block{state.block}-step{state.step:06d}", values, engine,
                     run.config.checkpoint.keep)
 
@@ -131,6 +131,7 @@ def restore(run: Run, folder: Folder) -> Folder | None:
     if last is None:
         return None
     values = checkpoint.load(last)
+    _check_data(values["data"], _data_state(run), bool(values["step"]))
     run.online.load_state_dict(values["online"])
     run.target.load_state_dict(values["target"])
     run.predictors.load_state_dict(values["predictors"])
@@ -141,3 +142,20 @@ def restore(run: Run, folder: Folder) -> Folder | None:
         run.online.freeze(block)
         run.target.freeze(block)
     return last
+
+
+def _data_state(run: Run) -> dict:
+    """What the order of the images depends on, besides the position."""
+    return {"seed": run.config.seed, "batch": run.config.train.batch, "images": len(run.train_set),
+            "readers": data.readers(run.train_set, run.config.data, dist.world_size())}
+
+
+def _check_data(saved: dict, now: dict, within_block: bool) -> None:
+    """Raises ConfigError where the images would not go on in the order in which the run began."""
+    if saved["images"] != now["images"]:
+        raise ConfigError("data.train", f"has {now['images']} images, but the run began with {saved['images']}",
+                          "give it the shards it began with, or start a new run")
+    if saved["readers"] != now["readers"] and within_block:
+        raise ConfigError("data.workers", f"streams are read by {now['readers']} readers (ranks x workers), but the "
+                          f"run was stopped with {saved['readers']}", "use as many, or data.reader=index on local shards, "
+                          "which any number may read")

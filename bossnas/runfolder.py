@@ -17,7 +17,8 @@ from bossnas.errors import ConfigError
 
 LARGEST = 1e300  # scores below it add up to a finite number
 # What may change between a run and its continuation, since results do not depend on it.
-FREE = ("data.workers", "rating.max_gib", "checkpoint.every_steps", "checkpoint.keep", "out")
+FREE = ("data.workers", "data.retries", "data.timeout_s", "data.allow_pipe", "rating.max_gib",
+        "checkpoint.every_steps", "checkpoint.keep", "out")
 
 
 def claim(config: Config, resume: bool) -> Path:

@@ -101,10 +101,10 @@ def _train_batches(run: Run) -> Iterator[list[Tensor]]:
     first, start = divmod(state.step, run.steps_per_epoch)
     for epoch in range(first, config.train.epochs):
         yield from data.batches(
-            run.train_set, run.recipe, run.view_ids, run.space.view_pairs, seed=config.seed,
+            run.train_set, run.recipe, run.view_ids, run.space.view_pairs, config.data, seed=config.seed,
             epoch=state.block * config.train.epochs + epoch, start=start * run.accumulate, steps=per_epoch,
-            batch=config.train.micro_batch, rank=dist.rank(), world=dist.world_size(), workers=config.data.workers,
-            max_bad=config.data.max_bad, bad=run.bad)
+            batch=config.train.micro_batch, rank=dist.rank(), world=dist.world_size(), device=run.device,
+            bad=run.bad)
         start = 0
 
 

@@ -2,12 +2,14 @@
 
 A shard is a plain tar in which the consecutive members ``<key>.<ext>`` make one sample: an image
 (jpg, jpeg, png or webp) and, where classes are known, ``<key>.cls`` with the class number in ASCII.
+Members with other extensions are passed over: nothing in a shard is ever unpickled or run.
 """
 
 from __future__ import annotations
 
 import glob
 import gzip
+import hashlib
 import io
 import logging
 import lzma
@@ -15,38 +17,55 @@ import os
 import re
 import secrets
 import tarfile
+import time
 import zipfile
 import zlib
+from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import braceexpand
 import numpy as np
 
 from bossnas.errors import ConfigError
-from bossnas.images import EXTENSIONS
+from bossnas.images import EXTENSIONS, MAX_BYTES
 
 log = logging.getLogger("bossnas.shards")
 OPENERS = {".tar": open, ".tar.gz": gzip.open, ".tgz": gzip.open, ".tar.xz": lzma.open}
 TAR_ERRORS = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError)
-INDEX_FORMAT = 1
+INDEX_FORMAT = 2
+INDEX_THREADS = 8  # they wait for the storage side by side; the parsing itself holds the interpreter's lock
+MANY_SHARDS = 20  # from here on the log says that shards are indexed
+PROGRESS_SECONDS = 10.0
 OPEN_FILES = 128
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
+BLOCK = tarfile.BLOCKSIZE
+# From byte 124 of a plain header: size, (time), checksum, type (file or notes), (link, owner, device), no prefix
+PLAIN_HEADER = re.compile(rb"([0-7]{11})[\0 ].{12}([0-7]{6})[\0 ]{2}([0\0x]).{188}\0", re.DOTALL)
+NOTES = b"xgXLK"  # types of members that say more of the member after them, such as a long name
+TELLING_NOTES = re.compile(rb" (path|size|hdrcharset|GNU)")  # webdataset's writer notes just a time for every member
+MAX_NOTES = 2**20  # bytes of them before one member
 
 
 class ShardIndex:
     """Random access to the samples of local shards, numbered in shard order, then in tar order.
 
-    ``.tar`` shards are read in place. Their index is kept beside them in ``.<shard>.index.npz`` (or in
-    memory where the folder is read-only) and made anew when a shard's size or time changes. Compressed
-    shards (``.tar.gz``, ``.tgz``, ``.tar.xz``) are unpacked into the memory of every process that reads
-    them, so they suit small sets only. May be pickled and forked; not for several threads.
+    ``.tar`` shards are read in place. Their index is kept beside them in ``.<shard>.index.npz`` (in the user's
+    cache folder where theirs is read-only, in memory where that fails too) and made anew when a shard's size
+    or time changes. Compressed shards (``.tar.gz``, ``.tgz``, ``.tar.xz``) are unpacked into the memory of
+    every process that reads them, so they suit small sets only. May be pickled and forked; not for several
+    threads.
     """
 
     def __init__(self, shards: list[Path], tables: list[dict[str, np.ndarray]], field: str):
         self.shards, self.field = shards, field
         self._tables = tables
-        self._ends = np.cumsum([len(table["offset"]) for table in tables])
+        self._ends = np.cumsum([len(table["offset"]) for table in tables]).tolist()
+        self._is_packed = [_kind(shard) != ".tar" for shard in shards]
         self._files: OrderedDict[int, int] = OrderedDict()
         self._memory: dict[int, bytes] = {}
 
@@ -57,24 +76,34 @@ class ShardIndex:
         Raises ConfigError that names ``field`` when nothing matches, a shard is missing, damaged or
         without images, or a label is not a number.
         """
-        shards = _expand(pattern, field)
-        index = cls(shards, [_table(shard, field) for shard in shards], field)
+        shards = expand(pattern, field)
+        tables = [_cached(shard) for shard in shards]
+        unknown = [i for i, table in enumerate(tables) if table is None]
+        for i, table in zip(unknown, _index_all([shards[i] for i in unknown], field), strict=True):
+            tables[i] = table
+        index = cls(shards, tables, field)
         log.debug("%s: %d images in %d shards", field, len(index), len(shards))
         return index
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
+
+    @property
+    def ends(self) -> list[int]:
+        """Of every shard the number after its last sample's."""
+        return self._ends
 
     def read(self, i: int) -> tuple[bytes, str, int | None]:
         """Sample i: the image's bytes, its extension and its label (None where there is no ``.cls``).
 
-        Raises IndexError, and ConfigError when the shard cannot be read or has changed meanwhile.
+        Of an image above images.MAX_BYTES come MAX_BYTES + 1 bytes, which decode refuses. Raises IndexError,
+        and ConfigError when the shard cannot be read or has changed meanwhile.
         """
         shard, row = self._locate(i)
         table = self._tables[shard]
-        data = self._bytes(shard, int(table["offset"][row]), int(table["size"][row]))
-        label = int(table["label"][row])
-        return data, EXTENSIONS[table["ext"][row]], None if label < 0 else label
+        data = self._bytes(shard, table["offset"].item(row), min(table["size"].item(row), MAX_BYTES + 1))
+        label = table["label"].item(row)
+        return data, EXTENSIONS[table["ext"].item(row)], None if label < 0 else label
 
     def key(self, i: int) -> str:
         """The key of sample i: its member's name without the extension."""
@@ -100,52 +129,57 @@ class ShardIndex:
         return {**self.__dict__, "_files": OrderedDict(), "_memory": {}}
 
     def _locate(self, i: int) -> tuple[int, int]:
-        if not 0 <= i < len(self):
+        if not 0 <= i < self._ends[-1]:
             raise IndexError(f"sample {i} of {len(self)}")
-        shard = int(np.searchsorted(self._ends, i, side="right"))
-        return shard, i - (int(self._ends[shard - 1]) if shard else 0)
+        shard = bisect_right(self._ends, i)
+        return shard, i - self._ends[shard - 1] if shard else i
 
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
-        path = self.shards[shard]
         try:
-            if _kind(path) != ".tar":
+            if self._is_packed[shard]:
                 if shard not in self._memory:
-                    self._memory[shard] = _unpack(path)
+                    self._memory[shard] = _unpack(self.shards[shard])
                 data = self._memory[shard][offset:offset + size]
             else:
                 if shard not in self._files:
-                    self._files[shard] = os.open(path, os.O_RDONLY)
+                    self._files[shard] = os.open(self.shards[shard], os.O_RDONLY)
                     if len(self._files) > OPEN_FILES:
                         os.close(self._files.popitem(last=False)[1])
                 self._files.move_to_end(shard)
                 data = os.pread(self._files[shard], size, offset)
         except TAR_ERRORS as error:
-            raise ConfigError(self.field, f"{path} cannot be read ({error})", "restore the shard") from error
+            raise ConfigError(self.field, f"{self.shards[shard]} cannot be read ({error})",
+                              "restore the shard") from error
         if len(data) != size:
-            raise ConfigError(self.field, f"{path} has become shorter since it was indexed",
+            raise ConfigError(self.field, f"{self.shards[shard]} has become shorter since it was indexed",
                               "restore the shard and start again")
         return data
 
 
-def _kind(path: Path) -> str | None:
-    return next((kind for kind in OPENERS if path.name.endswith(kind)), None)
+def is_remote(pattern: str) -> bool:
+    """Whether a shard pattern is a URL (``https://…``, ``s3://…``, ``pipe:…``) rather than a local path."""
+    return re.match(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://", pattern) is not None
 
 
-def _unpack(path: Path) -> bytes:
-    with OPENERS[_kind(path)](path, "rb") as file:
-        return file.read()
+def expand_braces(text: str, field: str) -> list[str]:
+    """``a-{0..2}.tar`` -> three names. Raises ConfigError for unbalanced braces."""
+    try:
+        return list(braceexpand.braceexpand(text))
+    except braceexpand.UnbalancedBracesError:
+        raise ConfigError(field, f"{text!r} has unbalanced braces", "close them") from None
 
 
-def _expand(pattern: str | list[str], field: str) -> list[Path]:
+def expand(pattern: str | list[str], field: str) -> list[Path]:
+    """The local shards of a glob, a brace pattern or a list of these; globs are sorted.
+
+    Raises ConfigError when nothing matches or a file is missing, no shard, or listed twice.
+    """
     names: list[str] = []
     for text in [pattern] if isinstance(pattern, str) else pattern:
-        if re.match(r"(pipe:|[a-z0-9]+://)", text):
-            raise ConfigError(field, f"{text!r} is not a local path", "copy the shards to a disk")
-        try:
-            expanded = [text] if os.path.exists(text) else list(braceexpand.braceexpand(text))
-        except braceexpand.UnbalancedBracesError:
-            raise ConfigError(field, f"{text!r} has unbalanced braces", "close them") from None
-        for name in expanded:
+        if is_remote(text):
+            raise ConfigError(field, f"{text!r} is a URL, and data.reader=index reads local shards only",
+                              "set data.reader=stream, or copy the shards to a disk")
+        for name in [text] if os.path.exists(text) else expand_braces(text, field):
             is_glob = glob.has_magic(name) and not os.path.exists(name)
             names += sorted(glob.glob(name)) if is_glob else [name]
     if not names:
@@ -165,78 +199,224 @@ def _expand(pattern: str | list[str], field: str) -> list[Path]:
     return [Path(name) for name in names]
 
 
-def _table(path: Path, field: str) -> dict[str, np.ndarray]:
-    """The index of one shard, from its cache when that is valid."""
+def index_shard(path: Path, field: str) -> dict[str, np.ndarray]:
+    """The index of one shard, taken from its cache when that is valid, else made and cached.
+
+    Columns, one row per sample: offset, size (bytes), label (-1: none), ext (number in EXTENSIONS), key_end; and
+    the keys' text. Raises ConfigError as ShardIndex.open.
+    """
+    if (table := _cached(path)) is not None:
+        return table
     if _kind(path) != ".tar":
         return _scan(path, field)
-    cache = path.with_name(f".{path.name}.index.npz")
-    stat = path.stat()
-    stamp = np.array([INDEX_FORMAT, stat.st_size, stat.st_mtime_ns])
-    try:
-        with np.load(cache, allow_pickle=False) as file:
-            table = dict(file)
-        if np.array_equal(table.pop("stamp"), stamp):
-            return table
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        log.warning("the index %s is unusable (%s) and is made anew", cache, error)
+    stamp = _stamp(path)
     table = _scan(path, field)
-    temporary = cache.with_name(f"{cache.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, stamp=stamp, **table)
-        os.replace(temporary, cache)
-    except OSError as error:
-        log.info("the index of %s stays in memory (%s)", path, error)
-        temporary.unlink(missing_ok=True)
+    for cache in _caches(path):
+        temporary = cache.with_name(f".{secrets.token_hex(8)}.index.tmp")
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                np.savez(file, stamp=stamp, **table)
+            os.replace(temporary, cache)
+            return table
+        except OSError as error:
+            log.debug("the index %s cannot be written (%s)", cache, error)
+            if temporary.exists():
+                temporary.unlink()
+    log.info("the index of %s stays in memory", path)
     return table
 
 
-def _scan(path: Path, field: str) -> dict[str, np.ndarray]:
-    """Reads every header of a tar: per sample the image's offset and size, label (-1: none), ext and key."""
-    rows: list[list] = []  # key, offset, size, label, ext
+@dataclass(slots=True)
+class Entry:
+    """A sample of a tar. ``data``: of the image, where asked for; at most MAX_BYTES + 1 bytes."""
+
+    key: str
+    ext: str = ""
+    offset: int = -1
+    size: int = 0
+    label: int | None = None
+    data: bytes = b""
+
+
+def entries(file: BinaryIO, name: str, field: str, with_data: bool) -> Iterator[Entry]:
+    """The samples of an unpacked tar that is read forwards from byte 0: both readers number them in this order.
+
+    The image or the label coming again under the key of the sample before starts another sample; of images with
+    different extensions under one key the first is taken. Both are warned of once a shard, samples without an image are
+    counted in the log. ``file`` needs read, read1 and seek forwards. Raises ConfigError that names ``field`` and the
+    shard (``name``) when it is damaged, holds no image or a label that is no number.
+    """
+    entry, seen = None, set()
+    count = repeated = surplus = imageless = 0
     try:
-        with (open(path, "rb") if _kind(path) == ".tar" else io.BytesIO(_unpack(path))) as stream:
-            _read_headers(stream, rows, path, field)
-    except TAR_ERRORS as error:
-        raise ConfigError(field, f"the shard {path} is damaged ({error})",
-                          "copy it again or repack it") from error
-    rows = [row for row in rows if row[1] >= 0]
-    if not rows:
-        raise ConfigError(field, f"the shard {path} holds no {', '.join(EXTENSIONS)} image",
-                          "remove or repack it")
-    keys = [row[0].encode("utf-8", "surrogateescape") for row in rows]
-    column = {name: np.array([row[i] for row in rows], np.int64)
-              for i, name in ((1, "offset"), (2, "size"), (3, "label"))}
-    return {**column, "ext": np.array([row[4] for row in rows], np.uint8),
-            "keys": np.frombuffer(b"".join(keys), np.uint8), "key_end": np.cumsum([len(key) for key in keys])}
-
-
-def _read_headers(stream: io.BufferedIOBase, rows: list[list], path: Path, field: str) -> None:
-    with tarfile.open(fileobj=stream, mode="r:") as tar:
-        for member in tar:
-            named = MEMBER.fullmatch(member.name)
-            if named is None or not member.isreg() or member.sparse is not None:
+        for member, offset, size, is_file in members(file):
+            named = MEMBER.fullmatch(member)
+            if named is None:
                 continue
             key, ext = named[1], named[2].lower()
-            if not rows or rows[-1][0] != key:
-                rows.append([key, -1, 0, -1, 0])
-            if ext in EXTENSIONS and rows[-1][1] < 0:
-                rows[-1][1:3], rows[-1][4] = [member.offset_data, member.size], EXTENSIONS.index(ext)
-            elif ext == "cls":
-                stream.seek(member.offset_data)
-                text = stream.read(member.size).strip()
-                if not text.isdigit():
-                    raise ConfigError(field, f"{path}/{key}.cls is no class number: {text[:20]!r}",
-                                      "repack it with class numbers")
-                rows[-1][3] = int(text)
-        # tarfile takes a damaged header for the end; a whole tar ends in blocks of zeros and nothing else
-        stream.seek(tar.offset)
-        end = 0
-        while block := stream.read(1 << 20):
-            end += len(block)
-            if block.strip(b"\0"):
-                raise tarfile.ReadError(f"no valid header at byte {tar.offset}")
-        if end < tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("it ends without an end mark")
+            if entry is None or key != entry.key or ext in seen:
+                if entry is not None:
+                    repeated += key == entry.key
+                    if entry.offset < 0:
+                        imageless += 1
+                    else:
+                        count += 1
+                        yield entry
+                entry, seen = Entry(key), set()
+            if ext != "cls" and ext not in EXTENSIONS:
+                continue
+            if not is_file:
+                raise ConfigError(field, f"{member} in {name} is a link or no whole file",
+                                  "repack it with its files (tar --dereference --hard-dereference)")
+            seen.add(ext)
+            if ext == "cls":
+                entry.label = _label(file.read(min(size, 64)), f"{name}/{key}.cls", field)
+            elif entry.offset >= 0:
+                surplus += 1
+            else:
+                entry.ext, entry.offset, entry.size = ext, offset, size
+                entry.data = file.read(min(size, MAX_BYTES + 1)) if with_data else b""
+    except TAR_ERRORS as error:
+        is_storage = isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile)
+        what = "cannot be read" if is_storage else "is damaged"
+        raise ConfigError(field, f"the shard {name} {what} ({error})", "copy it again or repack it") from error
+    if entry is not None and entry.offset >= 0:
+        count += 1
+        yield entry
+    elif entry is not None:
+        imageless += 1
+    if not count:
+        raise ConfigError(field, f"the shard {name} holds no {', '.join(EXTENSIONS)} image", "remove or repack it")
+    if repeated:
+        log.warning("%s: %d keys come twice in a row; each is a sample of its own", name, repeated)
+    if surplus:
+        log.warning("%s: %d images are passed over, for another image has their key", name, surplus)
+    if imageless:
+        log.info("%s: %d samples have no image and are passed over", name, imageless)
+
+
+def members(file: BinaryIO) -> Iterator[tuple[str, int, int, bool]]:
+    """The members of an unpacked tar: name, offset of the data, size in bytes, and whether it is a regular file.
+
+    At each of them the file stands at the data's first byte, and up to ``size`` bytes may be read from it. Other than
+    tarfile, which takes a damaged header for the end, this raises tarfile.ReadError unless the tar ends in an end mark
+    and zeros. tarfile parses the headers that are not plain ones.
+    """
+    start, notes = 0, b""
+    while True:
+        header = file.read(BLOCK)
+        if len(header) < BLOCK:
+            raise tarfile.ReadError(f"it ends before byte {start + BLOCK}, without an end mark")
+        if not header[0] and not header.strip(b"\0"):
+            break
+        data = start + BLOCK
+        fields = None if notes else PLAIN_HEADER.match(header, 124)
+        is_plain = fields and int(fields[2], 8) == sum(header) - sum(header[148:156]) + 8 * ord(" ")
+        try:
+            if is_plain:
+                kind, size = fields[3], int(fields[1], 8)
+            else:
+                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+                kind, size = info.type, info.size
+            end = data + size + -size % BLOCK
+            if kind in NOTES:
+                if len(notes) + size > MAX_NOTES:
+                    raise tarfile.ReadError("an extended header is absurdly long")
+                text = file.read(end - data)
+                if notes or kind != b"x" or TELLING_NOTES.search(text):
+                    notes += header + text
+                start = end
+                continue
+            if is_plain:
+                name, is_file = header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape"), True
+            else:
+                notes += header
+                with tarfile.open(fileobj=io.BytesIO(notes), mode="r:", encoding="utf-8") as tar:
+                    info = tar.next()
+                name, size, is_file = info.name, info.size, info.isreg() and info.sparse is None
+                end, notes = data + tar.offset - len(notes), b""
+        except ConfigError:  # of the stream that the tar comes through
+            raise
+        except (tarfile.TarError, ValueError, IndexError) as error:  # the last two: sparse files cut short
+            raise tarfile.ReadError(f"no valid header at byte {start}: {error}") from error
+        yield name, data, size, is_file
+        start = end
+        file.seek(start)
+    while block := file.read1(2**20):
+        if block.strip(b"\0"):
+            raise tarfile.ReadError(f"no valid header at byte {start}")
+
+
+def _label(text: bytes, name: str, field: str) -> int:
+    text = text.strip()
+    if not text.isdigit() or len(text) > 18:
+        raise ConfigError(field, f"{name} is no class number: {text[:20]!r}", "repack it with class numbers")
+    return int(text)
+
+
+def _kind(path: Path) -> str | None:
+    return next((kind for kind in OPENERS if path.name.endswith(kind)), None)
+
+
+def _unpack(path: Path) -> bytes:
+    with OPENERS[_kind(path)](path, "rb") as file:
+        return file.read()
+
+
+def _stamp(path: Path) -> np.ndarray:
+    stat = path.stat()
+    return np.array([INDEX_FORMAT, stat.st_size, stat.st_mtime_ns])
+
+
+def _caches(path: Path) -> tuple[Path, Path]:
+    """Where the index of a shard may lie: beside it, or in the user's cache folder."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "bossnas", "index")
+    name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()
+    return path.with_name(f".{path.name}.index.npz"), folder / f"{name}.npz"
+
+
+def _cached(path: Path) -> dict[str, np.ndarray] | None:
+    """The index of a shard if there is a valid one; compressed shards have none."""
+    if _kind(path) != ".tar":
+        return None
+    for cache in filter(os.path.exists, _caches(path)):
+        try:
+            with np.load(cache, allow_pickle=False) as file:
+                table = dict(file)
+            if np.array_equal(table.pop("stamp"), _stamp(path)):
+                return table
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            log.warning("the index %s is unusable (%s) and is made anew", cache, error)
+    return None
+
+
+def _index_all(shards: list[Path], field: str) -> list[dict[str, np.ndarray]]:
+    if len(shards) > MANY_SHARDS:
+        log.info("%s: %d shards have no index yet and are indexed", field, len(shards))
+    tables, shown = [], time.monotonic()
+    with ThreadPoolExecutor(INDEX_THREADS) as pool:
+        for table in pool.map(lambda shard: index_shard(shard, field), shards):
+            tables.append(table)
+            if time.monotonic() - shown > PROGRESS_SECONDS:
+                log.info("%s: %d of %d shards are indexed", field, len(tables), len(shards))
+                shown = time.monotonic()
+    return tables
+
+
+def _scan(path: Path, field: str) -> dict[str, np.ndarray]:
+    try:
+        file = open(path, "rb") if _kind(path) == ".tar" else io.BytesIO(_unpack(path))
+    except TAR_ERRORS as error:
+        raise ConfigError(field, f"the shard {path} is damaged or cannot be read ({error})",
+                          "copy it again or repack it") from error
+    with file:
+        rows = list(entries(file, str(path), field, with_data=False))
+    keys = [row.key.encode("utf-8", "surrogateescape") for row in rows]
+    return {
+        "offset": np.array([row.offset for row in rows], np.int64),
+        "size": np.array([row.size for row in rows], np.int64),
+        "label": np.array([-1 if row.label is None else row.label for row in rows], np.int64),
+        "ext": np.array([EXTENSIONS.index(row.ext) for row in rows], np.uint8),
+        "keys": np.frombuffer(b"".join(keys), np.uint8), "key_end": np.cumsum([len(key) for key in keys]),
+    }

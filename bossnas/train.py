@@ -55,7 +55,8 @@ def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space:
                 steps_per_epoch: int, seed: int, device: torch.device) -> Iterator[Step]:
     """Trains block ``state.block`` from ``state.step`` to the end of its stage; yields after every optimizer step.
 
-    ``batches`` gives the micro-batches from there on: per view one tensor [n, 3, S, S], views 0..J-1 of kind A and
+    ``batches`` gives the micro-batches from there on: per view one tensor [n, 3, S, S] on the
+    device, channels_last, views 0..J-1 of kind A and
     J..2J-1 of kind B. ``engine`` wraps the block's trainable modules; its optimizer moves the target network, too. The
     caller may rate or save between two steps.
     """
@@ -70,7 +71,7 @@ def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space:
         for m in range(accumulate):
             micro = state.step * accumulate + m
             paths = sample_paths(space, block, state.winners, seed, micro)
-            views = [x.to(device, non_blocking=True, memory_format=torch.channels_last) for x in next(batches)]
+            views = next(batches)
             with engine.autocast():
                 features = [target.features(state.winners, x) for x in views]
             n = len(features[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import multiprocessing
 import os
@@ -16,22 +17,32 @@ import pytest
 import torch
 from PIL import Image
 
-from bossnas import data, views
+from bossnas import collate, data, views
+from bossnas.config import DataConfig
 from bossnas.errors import ConfigError
 from bossnas.shards import ShardIndex
+from bossnas.stream import ShardStream
 
 CIFAR = views.recipe("cifar", 8)
 IMAGENET = views.recipe("imagenet", 8)
 
 
-class Identity:
-    """A recipe whose view says which image it is of: the image's first two bytes."""
+class Identity(views.Recipe):
+    """A recipe whose view says which image it is of: the image in one pixel, neither shifted nor flipped."""
 
-    image_size = 1
+    def draw(self, *args, **kwargs):
+        looks = super().draw(*args, **kwargs)
+        looks.ints[..., 4:7] = 0
+        return looks
 
-    def make(self, image, view, view_pairs, rng):
-        red, green, _ = image.getpixel((0, 0))
-        return torch.full((3, 1, 1), red + 256 * green)
+
+IDENTITY = Identity("cifar", 1)
+
+
+def numbers(view: torch.Tensor) -> list[int]:
+    """Of png(): the number of every image in a batch."""
+    pixels = view[:, :, 0, 0] * torch.tensor(IDENTITY.std) + torch.tensor(IDENTITY.mean)
+    return (pixels * 255).round().int().matmul(torch.tensor([1, 256, 0], dtype=torch.int32)).tolist()
 
 
 def png(number: int) -> bytes:
@@ -58,19 +69,36 @@ def index(tmp_path) -> ShardIndex:
 
 @pytest.fixture(scope="module")
 def sample() -> data.Data:
-    return data.open_data()
+    return data.open_data(DataConfig())
 
 
-def ids(index: ShardIndex, **options) -> list[list[int]]:
-    given = {"seed": 3, "epoch": 0, "start": 0, "steps": len(index) // options["batch"]} | options
-    return [views[0].flatten(1)[:, 0].int().tolist()
-            for views in data.batches(index, Identity(), [0], 1, **given)]
+def split(options: dict) -> tuple[DataConfig, dict]:
+    """Keys of the data section, and the rest."""
+    return (DataConfig(**{"workers": 0} | {k: v for k, v in options.items() if k in DataConfig.model_fields}),
+            {k: v for k, v in options.items() if k not in DataConfig.model_fields})
 
 
-def one_epoch(sample: data.Data, world: int, workers: int, start: int = 0, seed: int = 5, epoch: int = 2):
+def batches(source, recipe, views, pairs, **options):
+    settings, rest = split(options)
+    return data.batches(source, recipe, views, pairs, settings, **rest)
+
+
+def fixed(source, recipe, views, pairs, **options):
+    settings, rest = split(options)
+    return data.fixed_batches(source, recipe, views, pairs, settings, **rest)
+
+
+def ids(source, **options) -> list[list[int]]:
+    given = {"seed": 3, "epoch": 0, "start": 0, "steps": len(source) // options["batch"]} | options
+    return [numbers(view) for view, in batches(source, IDENTITY, [0], 1, **given)]
+
+
+def one_epoch(sample: data.Data, world: int, workers: int, start: int = 0, seed: int = 5, epoch: int = 2,
+              views_on: str = "worker"):
     """Four global micro-batches of 16 images: per view the ranks' tensors in one."""
-    ranks = [data.batches(sample.train, IMAGENET, range(4), 2, seed=seed, epoch=epoch, start=start,
-                          steps=4, batch=16 // world, rank=rank, world=world, workers=workers)
+    ranks = [batches(sample.train, IMAGENET, range(4), 2, seed=seed, epoch=epoch, start=start,
+                          steps=4, batch=16 // world, rank=rank, world=world, workers=workers,
+                     views_on=views_on)
              for rank in range(world)]
     return [[torch.cat(parts) for parts in zip(*views, strict=True)] for views in zip(*ranks, strict=True)]
 
@@ -80,11 +108,53 @@ def same(a: list[list[torch.Tensor]], b: list[list[torch.Tensor]]) -> bool:
                                     for x, y in zip(p, q, strict=True))
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 0), (2, 2), (4, 0), (4, 2)])
-def test_global_batches_are_the_same_for_any_ranks_and_workers(sample, world, workers):
-    reference = one_epoch(sample, 1, 0)
+@pytest.mark.parametrize(("world", "workers", "views_on"), [
+    (1, 2, "worker"), (2, 0, "worker"), (4, 1, "worker"), (1, 2, "device"), (2, 1, "device"), (4, 0, "device"),
+    (2, 2, "worker_crops"), (4, 0, "worker_crops")])
+def test_global_batches_are_the_same_for_any_ranks_and_workers(sample, world, workers, views_on):
+    reference = one_epoch(sample, 1, 0, views_on=views_on)
     assert len(reference) == 4 and all(view.shape == (16, 3, 8, 8) for views in reference for view in views)
-    assert same(one_epoch(sample, world, workers), reference)
+    assert all(view.is_contiguous(memory_format=torch.channels_last) for view in reference[0])
+    assert same(one_epoch(sample, world, workers, views_on=views_on), reference)
+
+
+@pytest.mark.parametrize("recipe", [views.recipe("imagenet", 48), views.recipe("cifar", 32)])
+def test_every_place_makes_the_same_views(tmp_path, recipe):
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"s-{shard}.tar", "w") as tar:
+            for i in range(8):
+                pixels = np.random.default_rng([shard, i]).integers(0, 256, (9 + i, 12, 3), dtype=np.uint8)
+                file = io.BytesIO()
+                Image.fromarray(pixels).resize((70 + 9 * i, 60)).save(file, "JPEG")
+                member = tarfile.TarInfo(f"{shard}/{i}.jpg")
+                member.size = file.tell()
+                tar.addfile(member, io.BytesIO(file.getvalue()))
+    index = ShardIndex.open(str(tmp_path / "s-*.tar"))
+    made = {views_on: next(batches(index, recipe, range(4), 2, seed=1, epoch=0, start=0, steps=1, batch=16,
+                                   views_on=views_on)) for views_on in ("worker", "worker_crops", "device")}
+    levels = 255 * torch.tensor(recipe.std)[:, None, None]
+    for a, b in itertools.combinations(made.values(), 2):
+        for x, y in zip(a, b, strict=True):
+            assert ((x - y) * levels).abs().mean((1, 2, 3)).max() <= 0.6
+
+
+def test_order_in_blocks_keeps_to_few_shards(tmp_path):
+    index = make_index(tmp_path, 60, shards=6)
+    whole = [i for batch in ids(index, batch=10, shuffle_block=20) for i in batch]
+    assert sorted(whole) == list(range(60)) and whole != sorted(whole)
+    for first in range(0, 60, 20):
+        assert len({i // 10 for i in whole[first:first + 20]}) == 2
+    assert ids(index, batch=10, shuffle_block=20, epoch=1) != ids(index, batch=10, shuffle_block=20)
+
+
+def test_where_views_are_made_by_default():
+    assert collate.place("auto", torch.device("cpu")) == "worker"
+    assert collate.place("auto", torch.device("cuda")) == "device"
+    assert collate.place("worker_crops", torch.device("cuda")) == "worker_crops"
+
+
+def test_global_batches_change_with_epoch_and_seed(sample):
+    reference = one_epoch(sample, 1, 0)
     assert not same(one_epoch(sample, 1, 0, epoch=3), reference)
     assert not same(one_epoch(sample, 1, 0, seed=6), reference)
 
@@ -106,11 +176,11 @@ def test_every_sample_comes_at_most_once_in_an_epoch(index):
 
 def test_the_views_asked_for_are_the_views_of_their_number(sample):
     options = dict(seed=0, epoch=0, start=0, steps=1, batch=6)
-    every, = data.batches(sample.train, IMAGENET, range(8), 4, **options)
-    some, = data.batches(sample.train, IMAGENET, [5, 1], 4, **options)
+    every, = batches(sample.train, IMAGENET, range(8), 4, **options)
+    some, = batches(sample.train, IMAGENET, [5, 1], 4, **options)
     assert same([some], [[every[5], every[1]]])
     assert len({view.sum().item() for view in every}) == 8  # independent draws
-    row = next(iter(data.batches(sample.train, IMAGENET, [0], 4, **options)))[0]
+    row = next(iter(batches(sample.train, IMAGENET, [0], 4, **options)))[0]
     assert len({picture.sum().item() for picture in row}) == 6
 
 
@@ -120,16 +190,16 @@ def test_an_images_views_change_with_epoch_and_seed(tmp_path):
         member.size = len(png(40000))  # coloured, so that the jitter shows
         tar.addfile(member, io.BytesIO(png(40000)))
     index, options = ShardIndex.open(str(tmp_path / "one.tar")), dict(start=0, steps=1, batch=1)
-    made = [next(data.batches(index, IMAGENET, [0], 1, seed=seed, epoch=epoch, **options))[0].sum().item()
+    made = [next(batches(index, IMAGENET, [0], 1, seed=seed, epoch=epoch, **options))[0].sum().item()
             for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))]
     assert len(set(made)) == 3 and made[0] == made[3]
 
 
 def test_an_epoch_that_is_too_long_is_refused_at_once(index):
     with pytest.raises(ConfigError, match="data.train: holds 60 images, but .* of 8 .* on 2 ranks takes 64"):
-        data.batches(index, CIFAR, [0], 1, seed=0, epoch=0, start=0, steps=8, batch=4, world=2)
+        batches(index, CIFAR, [0], 1, seed=0, epoch=0, start=0, steps=8, batch=4, world=2)
     with pytest.raises(ValueError, match="start 9"):
-        data.batches(index, CIFAR, [0], 1, seed=0, epoch=0, start=9, steps=8, batch=4)
+        batches(index, CIFAR, [0], 1, seed=0, epoch=0, start=9, steps=8, batch=4)
 
 
 def test_loading_leaves_the_runs_random_numbers_alone(sample):
@@ -139,13 +209,13 @@ def test_loading_leaves_the_runs_random_numbers_alone(sample):
         torch.manual_seed(1)
         np.random.seed(1)
         state = np.random.get_state()[1].copy()
-        list(data.fixed_batches(sample.val, CIFAR, [0], 1, seed=0, count=4, batch=2, shuffle=True,
+        list(fixed(sample.val, CIFAR, [0], 1, seed=0, count=4, batch=2, shuffle=True,
                                 workers=workers))
         assert torch.equal(torch.rand(3), expected) and (np.random.get_state()[1] == state).all()
 
 
 def many(sample: data.Data, workers: int):
-    return data.batches(sample.train, CIFAR, [0, 1], 1, seed=0, epoch=0, start=0, steps=100, batch=16,
+    return batches(sample.train, CIFAR, [0, 1], 1, seed=0, epoch=0, start=0, steps=100, batch=16,
                         workers=workers)
 
 
@@ -183,10 +253,11 @@ def test_bad_images_are_replaced_counted_and_named(tmp_path, caplog, workers):
     index = make_index(torn, 60, bad=(10, 11, 59))
     expected = [[{10: 12, 11: 12, 59: 0}.get(i, i) for i in batch]
                 for batch in ids(make_index(clean, 60), batch=6)]
-    bad: dict[int, str] = {}
+    bad: dict[str, str] = {}
     with caplog.at_level(logging.WARNING, "bossnas.data"):
         assert ids(index, batch=6, max_bad=0.05, bad=bad, workers=workers) == expected
-    assert sorted(bad) == [10, 11, 59] and "no JPEG, PNG or WebP" in bad[10]
+    assert [name[-4:] for name in sorted(bad)] == ["0010", "0011", "0059"]
+    assert all("no JPEG, PNG or WebP" in problem for problem in bad.values())
     for shard, key in (("s-0", "0010"), ("s-0", "0011"), ("s-2", "0059")):
         assert caplog.text.count(f"{shard}.tar/{key} is replaced") == 1
     caplog.clear()
@@ -229,21 +300,21 @@ def test_a_shard_that_breaks_under_the_run_is_named(tmp_path, workers):
 
 def test_fixed_batches(sample):
     options = dict(seed=4, batch=20, count=50, shuffle=True)
-    first = list(data.fixed_batches(sample.train, IMAGENET, [0, 2], 2, **options))
+    first = list(fixed(sample.train, IMAGENET, [0, 2], 2, **options))
     assert [view.shape[0] for view, _ in first] == [20, 20, 10]
-    assert same(first, list(data.fixed_batches(sample.train, IMAGENET, [0, 2], 2, workers=2, **options)))
-    longer, other = (list(data.fixed_batches(sample.train, IMAGENET, [0, 2], 2, **options | changed))
+    assert same(first, list(fixed(sample.train, IMAGENET, [0, 2], 2, workers=2, **options)))
+    longer, other = (list(fixed(sample.train, IMAGENET, [0, 2], 2, **options | changed))
                      for changed in ({"count": 60}, {"seed": 5}))
     assert same(first[:2], longer[:2]) and not same(first, other)
 
 
 def test_fixed_batches_in_the_order_of_the_index(index):
-    def numbers(**options):
-        return [view.flatten(1)[:, 0].int().tolist() for view, in
-                data.fixed_batches(index, Identity(), [0], 1, seed=1, **options)]
-    assert numbers(count=None, batch=25, shuffle=False) == [[*range(25)], [*range(25, 50)], [*range(50, 60)]]
-    assert numbers(count=100, batch=60, shuffle=False) == [list(range(60))]
-    assert sorted(numbers(count=None, batch=60, shuffle=True)[0]) == list(range(60))
+    def given(**options):
+        return [numbers(view) for view, in fixed(index, IDENTITY, [0], 1, seed=1, **options)]
+    assert given(count=None, batch=25, shuffle=False) == [[*range(25)], [*range(25, 50)], [*range(50, 60)]]
+    assert given(count=None, batch=25, shuffle=False, only=[2, 0]) == [[*range(50, 60)], [*range(25)]]
+    assert given(count=100, batch=60, shuffle=False) == [list(range(60))]
+    assert sorted(given(count=None, batch=60, shuffle=True)[0]) == list(range(60))
 
 
 def test_packaged_sample(sample):
@@ -253,7 +324,7 @@ def test_packaged_sample(sample):
         assert np.bincount(labels).tolist() == [each] * 10
         assert len({index.key(i) for i in range(len(index))}) == len(index)
         assert len(set(labels[:100])) == 10  # mixed
-    (shown,), = data.fixed_batches(sample.val, CIFAR, [0], 1, seed=0, count=64, batch=64, shuffle=False)
+    (shown,), = fixed(sample.val, CIFAR, [0], 1, seed=0, count=64, batch=64, shuffle=False)
     assert 0.3 < shown.std() < 3
     assert sum(path.stat().st_size for path in data.SAMPLE.glob("*.gz")) < 3e6
     assert not list(data.SAMPLE.glob(".*.npz"))
@@ -261,11 +332,94 @@ def test_packaged_sample(sample):
 
 def test_open_data_names_the_field(tmp_path, index):
     shards = str(tmp_path / "s-*.tar")
-    opened = data.open_data(shards, shards)
+    opened = data.open_data(DataConfig(train=shards, val=shards))
     assert len(opened.train) == 60 and not opened.is_sample
     absent = str(tmp_path / "v*")
     for train, val, field in ((shards, None, "data.val"), (None, shards, "data.train"),
                               (shards, absent, "data.val"), (absent, shards, "data.train")):
         with pytest.raises(ConfigError) as error:
-            data.open_data(train, val)
+            data.open_data(DataConfig(train=train, val=val))
         assert error.value.field == field
+
+
+def stream(folder: Path, count: int, shards: int, bad: tuple[int, ...] = ()) -> ShardStream:
+    make_index(folder, count, shards, bad)
+    return ShardStream.open(str(folder / "s-*.tar"), images=count)
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2)])
+def test_a_streams_epoch_has_every_sample_once_and_resumes_exactly(tmp_path, world, workers):
+    source = stream(tmp_path, 64, shards=8)
+    options = dict(batch=4, steps=16 // world, workers=workers, world=world, buffer=10)
+    ranks = [ids(source, rank=rank, **options) for rank in range(world)]
+    assert sorted(i for rank in ranks for batch in rank for i in batch) == list(range(64))
+    assert ranks[0] != ids(source, rank=0, epoch=1, **options)
+    for start in (1, 4, 7):
+        assert [ids(source, rank=rank, start=start, **options) for rank in range(world)] == [r[start:] for r in ranks]
+
+
+def test_a_streams_pixels_do_not_depend_on_where_an_epoch_is_taken_up(tmp_path):
+    source = stream(tmp_path, 24, shards=4)
+    options = dict(seed=0, epoch=0, steps=6, batch=4, workers=2)
+    whole = list(batches(source, IMAGENET, [0, 1], 1, start=0, **options))
+    assert same(whole[3:], list(batches(source, IMAGENET, [0, 1], 1, start=3, **options)))
+
+
+def test_a_reader_whose_shards_end_begins_them_again_and_says_so(tmp_path, caplog):
+    source = stream(tmp_path, 50, shards=3)  # 16, 17 and 17 images
+    caplog.set_level(logging.WARNING, "bossnas.data")
+    taken = [i for batch in ids(source, batch=25, steps=1, world=2, rank=0, workers=0, buffer=0) for i in batch]
+    taken += [i for batch in ids(source, batch=25, steps=1, world=2, rank=1, workers=0, buffer=0) for i in batch]
+    assert len(taken) == 50 and 40 <= len(set(taken)) < 50
+    assert caplog.text.count("has come to the end of its 1 shards in epoch 0 and begins them again") == 1
+
+
+def test_bad_images_of_a_stream_are_replaced_by_a_neighbour_and_named(tmp_path, caplog):
+    source, bad = stream(tmp_path, 60, shards=3, bad=(0, 11, 59)), {}
+    options = dict(batch=6, workers=0, buffer=0, epoch=0, max_bad=0.05)
+    with caplog.at_level(logging.WARNING, "bossnas.data"):
+        taken = [i for batch in ids(source, bad=bad, **options) for i in batch]
+    assert len(taken) == 60 and set(range(60)) - set(taken) == {0, 11, 59}
+    assert [name[-4:] for name in sorted(bad)] == ["0000", "0011", "0059"] and caplog.text.count("is replaced") == 3
+    with pytest.raises(ConfigError, match="data.max_bad: 2 images .* more than 1 "):
+        ids(source, **options | {"max_bad": 0.001})
+    worse = tmp_path / "worse"
+    worse.mkdir()
+    with pytest.raises(ConfigError, match="data.max_bad"):
+        ids(stream(worse, 12, shards=1, bad=tuple(range(12))), **options | {"max_bad": 0.99})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_fixed_batches_of_a_stream(tmp_path, workers):
+    source, index = stream(tmp_path, 60, shards=3), ShardIndex.open(str(tmp_path / "s-*.tar"))
+    options = dict(seed=1, batch=25, workers=workers)
+
+    def given(of, **more):
+        return [numbers(view) for view, in fixed(of, IDENTITY, [0], 1, **options | more)]
+    whole = given(source, count=None, shuffle=False)
+    assert whole == given(index, count=None, shuffle=False)
+    assert given(source, count=None, shuffle=False, only=[1, 2]) == whole[1:]
+    assert given(source, count=None, shuffle=False, only=[]) == []
+    drawn = given(source, count=30, shuffle=True)
+    assert [len(batch) for batch in drawn] == [25, 5] and drawn == given(source, count=30, shuffle=True)
+    assert drawn[0] != whole[0] and len({i for batch in drawn for i in batch}) == 30
+    short = ShardStream.open(str(tmp_path / "s-*.tar"), images=70)
+    with pytest.raises(ConfigError, match="ends 10 images too early"):
+        given(short, count=None, shuffle=False)
+
+
+def test_a_stream_needs_its_number_of_images_and_enough_shards(tmp_path):
+    make_index(tmp_path, 12, shards=2)
+    shards = str(tmp_path / "s-*.tar")
+    with pytest.raises(ConfigError, match="train.steps_per_epoch: is not set"):
+        data.open_data(DataConfig(train=shards, val=shards, reader="stream"))
+    with pytest.raises(ConfigError, match="data.val_images: is not set"):
+        data.open_data(DataConfig(train=shards, val=shards, reader="stream"), 12)
+    opened = data.open_data(DataConfig(train=shards, val=shards, reader="stream", val_images=6), 12)
+    assert (len(opened.train), len(opened.val)) == (12, 6)
+    assert data.readers(opened.train, DataConfig(workers=3), 2) == 6
+    assert data.readers(ShardIndex.open(shards), DataConfig(workers=3), 2) is None
+    with pytest.raises(ConfigError, match="data.workers: 4 readers"):
+        ids(opened.train, batch=2, steps=1, world=2, workers=2)
+    with pytest.raises(ConfigError, match="data.train: .*runs a command"):
+        data.open_data(DataConfig(train="pipe:cat x.tar", val=shards))

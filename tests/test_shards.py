@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import logging
 import os
 import pickle
 import tarfile
@@ -14,7 +15,8 @@ import pytest
 from PIL import Image
 
 from bossnas.errors import ConfigError
-from bossnas.shards import ShardIndex
+from bossnas.images import BadImage, decode
+from bossnas.shards import ShardIndex, index_shard, is_remote
 
 
 def picture(seed: int, ext: str = "png", mode: str = "RGB", size: tuple[int, int] = (12, 9)) -> bytes:
@@ -97,7 +99,23 @@ def test_index_cache_follows_the_shard(tmp_path, caplog):
     assert "is unusable" in caplog.text
 
 
+def test_index_goes_to_the_users_cache_where_it_cannot_lie_beside_the_shard(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    name = "a" * 245 + ".tar"  # the index beside it would have a name that is too long
+    (tmp_path / "data").mkdir()
+    path = shard_of(tmp_path / "data" / name, range(3))
+    assert len(ShardIndex.open(str(path))) == 3
+    [cache] = (tmp_path / "home" / "bossnas" / "index").iterdir()
+    assert cache.suffix == ".npz" and os.listdir(tmp_path / "data") == [name]
+    before = cache.stat().st_mtime_ns
+    assert ShardIndex.open(str(path)).read(2)[0] == picture(2) and cache.stat().st_mtime_ns == before
+    shard_of(path, range(4))
+    assert len(index_shard(path, "data.train")["offset"]) == 4 and cache.stat().st_mtime_ns > before
+    assert not caplog.records
+
+
 def test_index_stays_in_memory_where_it_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     path = shard_of(tmp_path / "a.tar", range(3))
 
     def full(*_):
@@ -121,8 +139,8 @@ def test_missing_empty_and_foreign_shards_are_refused(tmp_path):
     refused(str(tmp_path), "is a folder; name its shards")
     refused([str(tmp_path / "s-0.tar")] * 2, "listed more than once")
     refused(str(tmp_path / "s-{0..2"), "unbalanced braces")
-    refused("pipe:cat x.tar", "not a local path")
-    refused("https://host/x.tar", "not a local path")
+    refused("pipe:cat x.tar", "data.reader=stream")
+    refused("https://host/x.tar", "data.reader=stream")
     (tmp_path / "x.zip").touch()
     refused(str(tmp_path / "x.zip"), "is not a shard")
 
@@ -166,3 +184,77 @@ def test_open_files_are_bounded(tmp_path, monkeypatch):
         assert len(index._files) <= 2
     index.close()
     assert index.read(1)[0] == picture(1)
+
+
+def tar_of(path: Path, form: int, names: list[str], **fields) -> Path:
+    with tarfile.open(path, "w", format=form) as tar:
+        for i, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = len(picture(i))
+            for field, value in fields.items():
+                setattr(info, field, value)
+            tar.addfile(info, io.BytesIO(picture(i)))
+    return path
+
+
+@pytest.mark.parametrize("form", ["USTAR_FORMAT", "GNU_FORMAT", "PAX_FORMAT"])
+def test_every_dialect_of_tar_is_read_as_tarfile_reads_it(tmp_path, form):
+    names = ["a/b.png", "n" * 90 + "/" + "m" * 90 + ".png", "x" * 95 + ".png", "y" * 96 + ".png", "c.png"]
+    names += [] if form == "USTAR_FORMAT" else ["ü/" + "z" * 300 + ".png", "q" * 120 + ".png"]
+    tar_of(tmp_path / "a.tar", getattr(tarfile, form), names, uid=7, uname="me", mtime=1700000000)
+    if form != "USTAR_FORMAT":  # times with fractions, as webdataset's writer sets, and large ids
+        tar_of(tmp_path / "b.tar", getattr(tarfile, form), names, mtime=1700000000.25, uid=2**31)
+    for shard in tmp_path.glob("*.tar"):
+        index = ShardIndex.open(str(shard))
+        assert [index.key(i) for i in range(len(index))] == [name[:-4] for name in names]
+        assert [index.read(i)[0] for i in range(len(index))] == [picture(i) for i in range(len(names))]
+        with tarfile.open(shard) as tar:
+            assert index._tables[0]["offset"].tolist() == [member.offset_data for member in tar]
+
+
+def test_links_and_absurd_headers_are_refused(tmp_path):
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            info = tarfile.TarInfo("a.png")
+            info.type, info.linkname = kind, "b.png"
+            tar.addfile(info)
+        refused(str(tmp_path / "a.tar"), "a.png in .*a.tar is a link")
+    tar_of(tmp_path / "a.tar", tarfile.PAX_FORMAT, ["a.png"], pax_headers={"comment": "x" * 2**21})
+    refused(str(tmp_path / "a.tar"), "is damaged .no valid header at byte 0: an extended header is absurdly long")
+
+
+def test_empty_and_absurdly_large_images_are_samples_of_which_little_is_read(tmp_path):
+    path = tmp_path / "a.tar"
+    with open(path, "wb") as file:  # a hole in the file stands for 8 GB of an image
+        for name, size in (("a.png", 0), ("b.png", 2**33), ("c.png", len(picture(0)))):
+            info = tarfile.TarInfo(name)
+            info.size = size
+            file.write(info.tobuf(tarfile.GNU_FORMAT))
+            file.seek(size + -size % 512, os.SEEK_CUR) if name != "c.png" else file.write(picture(0))
+        file.truncate(file.tell() + -file.tell() % 512 + 1024)
+    index = ShardIndex.open(str(path))
+    assert index.read(2)[0] == picture(0)
+    for i, words in ((0, "an empty file"), (1, "67108865 bytes, more than")):
+        with pytest.raises(BadImage, match=words):
+            decode(index.read(i)[0])
+
+
+def test_many_shards_are_announced_with_progress(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "bossnas.shards")
+    for i in range(22):
+        shard_of(tmp_path / f"s-{i:02d}.tar", range(i, i + 2))
+    monkeypatch.setattr("bossnas.shards.PROGRESS_SECONDS", 0.0)
+    index = ShardIndex.open(str(tmp_path / "s-*.tar"))
+    assert [index.key(i) for i in (0, 1, 42, 43)] == ["k/000", "k/001", "k/021", "k/022"]
+    assert caplog.messages[0] == "data.train: 22 shards have no index yet and are indexed"
+    assert caplog.messages[-1] == "data.train: 22 of 22 shards are indexed"
+    caplog.clear()
+    ShardIndex.open(str(tmp_path / "s-*.tar"))
+    assert not caplog.records
+
+
+def test_urls_are_told_from_paths():
+    for url in ("http://h/a.tar", "https://h/a-{0..3}.tar", "s3://b/k", "gs://b/k", "pipe:cat a.tar", "memory://a"):
+        assert is_remote(url)
+    for path in ("a.tar", "/data/s-*.tar", "./pipe/a.tar", "c:/x.tar", "a:b.tar", "data//a.tar"):
+        assert not is_remote(path)

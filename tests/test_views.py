@@ -18,7 +18,6 @@ from bossnas import views
 from bossnas.errors import ConfigError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.201))
 
 
 def rng(*seed: int) -> np.random.Generator:
@@ -32,9 +31,20 @@ def photo(width: int, height: int) -> Image.Image:
     return Image.fromarray((127 + 100 * waves + rng(0).integers(-20, 20, waves.shape)).astype(np.uint8))
 
 
-def looks(augmentation: int, count: int = 4000, width: int = 640, height: int = 480) -> list[views.Look]:
-    generator = rng(augmentation)
-    return [views.draw_look(width, height, augmentation, generator) for _ in range(count)]
+def looks(augmentation: int, count: int = 4000, width: int = 640, height: int = 480) -> views.Looks:
+    """Of one view of so many images: [1, count, ...]."""
+    return views.recipe("imagenet", 32).draw(np.tile([height, width], (count, 1)), range(count), [augmentation], 1,
+                                             seed=3, epoch=0)
+
+
+def rows(drawn: views.Looks):
+    """(ints, floats) of every view, as `reference` and `paint` take them."""
+    return zip(drawn.ints.flatten(0, 1).tolist(), drawn.floats.flatten(0, 1).tolist(), strict=True)
+
+
+def off(a: Image.Image | np.ndarray, b: Image.Image | np.ndarray) -> float:
+    """Mean difference, of 255."""
+    return np.abs(np.asarray(a, int) - np.asarray(b, int)).mean()
 
 
 def near(share: float, expected: float, count: int) -> bool:
@@ -44,31 +54,36 @@ def near(share: float, expected: float, count: int) -> bool:
 
 @pytest.mark.parametrize(("augmentation", "blur", "solarise"), [(0, 0.1, 0.0), (1, 1.0, 0.2)])
 def test_probabilities_of_both_augmentations(augmentation, blur, solarise):
-    drawn = looks(augmentation)
-    for attribute, expected in (("flip", 0.5), ("jitter", 0.8), ("grey", 0.2), ("solarise", solarise)):
-        share = np.mean([bool(getattr(look, attribute)) for look in drawn])
-        assert near(share, expected, len(drawn)), (attribute, share)
-    assert near(np.mean([look.sigma is not None for look in drawn]), blur, len(drawn))
-    sigmas = [look.sigma for look in drawn if look.sigma is not None]
+    ints, floats = (t[0].numpy() for t in looks(augmentation))
+    for column, expected in ((views.FLIP, 0.5), (views.GREY, 0.2), (views.SOLARISE, solarise)):
+        assert near(ints[:, column].mean(), expected, len(ints)), column
+    assert near((ints[:, 7] >= 0).mean(), 0.8, len(ints))
+    sigmas = floats[:, 4]
+    assert near((sigmas > 0).mean(), blur, len(ints))
+    sigmas = sigmas[sigmas > 0]
     assert 0.1 <= min(sigmas) < 0.2 and 1.9 < max(sigmas) <= 2.0 and abs(np.mean(sigmas) - 1.05) < 0.15
 
 
 def test_colour_jitter_factors_and_order():
-    drawn = [look.jitter for look in looks(0) if look.jitter]
-    every = set(itertools.permutations(range(4)))
-    assert all(sorted(which for which, _ in jitter) == [0, 1, 2, 3] for jitter in drawn)
-    assert {tuple(which for which, _ in jitter) for jitter in drawn} == every
+    ints, floats = (t[0].numpy() for t in looks(0))
+    orders = ints[:, views.ORDER]
+    assert {tuple(order) for order in orders} == {*itertools.permutations(range(4)), (-1, -1, -1, -1)}
     for which, (low, high) in enumerate([(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]):
-        factors = np.array([dict(jitter)[which] for jitter in drawn])
-        span = high - low
-        assert low <= factors.min() < low + 0.01 * span and high - 0.01 * span < factors.max() <= high
+        factors, span = floats[:, which], high - low
+        assert low <= factors.min() + 1e-6 and factors.min() < low + 0.01 * span
+        assert high - 0.01 * span < factors.max() <= high + 1e-6
         assert abs(factors.mean() - (low + high) / 2) < 0.03 * span
+    numbers = np.column_stack([floats, ints])
+    still = numbers.std(0) == 0  # the shift of the crop
+    assert still.sum() == 2 + (ints[:, views.SOLARISE].max() == 0)
+    correlations = np.corrcoef(floats[:, :4].T)
+    assert np.abs(correlations - np.eye(4)).max() < 0.07
 
 
 @pytest.mark.parametrize(("width", "height"), [(640, 480), (32, 32), (300, 40), (9, 200)])
 def test_crops_are_distributed_as_torchvisions(width, height):
-    count, generator = 3000, rng(1)
-    ours = np.array([views.draw_box(width, height, generator.random((10, 4))) for _ in range(count)], float)
+    count = 3000
+    ours = views.draw_boxes(np.tile([height, width], (count, 1)), rng(1).random((1, count, 10, 4)))[0]
     image, scale, ratio = torch.empty(3, height, width), [0.08, 1.0], [3 / 4, 4 / 3]
     torch.manual_seed(0)
     theirs = [T.RandomResizedCrop.get_params(image, scale, ratio) for _ in range(count)]
@@ -86,85 +101,118 @@ def test_crops_are_distributed_as_torchvisions(width, height):
 
 
 @pytest.mark.parametrize("size", [32, 224])
-def test_view_equals_torchvisions_transforms_at_the_same_parameters(size):
+def test_the_reference_is_torchvisions_transforms_at_the_same_parameters(size):
     image = photo(320, 240)
-    for look in looks(1, 12, 320, 240) + looks(0, 12, 320, 240):
-        jitter = dict(look.jitter)
-        expected = F.resized_crop(image, *look.box, [size, size], InterpolationMode.BICUBIC)
-        expected = T.RandomHorizontalFlip(float(look.flip))(expected)
-        for which, _ in look.jitter:  # torchvision's own transform, pinned to one factor
-            name = ("brightness", "contrast", "saturation", "hue")[which]
-            expected = T.ColorJitter(**{name: (jitter[which], jitter[which])})(expected)
-        expected = T.RandomGrayscale(float(look.grey))(expected)
-        if look.sigma is not None:  # the method's blur is Pillow's
-            expected = expected.filter(ImageFilter.GaussianBlur(radius=look.sigma))
-        if look.solarise:
+    for ints, floats in [*rows(looks(1, 12, 320, 240)), *rows(looks(0, 12, 320, 240))]:
+        expected = F.resized_crop(image, *ints[:4], [size, size], InterpolationMode.BICUBIC)
+        expected = T.RandomHorizontalFlip(float(ints[views.FLIP]))(expected)
+        for which in ints[views.ORDER]:  # torchvision's own transform, pinned to one factor
+            if which >= 0:
+                name = ("brightness", "contrast", "saturation", "hue")[which]
+                expected = T.ColorJitter(**{name: (floats[which], floats[which])})(expected)
+        expected = T.RandomGrayscale(float(ints[views.GREY]))(expected)
+        if floats[4]:  # the method's blur is Pillow's
+            expected = expected.filter(ImageFilter.GaussianBlur(radius=floats[4]))
+        if ints[views.SOLARISE]:
             pixels = np.asarray(expected)
             expected = Image.fromarray(np.where(pixels < 128, pixels, 255 - pixels))
-        view = views.apply_look(image, look, size)
-        assert np.array_equal(np.asarray(view), np.asarray(expected))
-        reference = T.Normalize(*IMAGENET)(T.ToTensor()(expected))
-        torch.testing.assert_close(views.normalise(view, "imagenet"), reference, rtol=0, atol=2e-6)
+        assert np.array_equal(np.asarray(views.reference(image, ints, floats, size)), np.asarray(expected))
+        normalised = views.normalise(torch.from_numpy(np.array(expected)), views.recipe("imagenet", size))
+        torch.testing.assert_close(normalised, T.Normalize(*IMAGENET)(T.ToTensor()(expected)), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("with_opencv", [True, False])
+def test_painting_is_the_reference_within_its_tolerance(with_opencv, monkeypatch):
+    if with_opencv:
+        pytest.importorskip("cv2")
+    else:
+        monkeypatch.setattr(views, "cv2", None)
+    image = photo(320, 240)
+    differences = []
+    for ints, floats in [*rows(looks(1, 40, 320, 240)), *rows(looks(0, 40, 320, 240))]:
+        bare = [*ints[:7], -1, -1, -1, -1, 0, 0]
+        cropped = np.asarray(views.reference(image, bare, [1, 1, 1, 0, 0], 96))
+        differences.append(off(views.paint(cropped, ints, floats), views.reference(image, ints, floats, 96)))
+    assert max(differences) <= (0.6 if with_opencv else 0) and np.mean(differences) <= 0.1
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_each_colour_operation_of_painting_is_nearly_pillows(which):
+    pytest.importorskip("cv2")
+    picture = Image.fromarray(rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8))  # all colours
+    for factor in ((-0.1, -0.003, 0.05, 0.1) if which == 3 else (0.6, 0.93, 1.0, 1.4)):
+        ints, floats = [0, 0, 64, 64, 0, 0, 0, which, -1, -1, -1, 0, 0], [1, 1, 1, 0, 0]
+        floats[which] = factor
+        assert off(views.paint(np.array(picture), ints, floats), views.reference(picture, ints, floats, 64)) <= 0.05
 
 
 def test_crop_is_antialiased_and_keeps_to_its_box():
     image = Image.new("RGB", (200, 100), (255, 0, 0))
     image.paste(Image.fromarray(np.indices((64, 64)).sum(0).astype(np.uint8) % 2 * 255), (100, 20))
-    look = views.Look(views.Box(20, 100, 64, 64), False, (), False, None, False)
-    view = np.asarray(views.apply_look(image, look, 8), float)
+    drawn = looks(0, 1, 200, 100)
+    drawn.ints[:] = torch.tensor([20, 100, 64, 64, 0, 0, 0, -1, -1, -1, -1, 0, 0])
+    view = views.crop(np.asarray(image), drawn, 0, 8)[0, 0].numpy().astype(float)
     assert np.abs(view - 127.5).max() < 6  # a checkerboard becomes grey; no red comes in over the edge
 
 
-def test_augmentations_a_and_b_differ():
-    image, recipe = Image.effect_noise((64, 64), 80).convert("RGB"), views.recipe("imagenet", 64)
-
-    def sharpness(view: int) -> float:
-        made = torch.stack([recipe.make(image, view, 4, rng(7, i)) for i in range(60)])
-        return (made[..., 1:] - made[..., :-1]).abs().mean().item()
-    a, b = [sharpness(view) for view in range(4)], [sharpness(view) for view in range(4, 8)]
-    assert a == [a[0]] * 4 and b == [b[0]] * 4  # one augmentation within each half, at equal draws
-    assert b[0] < 0.7 * a[0]
+def test_crops_are_the_references():
+    image = photo(320, 240)
+    drawn = looks(0, 30, 320, 240)
+    for n, (ints, _) in enumerate(rows(drawn)):
+        expected = views.reference(image, [*ints[:7], -1, -1, -1, -1, 0, 0], [1, 1, 1, 0, 0], 48)
+        assert off(views.crop(np.asarray(image), drawn, n, 48)[0, 0].numpy(), expected) <= 0.05
 
 
-@pytest.mark.parametrize(("name", "size"), [("imagenet", 48), ("cifar", 32)])
-def test_a_view_depends_on_its_seed_alone(name, size):
-    image, recipe = photo(80, 60), views.recipe(name, size)
-    first = recipe.make(image, 1, 1, rng(1, 2, 3))
+@pytest.mark.parametrize("name", ["imagenet", "cifar"])
+def test_a_look_depends_on_seed_epoch_sample_and_view_alone(name):
+    recipe, sizes = views.recipe(name, 32), np.array([[60, 80], [50, 90], [33, 21]])
+
+    def draw(samples=(7, 2**40, 0), numbers=(0, 1, 2, 3), seed=1, epoch=2, of=slice(None)) -> torch.Tensor:
+        drawn = recipe.draw(sizes[of], samples[of], numbers, 2, seed=seed, epoch=epoch)
+        return torch.cat([drawn.ints.double(), drawn.floats.double()], -1)
+    every = draw()
     for generator in (np.random.seed, torch.manual_seed, random.seed):
         generator(99)
     state = torch.get_rng_state()
-    again = recipe.make(image, 1, 1, rng(1, 2, 3))
-    assert torch.equal(first, again) and torch.equal(state, torch.get_rng_state())
-    assert not torch.equal(first, recipe.make(image, 1, 1, rng(1, 2, 4)))
-    assert first.shape == (3, size, size) and first.dtype == torch.float32 and first.is_contiguous()
+    assert torch.equal(draw(), every) and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(draw(numbers=(3, 1)), every[[3, 1]])
+    assert torch.equal(draw(of=slice(1, 3)), every[:, 1:])
+    assert not torch.equal(draw(seed=2), every) and not torch.equal(draw(epoch=3), every)
+    flat = recipe.draw(np.tile([32, 32], (500, 1)), range(500), range(4), 2, seed=0, epoch=0)
+    assert len(torch.cat([flat.ints.double(), flat.floats.double()], -1).flatten(0, 1).unique(dim=0)) > (
+        1990 if name == "imagenet" else 160)
 
 
 def test_cifar_views_are_the_crops_and_flips_of_the_padded_image():
     image, recipe = photo(32, 32), views.recipe("cifar", 32)
-    padded = T.Normalize(*CIFAR)(T.ToTensor()(T.Pad(4)(image)))
-    crops = torch.stack([(padded.flip(-1) if flip else padded)[:, top:top + 32, left:left + 32]
-                         for flip in (False, True) for top in range(9) for left in range(9)])
+    padded = T.Pad(4)(image)
+    crops = {np.asarray(side.crop((left, top, left + 32, top + 32))).tobytes(): (flip, top, left)
+             for flip, side in enumerate((padded, padded.transpose(Image.Transpose.FLIP_LEFT_RIGHT)))
+             for top in range(9) for left in range(9)}
+    drawn = recipe.draw(np.tile([32, 32], (600, 1)), range(600), [0], 1, seed=0, epoch=0)
     places = []
-    for i in range(600):
-        distance = (crops - recipe.make(image, i % 2, 1, rng(i))).abs().amax((1, 2, 3))
-        assert (distance < 1e-5).sum() == 1
-        places.append(int(distance.argmin()))
+    for n, (ints, floats) in enumerate(rows(drawn)):
+        made = views.crop(np.asarray(image), drawn, n, 32)[0, 0].numpy()
+        assert np.array_equal(made, np.asarray(views.reference(image, ints, floats, 32)))
+        places.append(crops[made.tobytes()])
     assert len(set(places)) > 145  # of 162; 158 expected
-    assert near(np.mean(np.array(places) >= 81), 0.5, 600)
+    assert near(np.mean([flip for flip, *_ in places]), 0.5, 600)
 
 
 def test_cifar_resizes_other_images_first():
     recipe = views.recipe("cifar", 16)
     small = photo(28, 28).resize((16, 16), Image.Resampling.BICUBIC)
-    assert torch.equal(recipe.make(photo(28, 28), 0, 1, rng(5)), recipe.make(small, 0, 1, rng(5)))
+    made = [views.crop(np.asarray(image), recipe.draw(np.array([image.size]), [5], [0], 1, seed=0, epoch=0), 0, 16)
+            for image in (photo(28, 28), small)]
+    assert off(*(view.numpy() for view in made)) <= 0.05
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 50), (500, 2)])
 def test_tiny_and_narrow_images_have_views(width, height):
-    recipe = views.recipe("imagenet", 8)
-    for i in range(20):
-        view = recipe.make(Image.new("RGB", (width, height), (9, 99, 199)), i % 8, 4, rng(i))
-        assert view.shape == (3, 8, 8) and torch.isfinite(view).all()
+    drawn = looks(1, 20, width, height)
+    for n, (ints, floats) in enumerate(rows(drawn)):
+        cropped = views.crop(np.full((height, width, 3), (9, 99, 199), np.uint8), drawn, n, 8)
+        assert views.paint(cropped[0, 0].numpy(), ints, floats).shape == (8, 8, 3)
 
 
 def test_wrong_use_is_refused():
@@ -173,6 +221,4 @@ def test_wrong_use_is_refused():
     with pytest.raises(ConfigError, match="space.image_size"):
         views.recipe("cifar", 0)
     with pytest.raises(ValueError, match="expected 0..1"):
-        views.recipe("cifar", 32).make(photo(32, 32), 2, 1, rng(0))
-    with pytest.raises(ValueError, match="expected RGB"):
-        views.recipe("cifar", 32).make(photo(32, 32).convert("L"), 0, 1, rng(0))
+        views.recipe("cifar", 32).draw(np.array([[32, 32]]), [0], [2], 1, seed=0, epoch=0)

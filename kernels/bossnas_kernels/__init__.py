@@ -2,16 +2,20 @@
 
 `gbn_act`: grouped batch norm + residual + activation. `dwconv2d`: depthwise convolution. `mhsa2d`: self-attention over
 the positions of a map. `lars_ema_step`: optimizer and moving average of many tensors. `byol_ensemble_loss`: the loss of
-ensemble bootstrapping. `use` chooses between the Triton kernels and `bossnas_kernels.reference`, their plain PyTorch
+ensemble bootstrapping. `augment_views`: augmented views of a batch of pictures. `use` chooses between the Triton kernels and `bossnas_kernels.reference`, their plain PyTorch
 yardstick; `implementation` says which one runs.
 """
 
 from __future__ import annotations
 
+from bossnas_kernels.augment_reference import Looks
 from bossnas_kernels.dispatch import (
+    augment_views,
     byol_ensemble_loss,
+    crop_views,
     dwconv2d,
     dwconv2d_stats,
+    finish_views,
     gbn_act,
     implementation,
     lars_ema_step,
@@ -20,5 +24,5 @@ from bossnas_kernels.dispatch import (
     use,
 )
 
-__all__ = ["byol_ensemble_loss", "dwconv2d", "dwconv2d_stats", "gbn_act", "implementation", "lars_ema_step", "mhsa2d",
-           "mhsa2d_stats", "use"]
+__all__ = ["Looks", "augment_views", "byol_ensemble_loss", "crop_views", "dwconv2d", "dwconv2d_stats", "finish_views",
+           "gbn_act", "implementation", "lars_ema_step", "mhsa2d", "mhsa2d_stats", "use"]

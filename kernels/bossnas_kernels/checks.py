@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from bossnas_kernels.augment_reference import Looks
 
 ACTIVATIONS = ("none", "relu", "silu")
 
@@ -100,6 +105,61 @@ def byol_ensemble_loss(q: Tensor, k: Tensor) -> None:
         raise ValueError(f"k: expected [T, {q.shape[1]}, {q.shape[2]}], images and dimensions of q, "
                          f"got {tuple(k.shape)}")
     same_device(q, k=k)
+
+
+def crop_views(pixels: Tensor, table: Tensor, looks: Looks, size: int) -> None:
+    if pixels.dim() != 1 or pixels.dtype != torch.uint8:
+        raise ValueError(f"pixels: expected uint8 [bytes], got {pixels.dtype} of shape {tuple(pixels.shape)}")
+    if table.dim() != 2 or table.shape[1] != 3 or table.dtype != torch.int64 or table.device.type != "cpu":
+        raise ValueError("table: expected int64 [N, 3] on the CPU, offset, height and width of every picture, "
+                         f"got {table.dtype} of shape {tuple(table.shape)} on {table.device}")
+    if size < 1:
+        raise ValueError(f"size: expected a positive number of pixels, got {size}")
+    _looks(looks, len(table))
+    offset, height, width = table.unbind(1)
+    _every("table", (offset >= 0) & (height > 0) & (width > 0) & (offset + 3 * height * width <= len(pixels)), table,
+           f"pictures of at least one pixel within the {len(pixels)} bytes of pixels")
+    top, left, high, wide = looks.ints[..., :4].long().unbind(-1)
+    inside = (top >= 0) & (left >= 0) & (high > 0) & (wide > 0) & (top + high <= height) & (left + wide <= width)
+    _every("looks.ints", inside, looks.ints, "crops of at least one pixel within their pictures")
+
+
+def finish_views(crops: Tensor, looks: Looks, mean: Sequence[float], std: Sequence[float]) -> None:
+    if crops.dim() != 5 or crops.dtype != torch.uint8 or crops.shape[4] != 3 or crops.shape[2] != crops.shape[3]:
+        raise ValueError(f"crops: expected uint8 [V, N, S, S, 3], got {crops.dtype} of shape {tuple(crops.shape)}")
+    if crops.numel() == 0:
+        raise ValueError(f"crops: expected at least one view of one pixel, got shape {tuple(crops.shape)}")
+    _looks(looks, crops.shape[1], crops.shape[0])
+    order = looks.ints[..., 7:11]
+    twice = ((order[..., None] == order[..., None, :]) & (order >= 0)[..., None]).sum((-1, -2)) > (order >= 0).sum(-1)
+    _every("looks.ints", ((order >= -1) & (order <= 3)).all(-1) & ~twice, looks.ints,
+           "an order (columns 7..10) of colour operations 0..3, none of them twice, and -1")
+    _every("looks.floats", looks.floats.isfinite().all(-1) & (looks.floats[..., 4] >= 0), looks.floats,
+           "finite factors and a sigma of at least 0")
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != 3:
+            raise ValueError(f"{name}: expected three numbers, one a channel, got {len(values)}")
+    if min(std) <= 0:
+        raise ValueError(f"std: expected positive numbers, got {tuple(std)}")
+
+
+def _looks(looks: Looks, images: int, views: int | None = None) -> None:
+    """Shapes, dtypes and device of Looks for so many pictures, and views if the number is known."""
+    for name, value, columns, dtype in (("looks.ints", looks.ints, 13, torch.int32),
+                                        ("looks.floats", looks.floats, 5, torch.float32)):
+        shape = (looks.ints.shape[0] if views is None else views, images, columns)
+        if tuple(value.shape) != shape or value.dtype != dtype or value.device.type != "cpu":
+            raise ValueError(f"{name}: expected {dtype} [{shape[0] if views else 'V'}, {images}, {columns}] on the CPU, "
+                             f"got {value.dtype} of shape {tuple(value.shape)} on {value.device}")
+    if looks.ints.numel() == 0:
+        raise ValueError(f"looks.ints: expected at least one view of one picture, got {tuple(looks.ints.shape)}")
+
+
+def _every(name: str, good: Tensor, values: Tensor, expected: str) -> None:
+    """Names the first row of values that is not good."""
+    if not good.all():
+        at = tuple((~good).nonzero()[0].tolist())
+        raise ValueError(f"{name}: expected {expected}, got {values[at].tolist()} at {list(at)}")
 
 
 def stats_groups(groups: int, batch: int) -> None:

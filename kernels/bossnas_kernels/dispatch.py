@@ -13,11 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bossnas_kernels import reference
+from bossnas_kernels import augment_reference, reference
+from bossnas_kernels.augment_reference import Looks
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
-    from bossnas_kernels import attention, common, depthwise, ensemble_loss, grouped_norm, lars
+    from bossnas_kernels import attention, augment, common, depthwise, ensemble_loss, grouped_norm, lars
 
 CHOICES = ("auto", "triton", "reference")
 _choice = "auto"
@@ -155,6 +156,43 @@ def byol_ensemble_loss(q: Tensor, k: Tensor) -> Tensor:
     if _by_kernel("byol_ensemble_loss", q) and _by_kernel("byol_ensemble_loss", k):
         return ensemble_loss.byol_ensemble_loss(q, k)
     return reference.byol_ensemble_loss(q, k)
+
+
+def crop_views(pixels: Tensor, table: Tensor, looks: Looks, size: int) -> Tensor:
+    """Crops of pictures as Pillow makes them: bicubic, antialiased, rounded to 8 bits after each direction.
+
+    pixels: uint8 [bytes], N RGB pictures of any sizes, rows of HWC; its device is where the work is done.
+    table: int64 [N, 3], of every picture the offset in pixels, height and width. looks: see `Looks`; a crop lies within
+    its picture. table and looks are on the CPU, where launches are planned, and best in pinned memory: they are copied
+    to a GPU, and nothing waits for it.
+
+    Returns uint8 [V, N, size, size, 3]: resized to size x size, shifted (black outside), then flipped. The kernels'
+    crops are Pillow's to the bit; those of the reference on a CPU are 0.02 of 255 off in the mean.
+    Raises ValueError for tensors that do not fit and crops that leave their picture.
+    """
+    module = augment_reference if implementation(pixels.device) == "reference" else augment
+    return module.crop_views(pixels, table, looks, size)
+
+
+def finish_views(crops: Tensor, looks: Looks, mean: tuple[float, float, float], std: tuple[float, float, float],
+                 dtype: torch.dtype = torch.float32) -> Tensor:
+    """Colour jitter, grey, Gaussian blur and solarisation of crops, then (pixel / 255 - mean) / std.
+
+    crops: uint8 [V, N, S, S, 3], from `crop_views`. looks: see `Looks`; on the CPU. mean, std: by channel.
+    dtype: float32, bfloat16 or float16. Returns [V, N, 3, S, S], every [v] in channels_last.
+
+    Colours are Pillow's to the bit, whatever the order of the operations; the blur, one filter instead of Pillow's
+    three, is 0.2 of 255 off in the mean. A view does not depend on what else is in the batch. Raises ValueError for
+    tensors that do not fit, orders that name an operation twice, and factors that are not finite.
+    """
+    module = augment_reference if implementation(crops.device) == "reference" else augment
+    return module.finish_views(crops, looks, mean, std, dtype)
+
+
+def augment_views(pixels: Tensor, table: Tensor, looks: Looks, size: int, mean: tuple[float, float, float],
+                  std: tuple[float, float, float], dtype: torch.dtype = torch.float32) -> Tensor:
+    """All V views of N pictures, [V, N, 3, size, size]: `finish_views` of `crop_views`."""
+    return finish_views(crop_views(pixels, table, looks, size), looks, mean, std, dtype)
 
 
 def _by_kernel(name: str, x: Tensor) -> bool:

@@ -1,0 +1,110 @@
+"""Loader processes: batches made ahead of the run, unreadable images counted, mistakes carried over."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from bossnas import dist
+from bossnas.collate import Collate
+from bossnas.errors import ConfigError
+from bossnas.views import one_thread
+
+log = logging.getLogger("bossnas.data")
+PREFETCH = 2  # batches that every worker makes ahead
+SHOWN = 10  # unreadable images that an error lists
+
+
+class Item(NamedTuple):
+    """What a worker hands over: a batch that Collate began, the unreadable images met (name -> problem), things to be
+    logged, and a ConfigError's parts (the whole would not travel)."""
+
+    parts: dict[str, Tensor]
+    bad: dict[str, str]
+    notes: list[str] = []
+    error: tuple[str, ...] = ()
+
+    @classmethod
+    def failed(cls, error: ConfigError, bad: dict[str, str]) -> Item:
+        return cls({}, bad, [], (error.field, error.problem, error.fix))
+
+
+def load(dataset: Dataset, collate: Collate, allowed: int, workers: int, device: torch.device,
+         known: dict[str, str]) -> Iterator[list[Tensor]]:
+    """The batches of a dataset of Items, completed on ``device``. ``known``: unreadable images that were met before.
+
+    Raises the ConfigErrors that the workers met, and one (data.max_bad) for more than ``allowed`` unreadable images.
+    """
+    met: dict[str, str] = {}
+    items = _from_workers(dataset, workers, device) if workers else _here(dataset)
+    with closing(items):
+        for parts, bad, notes, error in items:
+            for name, problem in bad.items():
+                if name not in known:
+                    log.warning("unreadable image %s is replaced: %s", name, problem)
+            for note in notes:
+                log.warning(note)
+            known.update(bad)
+            met.update(bad)
+            if len(met) > allowed:
+                shown = "; ".join(f"{name}: {problem}" for name, problem in list(met.items())[:SHOWN])
+                raise ConfigError("data.max_bad", f"{len(met)} images cannot be read, more than {allowed} ({shown})",
+                                  "pack the images again, which leaves such out, or raise data.max_bad")
+            if error:
+                raise ConfigError(*error)
+            yield collate.complete(parts, device)
+
+
+def _here(dataset: Dataset) -> Iterator[Item]:
+    if isinstance(dataset, IterableDataset):
+        yield from dataset
+    else:
+        for i in range(len(dataset)):
+            yield dataset[i]
+
+
+def _start_worker(worker: int) -> None:
+    # a scheduler signals the whole process group; the run must still get batches until it has saved its state
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    one_thread()
+
+
+def _context(dataset: Dataset) -> multiprocessing.context.BaseContext:
+    """How loader processes start. A process group has threads of its own, as have the drivers of object stores, and a
+    fork may then take over a lock that one of them holds just then: seen as a worker that hangs inside os.fork. So with
+    several ranks, and for streams, a server that has no threads forks."""
+    if dist.world_size() == 1 and not isinstance(dataset, IterableDataset):
+        return multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bossnas.data"])
+    return context
+
+
+def _from_workers(dataset: Dataset, workers: int, device: torch.device) -> Iterator[Item]:
+    # its own generator: the loader must not draw from the run's random numbers
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=PREFETCH,
+                        worker_init_fn=_start_worker, generator=torch.Generator(),
+                        multiprocessing_context=_context(dataset), pin_memory=device.type == "cuda")
+    handler = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        # torch's handler would raise for a dead worker wherever the run is just then, say while it saves its
+        # state; without it, the next batch raises
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    try:
+        yield from iterator
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ConfigError("data.workers", f"a loader process died ({error})", "use fewer, or give the "
+                          "machine more memory and shared memory (/dev/shm)") from error

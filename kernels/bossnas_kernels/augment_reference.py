@@ -1,0 +1,255 @@
+"""Augmented views of a batch of pictures in plain PyTorch: the truth of the `augment_views` kernels.
+
+Everything is Pillow's 8-bit arithmetic, Pillow 13's where versions differ. Between the steps of `finish_views` the
+planes are fp32 that holds whole numbers, and sums over a picture are exact: no result depends on an order of summation
+or on what else is in the batch. Comparisons and `where` are slow on a CPU; minima and maxima are not.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bossnas_kernels import checks
+
+# Columns of Looks.ints and of Looks.floats.
+DOWN, RIGHT, FLIP, GREY, SOLARISE = 4, 5, 6, 11, 12
+BOX, ORDER, SIGMA = slice(0, 4), slice(7, 11), 4
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # as the order names them, and the columns of their factors
+
+CROP_BITS = 22  # of the weights of a crop, as in Pillow
+MAX_SIGMA = 2.4  # pixels; a box of Pillow's blur reaches two pixels up to sqrt(6)
+CHUNK = {"cpu": 2**16, "cuda": 2**24}  # pixels at a time: on a CPU they stay in its cache
+
+
+class Looks(NamedTuple):
+    """What is done to N pictures to make V views of each.
+
+    ints: int32 [V, N, 13]. 0 top, 1 left, 2 height, 3 width of the crop, in pixels of the picture; 4 down, 5 right:
+    shift of the view over the resized crop, black outside; 6 flip; 7..10 the colour operations in their order
+    (0 brightness, 1 contrast, 2 saturation, 3 hue, -1 none); 11 grey; 12 solarise.
+    floats: float32 [V, N, 5]. 0..2 factors of brightness, contrast, saturation; 3 hue in turns, -0.5..0.5; 4 sigma of
+    the blur in pixels of the view, 0 for none.
+    """
+
+    ints: Tensor
+    floats: Tensor
+
+
+def crop_views(pixels: Tensor, table: Tensor, looks: Looks, size: int) -> Tensor:
+    """`bossnas_kernels.crop_views`. On a CPU by PyTorch's antialiased resize, 0.02 of 255 from Pillow's in the mean;
+    elsewhere, far more slowly, Pillow's to the bit."""
+    checks.crop_views(pixels, table, looks, size)
+    resize = resize_nearly if pixels.device.type == "cpu" else resize_exactly
+    views, images = looks.ints.shape[:2]
+    crops = torch.zeros(views, images, size, size, 3, dtype=torch.uint8, device=pixels.device)
+    for n, (offset, height, width) in enumerate(table.tolist()):
+        picture = pixels[offset:offset + 3 * height * width].view(height, width, 3)
+        for crop, (top, left, high, wide, down, right, flip) in zip(crops[:, n], looks.ints[:, n, :7].tolist(),
+                                                                    strict=True):
+            resized = resize(picture[top:top + high, left:left + wide], size)
+            down, right = (min(max(shift, -size), size) for shift in (down, right))
+            resized = resized[max(down, 0):size + min(down, 0), max(right, 0):size + min(right, 0)]
+            inside = crop[max(-down, 0):, max(-right, 0):][:resized.shape[0], :resized.shape[1]]
+            inside.copy_(resized)
+            if flip:
+                crop.copy_(crop.flip(1))
+    return crops
+
+
+def columns_first(height: int, width: int, size: int) -> bool:
+    """Whether Pillow 13 resizes height x width to size x size along columns first, then along rows."""
+    return height > size and height + size > 2 * width
+
+
+def resize_nearly(crop: Tensor, size: int) -> Tensor:
+    """uint8 [h, w, 3] -> [S, S, 3], by PyTorch, which resizes along rows first."""
+    height, width = crop.shape[:2]
+    picture = crop.permute(2, 0, 1)[None]
+    if columns_first(height, width, size):
+        picture = F.interpolate(picture, (size, width), mode="bicubic", antialias=True)
+    return F.interpolate(picture, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+
+
+def resize_exactly(crop: Tensor, size: int) -> Tensor:
+    """Pillow's bicubic resize, uint8 [h, w, 3] -> [S, S, 3]: in one direction after the other, rounded after each."""
+    height, width = crop.shape[:2]
+    crop, along_rows, along_columns = crop.double(), _weights(width, size, crop.device), _weights(height, size,
+                                                                                                  crop.device)
+    if columns_first(height, width, size):
+        crop = _rounded(torch.einsum("yh,hwc->ywc", along_columns, crop))
+        return _rounded(torch.einsum("xw,ywc->yxc", along_rows, crop)).to(torch.uint8)
+    crop = _rounded(torch.einsum("xw,hwc->hxc", along_rows, crop))
+    return _rounded(torch.einsum("yh,hxc->yxc", along_columns, crop)).to(torch.uint8)
+
+
+def _rounded(sums: Tensor) -> Tensor:
+    return ((sums + 2 ** (CROP_BITS - 1)) / 2**CROP_BITS).floor().clamp(0, 255)
+
+
+def _weights(length: int, size: int, device: torch.device) -> Tensor:
+    """Weights of Pillow's bicubic filter, whole numbers of 1/2^CROP_BITS: fp64 [size, length], so that sums are exact."""
+    scale = length / size
+    stretch = max(scale, 1.0)  # antialiased: the filter is as wide as what it makes one pixel of
+    centre = (torch.arange(size, dtype=torch.float64, device=device)[:, None] + 0.5) * scale
+    place = torch.arange(length, dtype=torch.float64, device=device)
+    inside = (place >= (centre - 2 * stretch + 0.5).trunc()) & (place < (centre + 2 * stretch + 0.5).trunc())
+    x = ((place - centre + 0.5) * (1 / stretch)).abs()
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((x - 5) * x + 8) * x * -0.5 + 2  # of a = -0.5, below 1 and below 2
+    weight = torch.where(x < 1, near, far) * (inside & (x < 2))
+    weight = weight / weight.sum(1, keepdim=True) * 2**CROP_BITS
+    return (weight + torch.where(weight < 0, -0.5, 0.5)).trunc()
+
+
+def finish_views(crops: Tensor, looks: Looks, mean: tuple[float, ...], std: tuple[float, ...],
+                 dtype: torch.dtype = torch.float32) -> Tensor:
+    """`bossnas_kernels.finish_views`."""
+    checks.finish_views(crops, looks, mean, std)
+    size, device = crops.shape[2], crops.device
+    flat, out = crops.reshape(-1, size * size, 3), torch.empty(crops.shape, dtype=dtype, device=device)
+    rows = out.view(flat.shape)
+    ints, floats = looks.ints.flatten(0, 1), looks.floats.flatten(0, 1)
+    scale, shift = (torch.tensor(t, device=device)[:, None, None] for t in normalisation(mean, std))
+    chunk = max(1, CHUNK.get(device.type, CHUNK["cuda"]) // size**2)
+    for order, views in _same_order(ints):
+        for some in views.split(chunk):
+            factors, sigmas, how = factors_of(floats[some]).to(device), floats[some, SIGMA], ints[some]
+            at = some.to(device) if len(some) > 1 else slice(int(some), int(some) + 1)  # a slice makes no copy
+            planes = flat[at].permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+            for operation in order:
+                _jitter(planes, operation, factors[:, operation, None])
+            _only(how[:, GREY] != 0, planes, lambda some, at: _luma(some).expand_as(some))
+            for whole in (0, 1):
+                boxes, reaches = blur_boxes(sigmas)
+                _only((sigmas > 0) & (reaches == whole), planes, lambda some, at, boxes=boxes, whole=whole: _blur(
+                    some.unflatten(2, (size, size)), boxes[at].to(device), whole).flatten(2))
+            _only(how[:, SOLARISE] != 0, planes, lambda some, at: torch.minimum(some, 255 - some))
+            planes.mul_(scale).add_(shift)
+            for channel in range(3):  # a CPU is three times slower with all at once
+                rows[at, :, channel] = planes[channel].to(dtype)
+    return out.permute(0, 1, 4, 2, 3)
+
+
+def augment_views(pixels: Tensor, table: Tensor, looks: Looks, size: int, mean: tuple[float, ...],
+                  std: tuple[float, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """`bossnas_kernels.augment_views`."""
+    return finish_views(crop_views(pixels, table, looks, size), looks, mean, std, dtype)
+
+
+def normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[list[float], list[float]]:
+    """(pixel / 255 - mean) / std as pixel * scale + shift, by channel."""
+    return [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+
+
+def factors_of(floats: Tensor) -> Tensor:
+    """float32 [..., 5] of Looks on the CPU -> factors of the colour operations, [..., 4]: the hue in whole 1/255 of a
+    turn, cut off in fp64 as torchvision does."""
+    return torch.cat([floats[..., :HUE], (floats[..., HUE:SIGMA].double() * 255).trunc().float()], -1)
+
+
+def blur_boxes(sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """The box that Pillow's Gaussian blur takes three times in each direction.
+
+    sigma: [n], on the CPU. Returns float32 [n, 2], weights of the pixels up to `whole` away and of the two next, and
+    whole [n], 0 or 1 up to MAX_SIGMA. Pillow's weights are the same numbers with 24 bits behind the point.
+    """
+    variance = sigma.double() ** 2 / 3
+    whole = ((torch.sqrt(12 * variance + 1) - 1) / 2).floor()
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    # as Pillow has it, which computes from here on in fp32 and whole numbers
+    inner = (2**24 / ((whole + part).float() * 2 + 1)).floor()
+    outer = ((2**24 - (2 * whole + 1) * inner) / 2).floor()
+    return torch.stack([inner, outer], -1).float() / 2**24, whole
+
+
+def _same_order(ints: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+    """Orders of colour operations, and the numbers of the views that have them. ints: [views, 13]."""
+    orders = ints[:, ORDER].tolist()
+    by_order = sorted(range(len(orders)), key=orders.__getitem__)
+    for order, views in itertools.groupby(by_order, key=orders.__getitem__):
+        yield [operation for operation in order if operation >= 0], torch.tensor(list(views))
+
+
+def _only(chosen: Tensor, planes: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Puts function(views, their numbers) in the place of the chosen views of planes [3, n, ...]. chosen: bool [n]."""
+    at = chosen.nonzero()[:, 0]
+    if len(at) == len(chosen):
+        planes.copy_(function(planes, at))
+    elif len(at):
+        there = at.to(planes.device)
+        planes.index_copy_(1, there, function(planes[:, there], at))
+
+
+def _jitter(planes: Tensor, operation: int, factor: Tensor) -> None:
+    """One colour operation on planes [3, n, pixels], in place; factor: [n, 1]."""
+    if operation == HUE:
+        _turn_hue(planes, factor)
+        return
+    if operation == BRIGHTNESS:
+        planes.mul_(factor)
+    else:
+        other = _luma(planes)
+        if operation == CONTRAST:
+            other = (other.sum(1, keepdim=True, dtype=torch.float64) / other.shape[1] + 0.5).floor().float()
+        planes.sub_(other).mul_(factor).add_(other)
+    planes.clamp_(0, 255).floor_()
+
+
+def _luma(planes: Tensor) -> Tensor:
+    """Pillow's greyscale of planes [3, n, pixels]: [n, pixels]."""
+    red, green, blue = planes
+    luma = (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471)
+    return luma.add_(2**15).mul_(2**-16).floor_()
+
+
+def _turn_hue(planes: Tensor, turn: Tensor) -> None:
+    """Pillow's HSV, which has 8 bits a channel, with another hue, in place. Every rounding is where Pillow has one.
+
+    planes: [3, n, pixels]. turn: [n, 1], in 1/255.
+    """
+    red, green, blue = planes
+    more, less = torch.maximum(red, green), torch.minimum(red, green)
+    high, low = torch.maximum(more, blue), torch.minimum(less, blue)
+    spread = high - low
+    below = (high - torch.maximum(less, torch.minimum(more, blue))).div_(spread.clamp(min=1))
+    # Hue 0..6 is base + below or base - below, by the order of the channels; equal ones give the same either way. Of
+    # three comparisons around the circle one is true (+) or two are (-).
+    a, b, c = (torch.ge(x, y, out=torch.empty_like(x)) for x, y in ((red, green), (green, blue), (blue, red)))
+    b.add_(c)
+    base = torch.addcmul(c, a, c).sub_((a - b).clamp_(min=0)).mul_(2).add_(1)
+    hue = a.add_(b).mul_(-2).add_(3).mul_(below).add_(base).div_(6)
+    hue.sub_(hue.floor()).mul_(255).floor_().add_(turn)
+    hue.sub_((hue / 256).floor_(), alpha=256).mul_(6)
+    # What a channel can lose of the highest value, in a 255th of the way from one corner of the hexagon to the next.
+    lost = (spread / high.clamp(min=1)).mul_(255).floor_().mul_(high).div_(255 * 255)
+    ways = (hue - 765).abs_().neg_().add_(510), (hue - 510).abs_().sub_(255), (hue - 1020).abs_().sub_(255)
+    for plane, way in zip(planes, ways, strict=True):
+        torch.sub(high, way.clamp_(0, 255).mul_(lost), out=plane)
+    planes.add_(0.5).floor_()
+
+
+def _blur(planes: Tensor, boxes: Tensor, whole: int) -> Tensor:
+    """Three boxes along rows, three along columns, rounded after each. planes: [3, n, S, S]; boxes: [n, 2]."""
+    size, reach = planes.shape[2], whole + 1
+    inner, outer = boxes.T[:, :, None, None]
+    for dim in (3, 2):
+        shape = list(planes.shape)
+        shape[dim] += 2 * reach
+        wide = planes.new_empty(shape)
+        middle, ends = wide.narrow(dim, reach, size), (wide.narrow(dim, 0, reach), wide.narrow(dim, reach + size, reach))
+        middle.copy_(planes)
+        for _ in range(3):
+            for end, edge in zip(ends, (0, size - 1), strict=True):
+                end.copy_(middle.narrow(dim, edge, 1))
+            around = (wide.narrow(dim, 0, size) + wide.narrow(dim, 2 * reach, size)).mul_(outer)
+            if whole:
+                middle = middle + wide.narrow(dim, 1, size) + wide.narrow(dim, 3, size)
+            planes = torch.mul(middle, inner).add_(around).round_()
+            middle = wide.narrow(dim, reach, size)
+            middle.copy_(planes)
+    return planes
