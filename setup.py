@@ -27,6 +27,9 @@ setup(
         "deepspeed",
         "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
         "webdataset",
+        "fsspec",
+        "simplejpeg",
+        "opencv-python-headless",
         "timm",
         "pyyaml",
         "numpy",
@@ -37,8 +40,11 @@ setup(
         "pillow",
     ],
     extras_require={
+        "http": ["aiohttp"],  # shards on web servers; object stores:
+        "s3": ["s3fs"],
+        "gs": ["gcsfs"],
         "gpu": ["nvidia-ml-py"],  # what torch.cuda.utilization and temperature need
         "report": ["matplotlib", "tensorboard"],
-        "dev": ["matplotlib", "pytest", "pytest-timeout", "ruff", "fvcore"],
+        "dev": ["aiohttp", "matplotlib", "pytest", "pytest-timeout", "ruff", "fvcore"],
     },
 )

@@ -45,14 +45,16 @@ class Collate:
                 into[start:start + length] = picture.reshape(-1)
             table = torch.from_numpy(np.column_stack([starts, sizes]).astype(np.int64))
             return {"pixels": pixels, "table": table, "ints": looks.ints, "floats": looks.floats}
-        crops = torch.cat([views.crop(picture, looks, n, self.recipe.image_size)
-                           for n, picture in enumerate(pictures)], 1)
+        size = self.recipe.image_size
+        crops = torch.empty(len(self.views), len(pictures), size, size, 3, dtype=torch.uint8)
+        made, ints, floats = crops.numpy(), looks.ints.tolist(), looks.floats.tolist()
+        for n, picture in enumerate(pictures):
+            views.crop(picture, [of_view[n][:7] for of_view in ints], made[:, n])
         if self.place == "worker_crops":
             return {"crops": crops, "ints": looks.ints, "floats": looks.floats}
         if self.recipe.name != "cifar":  # a CIFAR view is a crop and a flip
-            ints, floats, painted = looks.ints.tolist(), looks.floats.tolist(), crops.numpy()
             for v, n in np.ndindex(*crops.shape[:2]):
-                painted[v, n] = views.paint(painted[v, n], ints[v][n], floats[v][n])
+                made[v, n] = views.paint(made[v, n], ints[v][n], floats[v][n])
         return {"pictures": crops}
 
     def complete(self, parts: dict[str, Tensor], device: torch.device) -> list[Tensor]:

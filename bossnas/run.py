@@ -120,7 +120,8 @@ def save(run: Run, folder: Folder, engine: Engine | None) -> None:
     state = run.state
     values = {"block": state.block, "step": state.step, "images_seen": state.images_seen,
               "winners": [encode(p) for p in state.winners], "data": _data_state(run),
-              "online": run.online.state_dict(), "target": run.target.state_dict(), "predictors": run.predictors.state_dict()}
+              "online": run.online.state_dict(), "target": run.target.state_dict(),
+              "predictors": run.predictors.state_dict()}
     checkpoint.save(folder / "checkpoints", f"block{state.block}-step{state.step:06d}", values, engine,
                     run.config.checkpoint.keep)
 
@@ -157,5 +158,5 @@ def _check_data(saved: dict, now: dict, within_block: bool) -> None:
                           "give it the shards it began with, or start a new run")
     if saved["readers"] != now["readers"] and within_block:
         raise ConfigError("data.workers", f"streams are read by {now['readers']} readers (ranks x workers), but the "
-                          f"run was stopped with {saved['readers']}", "use as many, or data.reader=index on local shards, "
-                          "which any number may read")
+                          f"run was stopped with {saved['readers']}", "use as many, or data.reader=index on local "
+                          "shards, which any number may read")

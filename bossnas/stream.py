@@ -26,7 +26,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from bossnas.errors import ConfigError
-from bossnas.shards import OPENERS, entries, expand, expand_braces, is_remote
+from bossnas.shards import OPENERS, expand, expand_braces, is_remote
+from bossnas.tars import entries
 
 log = logging.getLogger("bossnas.stream")
 CHUNK = 2**20  # bytes asked of a source at once

@@ -13,7 +13,8 @@ from bossnas.errors import ConfigError
 from bossnas.images import EXTENSIONS, BadImage, decode
 from bossnas.log import progress as show_progress
 from bossnas.pack import read_record, sha256
-from bossnas.shards import OPENERS, entries, index_shard
+from bossnas.shards import OPENERS, index_shard
+from bossnas.tars import entries
 
 AGAIN = "pack again: whole shards are kept"
 

@@ -33,6 +33,7 @@ JITTER = np.array([0.4, 0.4, 0.2, 0.1])  # brightness, contrast, saturation, hue
 BLUR_SIGMA = (0.1, 2.0)  # pixels, at any image size
 BLUR_P, SOLARISE_P = np.array([0.1, 1.0]), np.array([0.0, 0.2])  # of augmentations A and B
 SOLARISE_AT = 128
+ONE_FILTER = 1.05  # sigma from which one filter stands for Pillow's three: what they round in between is small then
 MEAN = {"imagenet": (0.485, 0.456, 0.406), "cifar": (0.4914, 0.4822, 0.4465)}  # by channel, of pixels in 0..1
 STD = {"imagenet": (0.229, 0.224, 0.225), "cifar": (0.2023, 0.1994, 0.201)}
 DRAWS = {"imagenet": 56, "cifar": 4}  # uniform numbers set aside for a view: a multiple of the generator's 4
@@ -162,11 +163,27 @@ def reference(image: Image.Image, ints: Sequence[int], floats: Sequence[float], 
     return ImageOps.solarize(view, SOLARISE_AT) if ints[SOLARISE] else view
 
 
-def crop(picture: np.ndarray, looks: Looks, n: int, size: int) -> Tensor:
-    """The crops of picture n (uint8 [H, W, 3]) for all its views, with shift and flip: uint8 [V, 1, S, S, 3]."""
-    table = torch.tensor([[0, *picture.shape[:2]]])
-    return augment_reference.crop_views(torch.from_numpy(picture).flatten(), table,
-                                        Looks(looks.ints[:, n:n + 1], looks.floats[:, n:n + 1]), size)
+def crop(picture: np.ndarray, places: Sequence[Sequence[int]], out: np.ndarray) -> None:
+    """The crops of a picture (uint8 [H, W, 3]) for V views, written to ``out``, uint8 [V, S, S, 3].
+
+    places: by view the first seven columns of Looks.ints: box, shift and flip. The same crops as
+    `bossnas_kernels.crop_views`, one picture at a time.
+    """
+    size = out.shape[1]
+    for (top, left, high, wide, down, right, flip), view in zip(places, out, strict=True):
+        part = picture[top:top + high, left:left + wide]
+        if part.shape[:2] != (size, size):
+            part = augment_reference.resize_nearly(torch.from_numpy(part), size).numpy()
+        if flip:  # before the shift, which goes the other way then
+            part, right = part[:, ::-1], -right
+        if down or right:
+            part = part[max(down, 0):size + min(down, 0), max(right, 0):size + min(right, 0)]
+            view[:] = 0
+            view = view[max(-down, 0):, max(-right, 0):][:part.shape[0], :part.shape[1]]
+        elif flip and cv2 is not None:
+            cv2.flip(part[:, ::-1], 1, view)
+            continue
+        np.copyto(view, part)
 
 
 def augment(pixels: Tensor, table: Tensor, looks: Looks, recipe: Recipe) -> Tensor:
@@ -228,17 +245,17 @@ def _blend(other: int, factor: float) -> np.ndarray:
 def _turn_hue(picture: np.ndarray, turns: float) -> np.ndarray:
     """torchvision's adjust_hue for Pillow images: hue and saturation have 8 bits, cut off."""
     rows = (picture.shape[0], -1)  # whole rows at once: NumPy is slow along a last dimension of 3
-    hsv = cv2.cvtColor(np.multiply(picture, np.float32(1 / 255)), cv2.COLOR_RGB2HSV)  # 0..360, 0..1, 0..1
-    scaled = hsv.reshape(rows)
-    scaled *= _row(picture.shape[1], 255 / 360, 255, 255)
-    scaled += np.float32(1e-3)  # an exact level stays one in spite of rounding
-    levels = scaled.astype(np.uint8)
-    levels[:, ::3] += np.uint8(int(turns * 255) % 256)
-    np.multiply(levels, _row(picture.shape[1], 360 / 255, 1 / 255, 1 / 255), out=scaled)
-    return cv2.convertScaleAbs(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), alpha=255)
+    hsv = cv2.cvtColor(picture.astype(np.float32), cv2.COLOR_RGB2HSV)  # 0..360, 0..1, 0..255
+    scaled, width = hsv.reshape(rows), picture.shape[1]
+    scaled *= _row(width, 255 / 360, 255, 1)
+    # 1e-3: an exact level stays one in spite of rounding. Hues from 256 on start again at 0.
+    scaled += _row(width, int(turns * 255) % 256 + 1e-3, 1e-3, 1e-3)
+    levels = scaled.astype(np.int16).astype(np.uint8)
+    np.multiply(levels, _row(width, 360 / 255, 1 / 255, 1), out=scaled)
+    return cv2.convertScaleAbs(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _row(width: int, *of_pixel: float) -> np.ndarray:
     """The three numbers once for every pixel of a row."""
     return np.tile(np.array(of_pixel, np.float32), width)
@@ -250,7 +267,7 @@ def _blur(picture: np.ndarray, sigma: float) -> np.ndarray:
     whole = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
     box = np.array([part, *[1] * (2 * whole + 1), part], np.float32) / np.float32(2 * (whole + part) + 1)
-    if whole:  # wide: the roundings in between are small beside it, and one filter is faster
+    if sigma > ONE_FILTER:
         taps = np.convolve(np.convolve(box, box), box)
         return cv2.sepFilter2D(picture, -1, taps, taps, borderType=cv2.BORDER_REPLICATE)
     for kernel in 3 * [box[None]] + 3 * [box[:, None]]:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS: dict[int, tuple[str, ...]] = {
     0: ("",),
     1: ("errors", "config", "paths", "dist", "runfolder", "log", "tables", "intervals"),
-    2: ("ops", "heads", "optim", "images", "shards", "stream", "views", "pareto",
+    2: ("ops", "heads", "optim", "images", "tars", "shards", "stream", "views", "pareto",
         "sources", "imagenet", "cifar", "pack", "verify", "engines.protocol"),
     3: ("spaces.hytra", "spaces.mbconv", "spaces.nats", "spaces", "cost", "latency", "supernet", "collate", "loader", "data", "bossnet"),
     4: (

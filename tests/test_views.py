@@ -16,6 +16,7 @@ from torchvision.transforms import functional as F
 
 from bossnas import views
 from bossnas.errors import ConfigError
+from bossnas_kernels import crop_views
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -40,6 +41,12 @@ def looks(augmentation: int, count: int = 4000, width: int = 640, height: int = 
 def rows(drawn: views.Looks):
     """(ints, floats) of every view, as `reference` and `paint` take them."""
     return zip(drawn.ints.flatten(0, 1).tolist(), drawn.floats.flatten(0, 1).tolist(), strict=True)
+
+
+def crop(image: Image.Image, ints: list[int], size: int) -> np.ndarray:
+    out = np.full((1, size, size, 3), 77, np.uint8)
+    views.crop(np.array(image), [ints[:7]], out)
+    return out[0]
 
 
 def off(a: Image.Image | np.ndarray, b: Image.Image | np.ndarray) -> float:
@@ -149,18 +156,26 @@ def test_each_colour_operation_of_painting_is_nearly_pillows(which):
 def test_crop_is_antialiased_and_keeps_to_its_box():
     image = Image.new("RGB", (200, 100), (255, 0, 0))
     image.paste(Image.fromarray(np.indices((64, 64)).sum(0).astype(np.uint8) % 2 * 255), (100, 20))
-    drawn = looks(0, 1, 200, 100)
-    drawn.ints[:] = torch.tensor([20, 100, 64, 64, 0, 0, 0, -1, -1, -1, -1, 0, 0])
-    view = views.crop(np.asarray(image), drawn, 0, 8)[0, 0].numpy().astype(float)
+    view = crop(image, [20, 100, 64, 64, 0, 0, 0], 8).astype(float)
     assert np.abs(view - 127.5).max() < 6  # a checkerboard becomes grey; no red comes in over the edge
 
 
-def test_crops_are_the_references():
+@pytest.mark.parametrize("with_opencv", [True, False])
+def test_crops_are_the_references(with_opencv, monkeypatch):
+    if not with_opencv:
+        monkeypatch.setattr(views, "cv2", None)
     image = photo(320, 240)
-    drawn = looks(0, 30, 320, 240)
-    for n, (ints, _) in enumerate(rows(drawn)):
-        expected = views.reference(image, [*ints[:7], -1, -1, -1, -1, 0, 0], [1, 1, 1, 0, 0], 48)
-        assert off(views.crop(np.asarray(image), drawn, n, 48)[0, 0].numpy(), expected) <= 0.05
+    boxes = [ints[:7] for ints, _ in rows(looks(0, 30, 320, 240))]
+    boxes += [[*box[:4], down, right, box[6]] for box, down, right in zip(
+        boxes[:8], (1, -1, 3, -5, 0, 0, 47, -47), (0, 2, -4, -1, 7, -7, 0, 9), strict=True)]
+    drawn = views.Looks(torch.zeros(1, len(boxes), 13, dtype=torch.int32), torch.zeros(1, len(boxes), 5))
+    drawn.ints[0, :, :7] = torch.tensor(boxes)
+    pixels = torch.from_numpy(np.array(image)).flatten()
+    kernels = crop_views(pixels, torch.tensor([[0, 240, 320]] * len(boxes)), drawn, 48)[0].numpy()
+    for box, of_kernels in zip(boxes, kernels, strict=True):
+        made = crop(image, box, 48)
+        assert off(made, views.reference(image, [*box, -1, -1, -1, -1, 0, 0], [1, 1, 1, 0, 0], 48)) <= 0.05
+        assert np.array_equal(made, of_kernels)
 
 
 @pytest.mark.parametrize("name", ["imagenet", "cifar"])
@@ -191,8 +206,8 @@ def test_cifar_views_are_the_crops_and_flips_of_the_padded_image():
              for top in range(9) for left in range(9)}
     drawn = recipe.draw(np.tile([32, 32], (600, 1)), range(600), [0], 1, seed=0, epoch=0)
     places = []
-    for n, (ints, floats) in enumerate(rows(drawn)):
-        made = views.crop(np.asarray(image), drawn, n, 32)[0, 0].numpy()
+    for ints, floats in rows(drawn):
+        made = crop(image, ints, 32)
         assert np.array_equal(made, np.asarray(views.reference(image, ints, floats, 32)))
         places.append(crops[made.tobytes()])
     assert len(set(places)) > 145  # of 162; 158 expected
@@ -202,17 +217,17 @@ def test_cifar_views_are_the_crops_and_flips_of_the_padded_image():
 def test_cifar_resizes_other_images_first():
     recipe = views.recipe("cifar", 16)
     small = photo(28, 28).resize((16, 16), Image.Resampling.BICUBIC)
-    made = [views.crop(np.asarray(image), recipe.draw(np.array([image.size]), [5], [0], 1, seed=0, epoch=0), 0, 16)
+    made = [crop(image, recipe.draw(np.array([image.size]), [5], [0], 1, seed=0, epoch=0).ints[0, 0].tolist(), 16)
             for image in (photo(28, 28), small)]
-    assert off(*(view.numpy() for view in made)) <= 0.05
+    assert off(*made) <= 0.05
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 50), (500, 2)])
 def test_tiny_and_narrow_images_have_views(width, height):
     drawn = looks(1, 20, width, height)
-    for n, (ints, floats) in enumerate(rows(drawn)):
-        cropped = views.crop(np.full((height, width, 3), (9, 99, 199), np.uint8), drawn, n, 8)
-        assert views.paint(cropped[0, 0].numpy(), ints, floats).shape == (8, 8, 3)
+    for ints, floats in rows(drawn):
+        cropped = crop(Image.new("RGB", (width, height), (9, 99, 199)), ints, 8)
+        assert (cropped == [9, 99, 199]).all() and views.paint(cropped, ints, floats).shape == (8, 8, 3)
 
 
 def test_wrong_use_is_refused():

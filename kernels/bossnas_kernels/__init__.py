@@ -2,8 +2,9 @@
 
 `gbn_act`: grouped batch norm + residual + activation. `dwconv2d`: depthwise convolution. `mhsa2d`: self-attention over
 the positions of a map. `lars_ema_step`: optimizer and moving average of many tensors. `byol_ensemble_loss`: the loss of
-ensemble bootstrapping. `augment_views`: augmented views of a batch of pictures. `use` chooses between the Triton kernels and `bossnas_kernels.reference`, their plain PyTorch
-yardstick; `implementation` says which one runs.
+ensemble bootstrapping. `augment_views`: augmented views of a batch of pictures. `use` chooses between the Triton
+kernels and their plain PyTorch yardstick (`bossnas_kernels.reference`, `augment_reference`); `implementation` says
+which one runs.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ or on what else is in the batch. Comparisons and `where` are slow on a CPU; mini
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -62,9 +62,9 @@ def crop_views(pixels: Tensor, table: Tensor, looks: Looks, size: int) -> Tensor
     return crops
 
 
-def columns_first(height: int, width: int, size: int) -> bool:
-    """Whether Pillow 13 resizes height x width to size x size along columns first, then along rows."""
-    return height > size and height + size > 2 * width
+def columns_first(height: Tensor, width: Tensor, size: int) -> Tensor:
+    """Whether Pillow 13 resizes height x width to size x size along columns first, then along rows. Also of numbers."""
+    return (height > size) & (height + size > 2 * width)
 
 
 def resize_nearly(crop: Tensor, size: int) -> Tensor:
@@ -93,7 +93,7 @@ def _rounded(sums: Tensor) -> Tensor:
 
 
 def _weights(length: int, size: int, device: torch.device) -> Tensor:
-    """Weights of Pillow's bicubic filter, whole numbers of 1/2^CROP_BITS: fp64 [size, length], so that sums are exact."""
+    """Weights of Pillow's bicubic filter in 1/2^CROP_BITS, whole numbers: sums in fp64 are exact. [size, length]."""
     scale = length / size
     stretch = max(scale, 1.0)  # antialiased: the filter is as wide as what it makes one pixel of
     centre = (torch.arange(size, dtype=torch.float64, device=device)[:, None] + 0.5) * scale
@@ -114,21 +114,25 @@ def finish_views(crops: Tensor, looks: Looks, mean: tuple[float, ...], std: tupl
     flat, out = crops.reshape(-1, size * size, 3), torch.empty(crops.shape, dtype=dtype, device=device)
     rows = out.view(flat.shape)
     ints, floats = looks.ints.flatten(0, 1), looks.floats.flatten(0, 1)
+    grey, solarise, sigma = ints[:, GREY] != 0, ints[:, SOLARISE] != 0, floats[:, SIGMA]
+    (boxes, whole), factors = blur_boxes(sigma), factors_of(floats).to(device)
+    blurs = [(reach, (sigma > 0) & (whole == reach)) for reach in (0, 1)]
+    boxes = boxes.to(device)
     scale, shift = (torch.tensor(t, device=device)[:, None, None] for t in normalisation(mean, std))
     chunk = max(1, CHUNK.get(device.type, CHUNK["cuda"]) // size**2)
     for order, views in _same_order(ints):
         for some in views.split(chunk):
-            factors, sigmas, how = factors_of(floats[some]).to(device), floats[some, SIGMA], ints[some]
-            at = some.to(device) if len(some) > 1 else slice(int(some), int(some) + 1)  # a slice makes no copy
+            at = slice(int(some), int(some) + 1) if len(some) == 1 else some.to(device)  # a slice makes no copy
             planes = flat[at].permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
             for operation in order:
-                _jitter(planes, operation, factors[:, operation, None])
-            _only(how[:, GREY] != 0, planes, lambda some, at: _luma(some).expand_as(some))
-            for whole in (0, 1):
-                boxes, reaches = blur_boxes(sigmas)
-                _only((sigmas > 0) & (reaches == whole), planes, lambda some, at, boxes=boxes, whole=whole: _blur(
-                    some.unflatten(2, (size, size)), boxes[at].to(device), whole).flatten(2))
-            _only(how[:, SOLARISE] != 0, planes, lambda some, at: torch.minimum(some, 255 - some))
+                _jitter(planes, operation, factors[at, operation, None])
+            for those, which in _chosen(grey[some], planes):
+                planes[:, which] = _luma(those)
+            for reach, chosen in blurs:
+                for those, which in _chosen(chosen[some], planes):
+                    planes[:, which] = _blur(those, size, boxes[at][which], reach)
+            for those, which in _chosen(solarise[some], planes):
+                planes[:, which] = torch.minimum(those, 255 - those)
             planes.mul_(scale).add_(shift)
             for channel in range(3):  # a CPU is three times slower with all at once
                 rows[at, :, channel] = planes[channel].to(dtype)
@@ -175,14 +179,13 @@ def _same_order(ints: Tensor) -> Iterator[tuple[list[int], Tensor]]:
         yield [operation for operation in order if operation >= 0], torch.tensor(list(views))
 
 
-def _only(chosen: Tensor, planes: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Puts function(views, their numbers) in the place of the chosen views of planes [3, n, ...]. chosen: bool [n]."""
-    at = chosen.nonzero()[:, 0]
-    if len(at) == len(chosen):
-        planes.copy_(function(planes, at))
-    elif len(at):
-        there = at.to(planes.device)
-        planes.index_copy_(1, there, function(planes[:, there], at))
+def _chosen(chosen: Tensor, planes: Tensor) -> Iterator[tuple[Tensor, Tensor | slice]]:
+    """Planes [3, n, pixels] of the chosen views and their numbers; nothing if none is chosen. chosen: bool [n]."""
+    if chosen.all():
+        yield planes, slice(None)
+    elif chosen.any():
+        which = chosen.nonzero()[:, 0].to(planes.device)
+        yield planes[:, which], which
 
 
 def _jitter(planes: Tensor, operation: int, factor: Tensor) -> None:
@@ -226,30 +229,27 @@ def _turn_hue(planes: Tensor, turn: Tensor) -> None:
     hue.sub_(hue.floor()).mul_(255).floor_().add_(turn)
     hue.sub_((hue / 256).floor_(), alpha=256).mul_(6)
     # What a channel can lose of the highest value, in a 255th of the way from one corner of the hexagon to the next.
-    lost = (spread / high.clamp(min=1)).mul_(255).floor_().mul_(high).div_(255 * 255)
+    lost = (spread / high.clamp(min=1)).mul_(255).floor_().mul_(high).mul_(1 / 65025)
     ways = (hue - 765).abs_().neg_().add_(510), (hue - 510).abs_().sub_(255), (hue - 1020).abs_().sub_(255)
     for plane, way in zip(planes, ways, strict=True):
         torch.sub(high, way.clamp_(0, 255).mul_(lost), out=plane)
     planes.add_(0.5).floor_()
 
 
-def _blur(planes: Tensor, boxes: Tensor, whole: int) -> Tensor:
-    """Three boxes along rows, three along columns, rounded after each. planes: [3, n, S, S]; boxes: [n, 2]."""
-    size, reach = planes.shape[2], whole + 1
+def _blur(planes: Tensor, size: int, boxes: Tensor, whole: int) -> Tensor:
+    """Three boxes along rows, three along columns, rounded after each. planes: [3, n, S*S]; boxes: [n, 2]."""
+    reach = whole + 1
     inner, outer = boxes.T[:, :, None, None]
+    planes = planes.unflatten(2, (size, size))
     for dim in (3, 2):
-        shape = list(planes.shape)
-        shape[dim] += 2 * reach
-        wide = planes.new_empty(shape)
-        middle, ends = wide.narrow(dim, reach, size), (wide.narrow(dim, 0, reach), wide.narrow(dim, reach + size, reach))
-        middle.copy_(planes)
+        wide = planes.new_empty([n + 2 * reach * (d == dim) for d, n in enumerate(planes.shape)])
+        middle = wide.narrow(dim, reach, size).copy_(planes)
         for _ in range(3):
-            for end, edge in zip(ends, (0, size - 1), strict=True):
-                end.copy_(middle.narrow(dim, edge, 1))
+            wide.narrow(dim, 0, reach).copy_(middle.narrow(dim, 0, 1))
+            wide.narrow(dim, reach + size, reach).copy_(middle.narrow(dim, size - 1, 1))
             around = (wide.narrow(dim, 0, size) + wide.narrow(dim, 2 * reach, size)).mul_(outer)
             if whole:
-                middle = middle + wide.narrow(dim, 1, size) + wide.narrow(dim, 3, size)
-            planes = torch.mul(middle, inner).add_(around).round_()
-            middle = wide.narrow(dim, reach, size)
-            middle.copy_(planes)
-    return planes
+                middle.copy_((middle + wide.narrow(dim, 1, size)).add_(wide.narrow(dim, 3, size)))
+            middle.mul_(inner).add_(around).round_()
+        planes = middle
+    return planes.flatten(2)

@@ -117,8 +117,9 @@ def crop_views(pixels: Tensor, table: Tensor, looks: Looks, size: int) -> None:
         raise ValueError(f"size: expected a positive number of pixels, got {size}")
     _looks(looks, len(table))
     offset, height, width = table.unbind(1)
-    _every("table", (offset >= 0) & (height > 0) & (width > 0) & (offset + 3 * height * width <= len(pixels)), table,
-           f"pictures of at least one pixel within the {len(pixels)} bytes of pixels")
+    inside = (offset >= 0) & (height > 0) & (width > 0) & (offset + 3 * height * width <= len(pixels))
+    _every("table", inside & (3 * height * width < 2**31), table,
+           f"pictures of at least one pixel and less than 2^31 bytes within the {len(pixels)} bytes of pixels")
     top, left, high, wide = looks.ints[..., :4].long().unbind(-1)
     inside = (top >= 0) & (left >= 0) & (high > 0) & (wide > 0) & (top + high <= height) & (left + wide <= width)
     _every("looks.ints", inside, looks.ints, "crops of at least one pixel within their pictures")
@@ -147,10 +148,10 @@ def _looks(looks: Looks, images: int, views: int | None = None) -> None:
     """Shapes, dtypes and device of Looks for so many pictures, and views if the number is known."""
     for name, value, columns, dtype in (("looks.ints", looks.ints, 13, torch.int32),
                                         ("looks.floats", looks.floats, 5, torch.float32)):
-        shape = (looks.ints.shape[0] if views is None else views, images, columns)
-        if tuple(value.shape) != shape or value.dtype != dtype or value.device.type != "cpu":
-            raise ValueError(f"{name}: expected {dtype} [{shape[0] if views else 'V'}, {images}, {columns}] on the CPU, "
-                             f"got {value.dtype} of shape {tuple(value.shape)} on {value.device}")
+        expected = (looks.ints.shape[0] if views is None else views, images, columns)
+        if tuple(value.shape) != expected or value.dtype != dtype or value.device.type != "cpu":
+            raise ValueError(f"{name}: expected {dtype} [{expected[0] if views else 'V'}, {images}, {columns}] on the "
+                             f"CPU, got {value.dtype} of shape {tuple(value.shape)} on {value.device}")
     if looks.ints.numel() == 0:
         raise ValueError(f"looks.ints: expected at least one view of one picture, got {tuple(looks.ints.shape)}")
 

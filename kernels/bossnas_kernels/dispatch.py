@@ -18,7 +18,16 @@ from bossnas_kernels.augment_reference import Looks
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
-    from bossnas_kernels import attention, augment, common, depthwise, ensemble_loss, grouped_norm, lars
+    from bossnas_kernels import (
+        attention,
+        augment_colours,
+        augment_crops,
+        common,
+        depthwise,
+        ensemble_loss,
+        grouped_norm,
+        lars,
+    )
 
 CHOICES = ("auto", "triton", "reference")
 _choice = "auto"
@@ -170,7 +179,7 @@ def crop_views(pixels: Tensor, table: Tensor, looks: Looks, size: int) -> Tensor
     crops are Pillow's to the bit; those of the reference on a CPU are 0.02 of 255 off in the mean.
     Raises ValueError for tensors that do not fit and crops that leave their picture.
     """
-    module = augment_reference if implementation(pixels.device) == "reference" else augment
+    module = augment_reference if implementation(pixels.device) == "reference" else augment_crops
     return module.crop_views(pixels, table, looks, size)
 
 
@@ -185,7 +194,7 @@ def finish_views(crops: Tensor, looks: Looks, mean: tuple[float, float, float], 
     three, is 0.2 of 255 off in the mean. A view does not depend on what else is in the batch. Raises ValueError for
     tensors that do not fit, orders that name an operation twice, and factors that are not finite.
     """
-    module = augment_reference if implementation(crops.device) == "reference" else augment
+    module = augment_reference if implementation(crops.device) == "reference" else augment_colours
     return module.finish_views(crops, looks, mean, std, dtype)
 
 

@@ -25,6 +25,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield from mhsa2d_cases()
     yield from lars_ema_step_cases()
     yield from byol_ensemble_loss_cases()
+    yield from augment_views_cases()
 
 
 def gbn_act_cases():
@@ -152,3 +153,22 @@ def byol_ensemble_loss_cases():
                                     (4096, single, single), (4096, single, brain)):
         name = f"byol_ensemble_loss P=T=4 N=256 D={width} {str(q_dtype)[6:]} {str(k_dtype)[6:]}"
         yield name, lambda a=(width, q_dtype, k_dtype): run(*a)
+
+
+def augment_views_cases():
+    from bossnas_kernels import Looks, augment_colours, augment_crops
+
+    def run(views, images, height, width, size, dtype):
+        table = torch.tensor([[i * 3 * height * width, height, width] for i in range(images)])
+        ints, floats = torch.zeros(views, images, 13, dtype=torch.int32), torch.ones(views, images, 5)
+        ints[..., 2:4] = torch.tensor([height, width])
+        ints[..., 7:11] = torch.arange(4)
+        pixels = torch.empty(images * 3 * height * width, dtype=torch.uint8, device="meta")
+        looks, colours = Looks(ints, floats), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), dtype)
+        augment_colours.finish_views(augment_crops.crop_views(pixels, table, looks, size), looks, *colours)
+
+    for views, images, height, width, size, dtype in ((8, 256, 375, 500, 224, torch.bfloat16),
+                                                      (8, 256, 500, 375, 224, torch.float32),
+                                                      (2, 4096, 32, 32, 32, torch.float16)):
+        name = f"augment_views {views}x{images} of {height}x{width} to {size} {str(dtype)[6:]}"
+        yield name, lambda a=(views, images, height, width, size, dtype): run(*a)

@@ -1,1 +1,0 @@
-"""K4: being written."""
