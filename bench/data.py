@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "kernels")]
@@ -124,12 +125,17 @@ class Task:
                 raise SystemExit(f"{self.index.field}: {item.error or item.bad}")
 
     def webdataset(self, count: int):
-        """The first images as webdataset reads them."""
+        """The first images as webdataset reads them, again from the beginning where they end."""
         urls = [str(shard) for shard in self.index.shards]
-        samples = iter(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
-        for _ in range(count):
-            sample = next(samples)
+        dataset = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
+        for sample in islice(chain.from_iterable(repeat(dataset)), count):
             yield next(sample[ext] for ext in ("jpg", "jpeg", "png", "webp") if ext in sample)
+
+    def streamed(self, count: int) -> list:
+        """As many samples of our stream."""
+        shards = range(len(self.stream.urls))
+        passes = (self.stream.read(shards, [0], buffer=0) for _ in repeat(None))
+        return list(islice(chain.from_iterable(passes), count))
 
     def stages(self) -> dict[str, Callable[[list[int]], None]]:
         """Parts of our work, each on prepared inputs."""
@@ -173,8 +179,7 @@ class Task:
         return {"read: index": lambda samples: [self.index.read(i) for i in samples],
                 "read: loose files": lambda samples: [(self.folder / str(i)).read_bytes() for i in samples],
                 "read: webdataset": lambda samples: list(self.webdataset(len(samples))),
-                "read: stream": lambda samples: [s for _, s in zip(samples, self.stream.read(
-                    range(len(self.stream.urls)), [0], buffer=0), strict=False)],
+                "read: stream": lambda samples: self.streamed(len(samples)),
                 "decode": lambda samples: [decode(contents[i]) for i in samples],
                 "decode: PIL": lambda samples: [np.asarray(Image.open(io.BytesIO(contents[i])).convert("RGB"))
                                                 for i in samples],

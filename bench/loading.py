@@ -197,7 +197,8 @@ def faults(options: argparse.Namespace) -> None:
 
         def damage(here: Fault) -> None:
             with tarfile.open(here.shards[0]) as tar:
-                middle = tar.getmembers()[20].offset
+                members = tar.getmembers()
+                middle = members[len(members) // 2].offset
             with open(here.shards[0], "r+b") as file:
                 file.seek(middle)
                 file.write(b"\xff" * 512)

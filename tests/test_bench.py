@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from bossnas_kernels import reference
 
@@ -192,3 +196,54 @@ def test_the_gpu_suite_parses_and_refuses_where_there_is_no_gpu(project_root, tm
     refused = subprocess.run(["bash", script, tmp_path / "out"], capture_output=True, text=True, env=env)
     assert refused.returncode == 2 and not (tmp_path / "out").exists()
     assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def photo_shards(tmp_path) -> str:
+    """Two shards of 20 small JPEGs."""
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"train-{shard}.tar", "w") as tar:
+            for i in range(20):
+                pixels = np.random.default_rng([shard, i]).integers(0, 256, (8, 9 + i, 3), dtype=np.uint8)
+                file = io.BytesIO()
+                Image.fromarray(pixels).resize((60 + i, 50)).save(file, "JPEG")
+                member = tarfile.TarInfo(f"{shard}/{i}.jpg")
+                member.size = file.tell()
+                tar.addfile(member, io.BytesIO(file.getvalue()))
+    return str(tmp_path / "train-*.tar")
+
+
+def script(project_root, name: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, f"bench/{name}", *arguments], cwd=project_root, capture_output=True,
+                          text=True, timeout=300)
+
+
+def test_the_data_benchmark_writes_the_ratios(project_root, tmp_path, photo_shards):
+    done = script(project_root, "data.py", "--shards", photo_shards, "--cifar", photo_shards, "--rounds", "1",
+                  "--samples", "2", "--json", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert set(found["ratio"]) == {"device", "worker_crops", "worker", "cifar"} and min(found["ratio"].values()) > 0
+    assert found["ratio"]["worker"] == found["imagenet"]["ratio"]["worker"]
+    assert {"official", "loose files", "webdataset", "decode", "on the device (CPU): device"} <= set(
+        found["imagenet"]["cpu_ms_per_sample"])
+    done = script(project_root, "data.py", "--shards", str(tmp_path / "none-*.tar"))
+    assert done.returncode == 2 and "no file matches" in done.stderr.splitlines()[-1]
+
+
+def test_the_faults_are_what_the_documentation_says(project_root, photo_shards):
+    done = script(project_root, "loading.py", "faults", "--shards", photo_shards)
+    assert done.returncode == 0, done.stderr
+    rows = {(cells[1], cells[2]): cells[3] for line in done.stdout.splitlines()[2:]
+            if (cells := [cell.strip() for cell in line.split("|")])}
+    assert rows["none", "index"] == rows["none", "stream"] == "40 of 40 samples, 0 replaced"
+    for fault in ("truncated tar", "damaged header in mid-tar"):
+        assert "refused at the start: data.train: the shard train-0.tar is damaged" in rows[fault, "index"]
+        assert "samples: data.train: the shard train-0.tar is damaged" in rows[fault, "stream"]
+    for fault in ("bad JPEG", "image of zero bytes", "decompression bomb (PNG of 30000 x 30000)"):
+        for reader in ("index", "stream"):
+            assert "40 of 40 samples, 1 replaced; logged: unreadable image train-0.tar/0/2" in rows[fault, reader]
+    for fault in ("PNG named .jpg", "greyscale JPEG", "CMYK JPEG", "a pickle among the members"):
+        assert rows[fault, "index"] == rows[fault, "stream"] == "40 of 40 samples, 0 replaced"
+    assert rows["a shard deleted after indexing, before its first sample", "index"].startswith("stops after")
+    assert "cannot be read at byte 0" in rows["HTTP connection always dropped at once", "stream"]

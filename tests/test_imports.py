@@ -17,7 +17,8 @@ LEVELS: dict[int, tuple[str, ...]] = {
     1: ("errors", "config", "paths", "dist", "runfolder", "log", "tables", "intervals"),
     2: ("ops", "heads", "optim", "images", "tars", "shards", "stream", "views", "pareto",
         "sources", "imagenet", "cifar", "pack", "verify", "engines.protocol"),
-    3: ("spaces.hytra", "spaces.mbconv", "spaces.nats", "spaces", "cost", "latency", "supernet", "collate", "loader", "data", "bossnet"),
+    3: ("spaces.hytra", "spaces.mbconv", "spaces.nats", "spaces", "cost", "latency", "supernet", "collate",
+        "loader", "data", "bossnet"),
     4: (
         "bootstrap", "scores", "units", "engines.single", "engines.ddp", "engines.fsdp2", "engines.deepspeed",
         "engines", "checkpoint",

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from bossnas_kernels import checks, common
 from bossnas_kernels.augment_reference import (
+    BLUR_BITS,
     CONTRAST,
     GREY,
+    MAX_SIGMA,
     ORDER,
     SIGMA,
     SOLARISE,
@@ -34,31 +36,32 @@ TABLE = {
     "default": {"block": 512, "chunk": 4096, "num_warps": 4},
     "interpreter": {"block": 2048, "chunk": 2048, "num_warps": 4},
 }
-# Columns of the two tables of looks: order of colours (4), grey, solarise, blur (0 none, 1 and 2 the reach of its box);
-# factors of brightness, contrast, saturation, hue in 1/255 of a turn, and the two weights of the box.
-_INTS: tl.constexpr = tl.constexpr(7)
-_FLOATS: tl.constexpr = tl.constexpr(6)
-_ROUND: tl.constexpr = tl.constexpr(1.5 * 2**23)  # fp32 plus and minus this is rounded, halves to even numbers
+# Columns of the two tables of looks: order of colours (4), grey, solarise, blur (0 none, 1 and 2 the reach of its box)
+# and the two weights of the box; factors of brightness, contrast, saturation, and hue in 1/255 of a turn.
+_INTS: tl.constexpr = tl.constexpr(9)
+_FLOATS: tl.constexpr = tl.constexpr(4)
+_BITS: tl.constexpr = tl.constexpr(BLUR_BITS)
+_HALF: tl.constexpr = tl.constexpr(2 ** (BLUR_BITS - 1))
 
 
 def finish_views(crops: Tensor, looks: Looks, mean: tuple[float, ...], std: tuple[float, ...],
                  dtype: torch.dtype = torch.float32) -> Tensor:
     """`bossnas_kernels.finish_views` for crops of one CUDA or ROCm device."""
-    checks.finish_views(crops, looks, mean, std)
+    checks.finish_views(crops, looks, mean, std, dtype, MAX_SIGMA)
     device, size, number = crops.device, crops.shape[2], crops.shape[0] * crops.shape[1]
     crops, out = crops.contiguous(), torch.empty(crops.shape, dtype=dtype, device=device)
     ints, floats = looks.ints.flatten(0, 1), looks.floats.flatten(0, 1)
     boxes, whole = blur_boxes(floats[:, SIGMA])
-    blur = torch.where(floats[:, SIGMA] > 0, whole.int() + 1, 0)
+    blur = torch.where(floats[:, SIGMA] > 0, whole + 1, 0)
     contrasted, blurred = (ints[:, ORDER] == CONTRAST).any(1).nonzero()[:, 0], blur.nonzero()[:, 0]
-    ints = torch.cat([ints[:, ORDER], ints[:, [GREY, SOLARISE]], blur[:, None]], 1).int()
+    ints = torch.cat([ints[:, ORDER], ints[:, [GREY, SOLARISE]], blur[:, None], boxes], 1)
     scale, shift = normalisation(mean, std)
     config = common.config(TABLE, device)
     block, chunk, pixels = config["block"], config["chunk"], size * size
     parts = triton.cdiv(pixels, chunk)
     how = {"SIZE": size, "BLOCK": block, "num_warps": config["num_warps"], "enable_fp_fusion": False}
     with torch.cuda.device_of(crops):
-        ints, floats = common.send(ints, device), common.send(torch.cat([factors_of(floats), boxes], 1), device)
+        ints, floats = common.send(ints, device), common.send(factors_of(floats), device)
         sums = torch.empty(number, parts, dtype=torch.int32, device=device)
         painted, along_rows = (torch.empty(crops.shape if len(blurred) else (0,), dtype=torch.uint8, device=device)
                                for _ in range(2))
@@ -69,8 +72,8 @@ def finish_views(crops: Tensor, looks: Looks, mean: tuple[float, ...], std: tupl
                                                         PARTS=parts, WIDE=triton.next_power_of_2(parts), **how)
         if len(blurred):
             which, grid = common.send(blurred, device), (len(blurred) * triton.cdiv(3 * pixels, block),)
-            _blur_rows[grid](painted, ints, floats, which, along_rows, **how)
-            _blur_columns[grid](along_rows, ints, floats, which, out, *scale, *shift, **how)
+            _blur_rows[grid](painted, ints, which, along_rows, **how)
+            _blur_columns[grid](along_rows, ints, which, out, *scale, *shift, **how)
     return out.permute(0, 1, 4, 2, 3)
 
 
@@ -209,30 +212,31 @@ def _colour(crops, ints, floats, sums, painted, out, s0, s1, s2, t0, t1, t2, SIZ
 
 @triton.jit
 def _box3(left, middle, right, inner, outer):
-    """A box that takes part of its neighbours; rounded."""
-    return middle * inner + (left + right) * outer + _ROUND - _ROUND
+    """A box that takes part of its neighbours, rounded; 32 bits without a sign just hold the sum."""
+    return (middle * inner + (left + right) * outer + _HALF) >> _BITS
 
 
 @triton.jit
 def _box5(p0, p1, p2, p3, p4, inner, outer):
-    return (p2 + p1 + p3) * inner + (p0 + p4) * outer + _ROUND - _ROUND
+    return ((p1 + p2 + p3) * inner + (p0 + p4) * outer + _HALF) >> _BITS
 
 
 @triton.jit
 def _pixel(base, place, offset, mask, step, SIZE: tl.constexpr):
     """The pixel so far away, or the nearest one inside."""
     near = tl.minimum(tl.maximum(place + offset, 0), SIZE - 1)
-    return tl.load(base + near * step, mask=mask, other=0).to(tl.float32)
+    return tl.load(base + near * step, mask=mask, other=0).to(tl.uint32)
 
 
 @triton.jit
-def _three_boxes(base, place, mask, step, reach, boxes, SIZE: tl.constexpr):
+def _three_boxes(base, place, mask, step, ints, SIZE: tl.constexpr):
     """Three boxes, one after the other, at ``place`` in a row or column whose pixels are ``step`` apart.
 
     What lies outside counts as the outermost value of the box before, so values there are replaced from the inside.
     """
-    inner = tl.load(boxes + 4)
-    outer = tl.load(boxes + 5)
+    reach = tl.load(ints + 6)
+    inner = tl.load(ints + 7).to(tl.uint32)
+    outer = tl.load(ints + 8).to(tl.uint32)
     p = _pixel(base, place, 0, mask, step, SIZE)
     l1 = _pixel(base, place, -1, mask, step, SIZE)
     l2 = _pixel(base, place, -2, mask, step, SIZE)
@@ -285,23 +289,23 @@ def _blurred_block(views, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _blur_rows(painted, ints, floats, views, along_rows, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _blur_rows(painted, ints, views, along_rows, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Blur of a block of bytes of one of ``views`` along its rows."""
     view, i, mask = _blurred_block(views, SIZE, BLOCK)
     x = i % (3 * SIZE) // 3
     start = painted + view * (3 * SIZE * SIZE) + (i - 3 * x)  # of the row, in the pixel's channel
-    value = _three_boxes(start, x, mask, 3, tl.load(ints + view * _INTS + 6), floats + view * _FLOATS, SIZE)
+    value = _three_boxes(start, x, mask, 3, ints + view * _INTS, SIZE)
     tl.store(along_rows + view * (3 * SIZE * SIZE) + i, value.to(tl.uint8), mask=mask)
 
 
 @triton.jit
-def _blur_columns(along_rows, ints, floats, views, out, s0, s1, s2, t0, t1, t2, SIZE: tl.constexpr,
+def _blur_columns(along_rows, ints, views, out, s0, s1, s2, t0, t1, t2, SIZE: tl.constexpr,
                   BLOCK: tl.constexpr):
     """Blur along columns, solarisation and normalisation."""
     view, i, mask = _blurred_block(views, SIZE, BLOCK)
     start = along_rows + view * (3 * SIZE * SIZE) + i % (3 * SIZE)  # of the column
     ints += view * _INTS
-    value = _three_boxes(start, i // (3 * SIZE), mask, 3 * SIZE, tl.load(ints + 6), floats + view * _FLOATS, SIZE)
+    value = _three_boxes(start, i // (3 * SIZE), mask, 3 * SIZE, ints, SIZE).to(tl.float32)
     if tl.load(ints + 5) != 0:
         value = tl.minimum(value, 255.0 - value)
     channel = i % 3

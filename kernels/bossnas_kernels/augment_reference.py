@@ -23,6 +23,7 @@ BOX, ORDER, SIGMA = slice(0, 4), slice(7, 11), 4
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # as the order names them, and the columns of their factors
 
 CROP_BITS = 22  # of the weights of a crop, as in Pillow
+BLUR_BITS = 24  # and of a blur
 MAX_SIGMA = 2.4  # pixels; a box of Pillow's blur reaches two pixels up to sqrt(6)
 CHUNK = {"cpu": 2**16, "cuda": 2**24}  # pixels at a time: on a CPU they stay in its cache
 
@@ -109,7 +110,7 @@ def _weights(length: int, size: int, device: torch.device) -> Tensor:
 def finish_views(crops: Tensor, looks: Looks, mean: tuple[float, ...], std: tuple[float, ...],
                  dtype: torch.dtype = torch.float32) -> Tensor:
     """`bossnas_kernels.finish_views`."""
-    checks.finish_views(crops, looks, mean, std)
+    checks.finish_views(crops, looks, mean, std, dtype, MAX_SIGMA)
     size, device = crops.shape[2], crops.device
     flat, out = crops.reshape(-1, size * size, 3), torch.empty(crops.shape, dtype=dtype, device=device)
     rows = out.view(flat.shape)
@@ -159,16 +160,15 @@ def factors_of(floats: Tensor) -> Tensor:
 def blur_boxes(sigma: Tensor) -> tuple[Tensor, Tensor]:
     """The box that Pillow's Gaussian blur takes three times in each direction.
 
-    sigma: [n], on the CPU. Returns float32 [n, 2], weights of the pixels up to `whole` away and of the two next, and
-    whole [n], 0 or 1 up to MAX_SIGMA. Pillow's weights are the same numbers with 24 bits behind the point.
+    sigma: [n], on the CPU. Returns int32 [n, 2], weights in 1/2^BLUR_BITS of the pixels up to `whole` away and of the
+    two next, and `whole`, int32 [n], 0 or 1 up to MAX_SIGMA.
     """
     variance = sigma.double() ** 2 / 3
     whole = ((torch.sqrt(12 * variance + 1) - 1) / 2).floor()
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
-    # as Pillow has it, which computes from here on in fp32 and whole numbers
-    inner = (2**24 / ((whole + part).float() * 2 + 1)).floor()
-    outer = ((2**24 - (2 * whole + 1) * inner) / 2).floor()
-    return torch.stack([inner, outer], -1).float() / 2**24, whole
+    inner = (2**BLUR_BITS / ((whole + part).float() * 2 + 1)).floor().int()  # fp32, as in Pillow
+    outer = (2**BLUR_BITS - (2 * whole.int() + 1) * inner) // 2
+    return torch.stack([inner, outer], -1), whole.int()
 
 
 def _same_order(ints: Tensor) -> Iterator[tuple[list[int], Tensor]]:
@@ -237,10 +237,13 @@ def _turn_hue(planes: Tensor, turn: Tensor) -> None:
 
 
 def _blur(planes: Tensor, size: int, boxes: Tensor, whole: int) -> Tensor:
-    """Three boxes along rows, three along columns, rounded after each. planes: [3, n, S*S]; boxes: [n, 2]."""
+    """Three boxes along rows, three along columns, rounded after each. planes: [3, n, S*S]; boxes: [n, 2].
+
+    Pillow's sums need 32 bits without a sign: these wrap around, and end in the right 8 bits.
+    """
     reach = whole + 1
     inner, outer = boxes.T[:, :, None, None]
-    planes = planes.unflatten(2, (size, size))
+    planes = planes.to(torch.int32).unflatten(2, (size, size))
     for dim in (3, 2):
         wide = planes.new_empty([n + 2 * reach * (d == dim) for d, n in enumerate(planes.shape)])
         middle = wide.narrow(dim, reach, size).copy_(planes)
@@ -250,6 +253,7 @@ def _blur(planes: Tensor, size: int, boxes: Tensor, whole: int) -> Tensor:
             around = (wide.narrow(dim, 0, size) + wide.narrow(dim, 2 * reach, size)).mul_(outer)
             if whole:
                 middle.copy_((middle + wide.narrow(dim, 1, size)).add_(wide.narrow(dim, 3, size)))
-            middle.mul_(inner).add_(around).round_()
+            middle.mul_(inner).add_(around).add_(2 ** (BLUR_BITS - 1))
+            middle.bitwise_right_shift_(BLUR_BITS).bitwise_and_(255)
         planes = middle
-    return planes.flatten(2)
+    return planes.flatten(2).float()

@@ -125,7 +125,8 @@ def crop_views(pixels: Tensor, table: Tensor, looks: Looks, size: int) -> None:
     _every("looks.ints", inside, looks.ints, "crops of at least one pixel within their pictures")
 
 
-def finish_views(crops: Tensor, looks: Looks, mean: Sequence[float], std: Sequence[float]) -> None:
+def finish_views(crops: Tensor, looks: Looks, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
+                 max_sigma: float) -> None:
     if crops.dim() != 5 or crops.dtype != torch.uint8 or crops.shape[4] != 3 or crops.shape[2] != crops.shape[3]:
         raise ValueError(f"crops: expected uint8 [V, N, S, S, 3], got {crops.dtype} of shape {tuple(crops.shape)}")
     if crops.numel() == 0:
@@ -135,13 +136,16 @@ def finish_views(crops: Tensor, looks: Looks, mean: Sequence[float], std: Sequen
     twice = ((order[..., None] == order[..., None, :]) & (order >= 0)[..., None]).sum((-1, -2)) > (order >= 0).sum(-1)
     _every("looks.ints", ((order >= -1) & (order <= 3)).all(-1) & ~twice, looks.ints,
            "an order (columns 7..10) of colour operations 0..3, none of them twice, and -1")
-    _every("looks.floats", looks.floats.isfinite().all(-1) & (looks.floats[..., 4] >= 0), looks.floats,
-           "finite factors and a sigma of at least 0")
+    sigma = looks.floats[..., 4]
+    _every("looks.floats", looks.floats.isfinite().all(-1) & (sigma >= 0) & (sigma <= max_sigma), looks.floats,
+           f"finite factors, and 0 to {max_sigma} for sigma (column 4)")
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != 3:
             raise ValueError(f"{name}: expected three numbers, one a channel, got {len(values)}")
     if min(std) <= 0:
         raise ValueError(f"std: expected positive numbers, got {tuple(std)}")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
 
 
 def _looks(looks: Looks, images: int, views: int | None = None) -> None:

@@ -11,7 +11,8 @@ triton = pytest.importorskip("triton")
 HERE = Path(__file__).resolve().parent
 SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}  # bytes per program, by target
 DOT_KERNELS = ("_attend", "_query_gradient", "_key_gradient")
-NARROW = ("_scales",)  # reads a few sums, one 64-bit number a thread
+# Read a few sums, one 64-bit number a thread; or single bytes, as a pixel is three of them.
+NARROW = ("_scales", "_weigh", "_sum_luma", "_colour", "_blur_rows", "_blur_columns")
 
 
 @pytest.fixture(scope="module", params=SHARED_MEMORY)
@@ -55,7 +56,14 @@ def test_shared_memory_and_grids_fit(compiled):
 
 
 def test_loads_are_128_bits_wide(compiled):
-    bad = [r for r in compiled[1] if r["widest_load"] < 128 and r["kernel"] not in NARROW]
+    target, resources = compiled
+
+    def narrow(r):
+        """_resize reads bytes of the picture at first; then whole words, which the compiler for gfx942 splits."""
+        early = r["kernel"] == "_resize" and (target == "gfx942" or not r["constants"]["SECOND"])
+        return r["kernel"] in NARROW or early
+
+    bad = [r for r in resources if r["widest_load"] < 128 and not narrow(r)]
     assert not bad, names(bad)
 
 
