@@ -289,14 +289,14 @@ def family(process: int) -> list[int]:
 
 
 def resident_mib(process: int) -> float:
-    """Proportional set size of a process and its descendants: shared pages are counted once."""
+    """Proportional set size of a process and its descendants, swapped pages included: shared ones are counted once."""
     total = 0
     for pid in family(process):
         try:
             lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         except OSError:  # it has ended
             continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        total += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss:", "SwapPss:")))
     return total / 1024
 
 

@@ -131,7 +131,7 @@ def test_pack_refuses_to_overwrite(tmp_path):
 
 
 def test_pack_names_what_is_wrong(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="folder: no jpg"):
+    with pytest.raises(ConfigError, match="folder: there is no "):
         pack(tmp_path / "absent", tmp_path / "out", progress=False)
     images = image_folder(tmp_path / "images")
     with pytest.raises(ConfigError, match="shard_mb: 0 is too small"):

@@ -71,7 +71,7 @@ def columns_first(height: Tensor, width: Tensor, size: int) -> Tensor:
 def resize_nearly(crop: Tensor, size: int) -> Tensor:
     """uint8 [h, w, 3] -> [S, S, 3], by PyTorch, which resizes along rows first."""
     height, width = crop.shape[:2]
-    picture = crop.permute(2, 0, 1)[None]
+    picture = crop[None].permute(0, 3, 1, 2)  # in this order PyTorch sees channels_last, and gives it
     if columns_first(height, width, size):
         picture = F.interpolate(picture, (size, width), mode="bicubic", antialias=True)
     return F.interpolate(picture, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
