@@ -35,7 +35,7 @@ import torch  # noqa: E402
 
 import bossnas_kernels  # noqa: E402
 
-BENCHMARKS = ("gbn_act", "dwconv2d", "mhsa2d", "lars_ema", "ensemble_loss")
+BENCHMARKS = ("gbn_act", "dwconv2d", "mhsa2d", "lars_ema", "ensemble_loss", "augment_views")
 SLOWER = 1.1  # --compare flags a case that takes more than this many times the old median
 
 
