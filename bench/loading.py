@@ -289,14 +289,15 @@ def family(process: int) -> list[int]:
 
 
 def resident_mib(process: int) -> float:
-    """Proportional set size of a process and its descendants, swapped pages included: shared ones are counted once."""
+    """What a process and its descendants have written, in memory or swapped; what they share is counted once. Pages of
+    files, such as libraries, are not theirs alone and are left out."""
     total = 0
     for pid in family(process):
         try:
             lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         except OSError:  # it has ended
             continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss:", "SwapPss:")))
+        total += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:", "SwapPss:")))
     return total / 1024
 
 

@@ -217,6 +217,8 @@ def _make(plan: dict[str, list[Item]], source: Source, out: Path, record: dict, 
         lines.append('"shards": {\n' + ",\n".join(rows) + "\n}")
         _write(out / RECORD, "{" + ",\n".join(lines) + "}\n")
 
+    for leftover in out.glob(".*.tmp"):  # of a run that was killed; nobody else packs into this folder
+        leftover.unlink(missing_ok=True)
     try:
         save()  # before the first shard, which a later run then knows as ours
         with (show_progress("packing, images", sum(map(len, plan.values())), show=show) as bar,

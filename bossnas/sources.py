@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,9 +110,12 @@ def reader(folder: Path) -> Callable[[Item], bytes]:
 
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        found = path.stat()
     except OSError as error:
         raise ConfigError("folder", f"{path} cannot be read ({error.strerror})", "restore it, or remove it") from None
+    if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
+        raise ConfigError("folder", f"{path} is no file", "remove it")
+    return found.st_size
 
 
 def _walk(root: Path) -> Iterable[str]:

@@ -81,5 +81,6 @@ kernel dwconv2d 40
 kernel mhsa2d 20
 kernel lars_ema 20
 kernel ensemble_loss 15
+kernel augment_views 25
 supernet supernet_compile 110 --rounds 5 --parts step --variants triton compile
 exit $failed

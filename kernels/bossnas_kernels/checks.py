@@ -132,9 +132,11 @@ def finish_views(crops: Tensor, looks: Looks, mean: Sequence[float], std: Sequen
     if crops.numel() == 0:
         raise ValueError(f"crops: expected at least one view of one pixel, got shape {tuple(crops.shape)}")
     _looks(looks, crops.shape[1], crops.shape[0])
-    order = looks.ints[..., 7:11]
-    twice = ((order[..., None] == order[..., None, :]) & (order >= 0)[..., None]).sum((-1, -2)) > (order >= 0).sum(-1)
-    _every("looks.ints", ((order >= -1) & (order <= 3)).all(-1) & ~twice, looks.ints,
+    order = looks.ints[..., 7:11].sort(-1).values
+    good = (order[..., 0] >= -1) & (order[..., 3] <= 3)
+    for column in range(3):
+        good &= (order[..., column] < order[..., column + 1]) | (order[..., column] == -1)
+    _every("looks.ints", good, looks.ints,
            "an order (columns 7..10) of colour operations 0..3, none of them twice, and -1")
     sigma = looks.floats[..., 4]
     _every("looks.floats", looks.floats.isfinite().all(-1) & (sigma >= 0) & (sigma <= max_sigma), looks.floats,
