@@ -223,8 +223,10 @@ def _make(plan: dict[str, list[Item]], source: Source, out: Path, record: dict, 
         save()  # before the first shard, which a later run then knows as ours
         with (show_progress("packing, images", sum(map(len, plan.values())), show=show) as bar,
               ThreadPoolExecutor(workers) as pool):
-            names = {pool.submit(make, name): name for name in plan}
+            names: dict[Future, str] = {}
             try:
+                for name in plan:
+                    names[pool.submit(make, name)] = name
                 for future in as_completed(names):
                     done[names[future]] = future.result()
                     save()

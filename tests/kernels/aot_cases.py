@@ -158,17 +158,17 @@ def byol_ensemble_loss_cases():
 def augment_views_cases():
     from bossnas_kernels import Looks, augment_colours, augment_crops
 
-    def run(views, images, height, width, size, dtype):
+    def run(views, images, height, width, size, dtype, jitter):
         table = torch.tensor([[i * 3 * height * width, height, width] for i in range(images)])
         ints, floats = torch.zeros(views, images, 13, dtype=torch.int32), torch.ones(views, images, 5)
         ints[..., 2:4] = torch.tensor([height, width])
-        ints[..., 7:11] = torch.arange(4)
+        ints[..., 7:11], floats[..., 4] = torch.arange(4) if jitter else -1, float(jitter)
         pixels = torch.empty(images * 3 * height * width, dtype=torch.uint8, device="meta")
         looks, colours = Looks(ints, floats), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), dtype)
         augment_colours.finish_views(augment_crops.crop_views(pixels, table, looks, size), looks, *colours)
 
-    for views, images, height, width, size, dtype in ((8, 256, 375, 500, 224, torch.bfloat16),
-                                                      (8, 256, 500, 375, 224, torch.float32),
-                                                      (2, 4096, 32, 32, 32, torch.float16)):
-        name = f"augment_views {views}x{images} of {height}x{width} to {size} {str(dtype)[6:]}"
-        yield name, lambda a=(views, images, height, width, size, dtype): run(*a)
+    for views, images, height, width, size, dtype, jitter in ((8, 256, 375, 500, 224, torch.bfloat16, True),
+                                                              (8, 256, 500, 375, 224, torch.float32, True),
+                                                              (2, 4096, 32, 32, 32, torch.float16, False)):
+        name = f"augment_views {views}x{images} of {height}x{width} to {size} {str(dtype)[6:]}" + " jitter" * jitter
+        yield name, lambda a=(views, images, height, width, size, dtype, jitter): run(*a)
