@@ -3,7 +3,7 @@ promise is broken.
 
     python bench/loading.py order  --shards 'data/imagenet/train-*.tar' --cifar 'data/cifar10/train-*.tar'
     python bench/loading.py faults --shards 'data/imagenet/train-*.tar'
-    python bench/loading.py memory --cifar 'data/cifar10/train-*.tar' --epochs 20
+    MALLOC_MMAP_THRESHOLD_=131072 python bench/loading.py memory --cifar 'data/cifar10/train-*.tar' --epochs 20
     python bench/loading.py kill   --cifar 'data/cifar10/train-*.tar'
 
 order: the global batches of an epoch, hashed, for 1, 2 and 4 ranks x 0, 1 and 2 workers in every place of
