@@ -144,7 +144,7 @@ def test_dropped_connections_lose_and_double_nothing(tmp_path, caplog, ranges, s
     files = {"s.tar": shard_bytes(0, 150_000)}
     with FaultyServer(files) as server:
         server.ranges, server.states_length, server.faulty, server.after = ranges, states_length, 2, 400_321
-        samples = in_order(ShardStream.open(f"{server.url}/s.tar", **FAST))
+        samples = in_order(ShardStream.open(f"{server.url}/s.tar", **FAST | {"timeout": 30.0}))
         starts = [start for path, start in server.requests if path == "s.tar"]
     assert contents(samples) == plain(files, tmp_path)
     assert len(starts) == 3 and starts[0] == 0 and starts[-1] > 0 and starts == sorted(starts)
