@@ -183,14 +183,16 @@ class _Indexed(Dataset):
             return Item.failed(error, bad)
 
     def _good_picture(self, sample: int, bad: dict[str, str]) -> np.ndarray:
-        """The sample or the next good one."""
-        for _ in range(min(self.allowed + 1, len(self.index))):
+        """The sample or the next good one; an error when more are bad than is allowed."""
+        for _ in range(len(self.index)):
+            if len(bad) > self.allowed:
+                break
             try:
                 return decode(self.index.read(sample)[0])
             except BadImage as error:
                 bad[self.index.name(sample)] = str(error)
                 sample = (sample + 1) % len(self.index)
-        raise ConfigError("data.max_bad", f"{len(bad)} images on end cannot be read", "pack the images again")
+        raise ConfigError("data.max_bad", f"{len(bad)} images of a batch cannot be read", "pack the images again")
 
 
 @dataclass
@@ -233,12 +235,7 @@ class _Streamed(IterableDataset):
     def _samples(self, worker: int, notes: list[str]) -> Iterator[Sample]:
         key = [self.collate.seed, self.collate.epoch, int(self.parts[worker][0])]
         for again in count_up():
-            found = False
-            for sample in self.stream.read(self.parts[worker], [*key, again], self.buffer):
-                found = True
-                yield sample
-            if not found:
-                raise ConfigError(self.stream.field, f"holds no image in {self.stream.urls[key[2]]}", "pack it again")
+            yield from self.stream.read(self.parts[worker], [*key, again], self.buffer)
             if not self.is_endless:
                 return
             notes.append(f"{self.stream.field}: a reader has come to the end of its {len(self.parts[worker])} shards "

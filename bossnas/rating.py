@@ -124,7 +124,7 @@ def rerate(folder: Folder, blocks: list[int] | None = None, overrides: Sequence[
     config = override(runfolder.read_config(folder), overrides)
     run = dist.together(lambda: build(config, training=False))
     log.setup(folder, dist.rank() == 0)
-    restore(run, folder)
+    restore(run, folder, training=False)
     done = list(range(run.state.block))
     if not done:
         raise ConfigError("--run", f"{folder} has finished no block", "wait, or go on with its search")

@@ -126,13 +126,17 @@ def save(run: Run, folder: Folder, engine: Engine | None) -> None:
                     run.config.checkpoint.keep)
 
 
-def restore(run: Run, folder: Folder) -> Folder | None:
-    """Loads the last checkpoint if there is one; returns its folder, where the engine's state lies."""
+def restore(run: Run, folder: Folder, training: bool = True) -> Folder | None:
+    """Loads the last checkpoint if there is one; returns its folder, where the engine's state lies.
+
+    ``training=False``: for a rating alone, which does not go on in the order of the training images.
+    """
     last = checkpoint.latest(folder / "checkpoints")
     if last is None:
         return None
     values = checkpoint.load(last)
-    _check_data(values["data"], _data_state(run), bool(values["step"]))
+    if training:
+        _check_data(values.get("data"), _data_state(run), bool(values["step"]))
     run.online.load_state_dict(values["online"])
     run.target.load_state_dict(values["target"])
     run.predictors.load_state_dict(values["predictors"])
@@ -146,13 +150,15 @@ def restore(run: Run, folder: Folder) -> Folder | None:
 
 
 def _data_state(run: Run) -> dict:
-    """What the order of the images depends on, besides the position."""
-    return {"seed": run.config.seed, "batch": run.config.train.batch, "images": len(run.train_set),
-            "readers": data.readers(run.train_set, run.config.data, dist.world_size())}
+    """What the order of the images depends on, besides the position and the config."""
+    return {"images": len(run.train_set), "readers": data.readers(run.train_set, run.config.data, dist.world_size())}
 
 
-def _check_data(saved: dict, now: dict, within_block: bool) -> None:
+def _check_data(saved: dict | None, now: dict, within_block: bool) -> None:
     """Raises ConfigError where the images would not go on in the order in which the run began."""
+    if saved is None:
+        raise ConfigError("out", "holds a run of an earlier version, whose images came in another order",
+                          "start a new run in another folder")
     if saved["images"] != now["images"]:
         raise ConfigError("data.train", f"has {now['images']} images, but the run began with {saved['images']}",
                           "give it the shards it began with, or start a new run")

@@ -55,10 +55,9 @@ def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space:
                 steps_per_epoch: int, seed: int, device: torch.device) -> Iterator[Step]:
     """Trains block ``state.block`` from ``state.step`` to the end of its stage; yields after every optimizer step.
 
-    ``batches`` gives the micro-batches from there on: per view one tensor [n, 3, S, S] on the
-    device, channels_last, views 0..J-1 of kind A and
-    J..2J-1 of kind B. ``engine`` wraps the block's trainable modules; its optimizer moves the target network, too. The
-    caller may rate or save between two steps.
+    ``batches`` gives the micro-batches from there on: per view one tensor [n, 3, S, S] on the device,
+    channels_last, views 0..J-1 of kind A and J..2J-1 of kind B. ``engine`` wraps the block's trainable modules; its
+    optimizer moves the target network, too. The caller may rate or save between two steps.
     """
     block, pairs, total = state.block, space.view_pairs, settings.epochs * steps_per_epoch
     online.part(block).train()

@@ -21,6 +21,18 @@ from torchvision.transforms import functional as F
 
 from bossnas.errors import ConfigError
 from bossnas_kernels import Looks, augment_reference, augment_views, finish_views
+from bossnas_kernels.augment_reference import (
+    BOX,
+    BRIGHTNESS,
+    CONTRAST,
+    FLIP,
+    GREY,
+    HUE,
+    ORDER,
+    SATURATION,
+    SIGMA,
+    SOLARISE,
+)
 
 try:
     import cv2
@@ -39,9 +51,7 @@ STD = {"imagenet": (0.229, 0.224, 0.225), "cifar": (0.2023, 0.1994, 0.201)}
 DRAWS = {"imagenet": 56, "cifar": 4}  # uniform numbers set aside for a view: a multiple of the generator's 4
 MAX_VIEWS = 256  # of a sample
 
-# Columns of Looks.ints (bossnas_kernels.Looks has the meaning of all).
-BOX, SHIFT, FLIP, ORDER, GREY, SOLARISE = slice(0, 4), slice(4, 6), 6, slice(7, 11), 11, 12
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+SHIFT = slice(4, 6)  # columns of Looks.ints: down, right
 ADJUST = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
 
@@ -112,7 +122,7 @@ def _draw_imagenet(u: np.ndarray, sizes: np.ndarray, augmentations: np.ndarray) 
     ints[..., ORDER] = np.where((jitter < JITTER_P)[..., None], np.argsort(u[..., 45:49], -1), -1)
     floats[..., :4] = [1, 1, 1, 0] + JITTER * (2 * u[..., 49:53] - 1)  # hue is an offset in turns
     sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * u[..., 53]
-    floats[..., 4] = np.where(blur < BLUR_P[of_view], sigma, 0)
+    floats[..., SIGMA] = np.where(blur < BLUR_P[of_view], sigma, 0)
     return Looks(torch.from_numpy(ints), torch.from_numpy(floats))
 
 
@@ -158,8 +168,8 @@ def reference(image: Image.Image, ints: Sequence[int], floats: Sequence[float], 
             view = ADJUST[which](view, floats[which])
     if ints[GREY]:
         view = F.rgb_to_grayscale(view, 3)
-    if floats[4]:
-        view = view.filter(ImageFilter.GaussianBlur(floats[4]))
+    if floats[SIGMA]:
+        view = view.filter(ImageFilter.GaussianBlur(floats[SIGMA]))
     return ImageOps.solarize(view, SOLARISE_AT) if ints[SOLARISE] else view
 
 
@@ -174,16 +184,13 @@ def crop(picture: np.ndarray, places: Sequence[Sequence[int]], out: np.ndarray) 
         part = picture[top:top + high, left:left + wide]
         if part.shape[:2] != (size, size):
             part = augment_reference.resize_nearly(torch.from_numpy(part), size).numpy()
-        if flip:  # before the shift, which goes the other way then
-            part, right = part[:, ::-1], -right
         if down or right:
-            part = part[max(down, 0):size + min(down, 0), max(right, 0):size + min(right, 0)]
-            view[:] = 0
-            view = view[max(-down, 0):, max(-right, 0):][:part.shape[0], :part.shape[1]]
-        elif flip and cv2 is not None:
-            cv2.flip(part[:, ::-1], 1, view)
-            continue
-        np.copyto(view, part)
+            seen = part[max(down, 0):size + min(down, 0), max(right, 0):size + min(right, 0)]
+            part = np.zeros_like(view)
+            part[max(-down, 0):, max(-right, 0):][:seen.shape[0], :seen.shape[1]] = seen
+        if flip:
+            part = part[:, ::-1] if cv2 is None else cv2.flip(part, 1)
+        view[:] = part
 
 
 def augment(pixels: Tensor, table: Tensor, looks: Looks, recipe: Recipe) -> Tensor:
@@ -205,7 +212,7 @@ def normalise(pictures: Tensor, recipe: Recipe) -> Tensor:
 
 def paint(crop: np.ndarray, ints: Sequence[int], floats: Sequence[float]) -> np.ndarray:
     """All that follows the crop (and flip) in `reference`: uint8 [S, S, 3] -> the same. Some pixels differ by a level
-    or two from Pillow's; a view by 0.3 of 255 in the mean."""
+    or two from Pillow's; a view by 0.1 of 255 in the mean, at most by 0.6."""
     if cv2 is None:
         rest = [0, 0, *crop.shape[:2], 0, 0, 0, *ints[7:]]
         return np.asarray(reference(Image.fromarray(crop), rest, floats, len(crop)))
@@ -222,8 +229,8 @@ def paint(crop: np.ndarray, ints: Sequence[int], floats: Sequence[float]) -> np.
             crop = _turn_hue(crop, floats[which])
     if ints[GREY]:
         crop = cv2.cvtColor(_grey(crop), cv2.COLOR_GRAY2RGB)
-    if floats[4]:
-        crop = _blur(crop, floats[4])
+    if floats[SIGMA]:
+        crop = _blur(crop, floats[SIGMA])
     return np.where(crop < SOLARISE_AT, crop, 255 - crop) if ints[SOLARISE] else crop
 
 
@@ -262,7 +269,8 @@ def _row(width: int, *of_pixel: float) -> np.ndarray:
 
 
 def _blur(picture: np.ndarray, sigma: float) -> np.ndarray:
-    """Pillow's Gaussian blur: three box blurs of fractional radius in each direction, 8 bits after each."""
+    """Pillow's Gaussian blur: three box blurs of fractional radius in each direction, 8 bits after each. The radius is
+    that of `augment_reference.blur_boxes`, in plain numbers, since views come one at a time here."""
     variance = sigma * sigma / 3
     whole = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))

@@ -49,7 +49,7 @@ def test_a_quick_run_leaves_all_its_cases_in_the_file(bench, tmp_path, capsys):
     assert all(name in shown for name in names) and "there are no floors" in shown
 
 
-@pytest.mark.parametrize("name", ["gbn_act", "dwconv2d", "mhsa2d", "lars_ema", "ensemble_loss"])
+@pytest.mark.parametrize("name", ["gbn_act", "dwconv2d", "mhsa2d", "lars_ema", "ensemble_loss", "augment_views"])
 def test_every_benchmark_has_right_kernels_and_baselines_on_a_cpu(bench, monkeypatch, name):
     module, timing = importlib.import_module(name), importlib.import_module("timing")
     case = next(module.cases(torch.device("cpu"), True))

@@ -125,8 +125,9 @@ def test_scores_equal_the_ordinary_procedure(name, block):
     """Every score, together in one unit and cut into small ones, in float64 and in float32."""
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         size, width = (32, 0.5) if name == "nats" else (64, 0.125)
-        space, online, target, predictor, (a, b), calibration = setup(
-                name, block, dtype, 8, size, width, hidden=128, out=64)  # narrow ones: float32 rounds their direction
+        # with 8 dimensions, float32 rounds the direction of an embedding by more than the limit
+        made = setup(name, block, dtype, 8, size, width, hidden=128, out=64)
+        space, online, target, predictor, (a, b), calibration = made
         winners = first_winners(space, block)
         paths = space.paths(block, winners)
         paths = paths[::max(1, len(paths) // 12)]

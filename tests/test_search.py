@@ -17,6 +17,7 @@ import torch
 from ranks import ROOT, environment
 
 from bossnas import checkpoint, cli, cost, log, rating, runfolder, search
+from bossnas import run as run_module
 from bossnas.config import load
 from bossnas.errors import ConfigError
 from bossnas.paths import decode
@@ -398,3 +399,14 @@ def test_help_has_an_example(command, capsys):
     text = capsys.readouterr().out
     assert caught.value.code == 0 and f"Example: bossnas {command}" in text
     assert all((ROOT / word).exists() for word in text.split() if word.startswith("configs/"))
+
+
+def test_a_run_goes_on_only_with_the_images_it_began_with():
+    began = {"images": 100, "readers": 4}
+    run_module._check_data(began, dict(began), within_block=True)
+    run_module._check_data(began, {"images": 100, "readers": 2}, within_block=False)  # each block deals the shards anew
+    for saved, now, words in ((began, {"images": 99, "readers": 4}, "data.train: has 99 images, but .* began with 100"),
+                              (began, {"images": 100, "readers": 2}, "data.workers: .* 2 readers .* stopped with 4"),
+                              (None, began, "out: holds a run of an earlier version")):
+        with pytest.raises(ConfigError, match=words):
+            run_module._check_data(saved, now, within_block=True)

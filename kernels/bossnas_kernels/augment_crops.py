@@ -33,6 +33,8 @@ _ALIGN: tl.constexpr = tl.constexpr(16)  # bytes; rows of the picture between th
 _BITS: tl.constexpr = tl.constexpr(CROP_BITS)
 _ONE: tl.constexpr = tl.constexpr(2**CROP_BITS)  # the weight of a pixel that is taken as it is
 _HALF: tl.constexpr = tl.constexpr(2 ** (CROP_BITS - 1))
+
+
 def crop_views(pixels: Tensor, table: Tensor, looks: Looks, size: int) -> Tensor:
     """`bossnas_kernels.crop_views` for pixels of one CUDA or ROCm device."""
     checks.crop_views(pixels, table, looks, size)
@@ -209,5 +211,3 @@ def _resize(source, target, plan, first, weights, tiles, SIZE: tl.constexpr, SEC
         if tile // tl.cdiv(row_bytes, ACROSS_BYTES) * ACROSS_ROWS < rows:
             _resize_rows(source, source_row, target, target_row, rows, row_bytes, first, weights, taps, last, tile,
                          ACROSS_ROWS, ACROSS_BYTES, SIZE)
-
-
