@@ -9,23 +9,29 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 prepare_environment "${BOSSNAS_VENV:-.venv-tests}" "[dev]" || exit 1
 
 reports=$(mktemp -d) || exit 1
-trap 'rm -rf "$reports"' EXIT
+kernels=
+trap 'kill $kernels 2>/dev/null; rm -rf "$reports"' EXIT
 failed=0
+arguments=("$@")
 
-run_pytest() { # name of the report, selection; then the script's own arguments
-    python -m pytest -q --junitxml="$reports/$1.xml" "${@:2}"
-    local code=$?
-    # 5, no test selected, is a failure unless arguments selected some of the tests.
-    if [ $code -ne 0 ] && ! { [ $code -eq 5 ] && [ ${#arguments[@]} -gt 0 ]; }; then
+check() { # exit code of pytest. 5, no test selected, is a failure unless arguments selected some of the tests.
+    if [ "$1" -ne 0 ] && ! { [ "$1" -eq 5 ] && [ ${#arguments[@]} -gt 0 ]; }; then
         failed=1
     fi
 }
 
-arguments=("$@")
 ruff check . || failed=1
-# The kernels' tests have a process of their own: Triton's interpreter is chosen before anything imports it.
-run_pytest kernels tests/kernels "$@"
-run_pytest rest tests --ignore=tests/kernels "$@"
+# The kernels' tests have a process of their own: Triton's interpreter is chosen before anything imports it. Both
+# run at once, on a core each; the kernels' output is shown after the other's.
+python -m pytest -q --junitxml="$reports/kernels.xml" tests/kernels "$@" >"$reports/kernels.txt" 2>&1 &
+kernels=$!
+python -m pytest -q --junitxml="$reports/rest.xml" tests --ignore=tests/kernels "$@"
+check $?
+echo "tests/kernels:"
+wait $kernels
+check $?
+kernels=
+cat "$reports/kernels.txt"
 
 python - "$failed" "$reports/kernels.xml" "$reports/rest.xml" <<'PY'
 import sys

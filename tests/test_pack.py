@@ -251,7 +251,10 @@ def test_unreadable_files_end_the_packing_which_then_goes_on(tmp_path):
 def test_interrupted_packing_goes_on_to_the_same_bytes(tmp_path, project_root, signum):
     images, out = many_images(tmp_path / "images"), tmp_path / "out"
     pack(images, tmp_path / "whole", 1, progress=False)
-    code = "import sys; from bossnas.pack import pack; pack(sys.argv[1], sys.argv[2], 1, progress=False, workers=2)"
+    # a shell's background jobs ignore Ctrl-C, and hand that down to the tests' processes
+    code = ("import signal, sys; from bossnas.pack import pack\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            "pack(sys.argv[1], sys.argv[2], 1, progress=False, workers=2)")
     process = subprocess.Popen([sys.executable, "-c", code, str(images), str(out)], cwd=project_root,
                                stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 60
