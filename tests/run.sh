@@ -9,31 +9,37 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 prepare_environment "${BOSSNAS_VENV:-.venv-tests}" "[dev]" || exit 1
 
 reports=$(mktemp -d) || exit 1
-kernels=
-trap 'kill $kernels 2>/dev/null; rm -rf "$reports"' EXIT
+beside=
+trap 'kill $beside 2>/dev/null; rm -rf "$reports"' EXIT
 failed=0
 arguments=("$@")
 
-check() { # exit code of pytest. 5, no test selected, is a failure unless arguments selected some of the tests.
-    if [ "$1" -ne 0 ] && ! { [ "$1" -eq 5 ] && [ ${#arguments[@]} -gt 0 ]; }; then
-        failed=1
-    fi
+run_pytest() { # name of the report, selection; then the script's own arguments
+    python -m pytest -q --junitxml="$reports/$1.xml" "${@:2}"
+    echo $? >"$reports/$1.code"
 }
 
 ruff check . || failed=1
-# The kernels' tests have a process of their own: Triton's interpreter is chosen before anything imports it. Both
-# run at once, on a core each; the kernels' output is shown after the other's.
-python -m pytest -q --junitxml="$reports/kernels.xml" tests/kernels "$@" >"$reports/kernels.txt" 2>&1 &
-kernels=$!
-python -m pytest -q --junitxml="$reports/rest.xml" tests --ignore=tests/kernels "$@"
-check $?
-echo "tests/kernels:"
-wait $kernels
-check $?
-kernels=
-cat "$reports/kernels.txt"
+# The kernels' tests have a process of their own: Triton's interpreter is chosen before anything imports it. They and
+# the benchmarks' run beside the others, on a core each; what they print comes at the end.
+{
+    run_pytest kernels tests/kernels "$@"
+    run_pytest bench tests/test_bench.py "$@"
+} >"$reports/beside.txt" 2>&1 &
+beside=$!
+run_pytest rest tests --ignore=tests/kernels --ignore=tests/test_bench.py "$@"
+wait $beside
+beside=
+cat "$reports/beside.txt"
+for report in kernels bench rest; do
+    code=$(cat "$reports/$report.code")
+    # 5, no test selected, is a failure unless arguments selected some of the tests.
+    if [ "$code" != 0 ] && ! { [ "$code" = 5 ] && [ ${#arguments[@]} -gt 0 ]; }; then
+        failed=1
+    fi
+done
 
-python - "$failed" "$reports/kernels.xml" "$reports/rest.xml" <<'PY'
+python - "$failed" "$reports/kernels.xml" "$reports/bench.xml" "$reports/rest.xml" <<'PY'
 import sys
 import xml.etree.ElementTree as ET
 
