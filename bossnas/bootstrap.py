@@ -8,12 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bossnas.ops import full
 from bossnas_kernels import byol_ensemble_loss
-
-
-def full(t: Tensor) -> Tensor:
-    """At least float32: cosines and sums over paths lose too much in bf16."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def ensemble_loss(predicted: Sequence[Tensor], projections: Sequence[Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ from bossnas import dist
 from bossnas.engines.protocol import Engine
 from bossnas.errors import ConfigError
 
-STATE, MANIFEST, LATEST = "state.pt", "manifest.json", "latest"
+STATE, OPTIMIZER, MANIFEST, LATEST = "state.pt", "optimizer.pt", "manifest.json", "latest"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _log = logging.getLogger("bossnas.checkpoint")
 
@@ -44,7 +44,9 @@ def save(root: str | Path, name: str, state: dict, engine: Engine | None, keep: 
             temporary.mkdir(parents=True)
     with _together(root, temporary):
         if engine is not None:
-            engine.save(temporary)
+            optimizer = engine.state()
+            if dist.rank() == 0:
+                torch.save({name: tensor.cpu().clone() for name, tensor in optimizer.items()}, temporary / OPTIMIZER)
     with _together(root, temporary):
         if dist.rank() == 0:
             with open(temporary / STATE, "wb") as file:
@@ -70,7 +72,7 @@ def latest(root: str | Path) -> Path | None:
 def load(path: str | Path) -> dict:
     """The state of checkpoint ``path``, on the CPU. Raises ConfigError when it is missing or torn.
 
-    Nothing but plain data is unpickled. The engine reads its own part: ``engine.load(path)``.
+    Nothing but plain data is unpickled. The engine's part is read by `load_engine`.
     """
     path = Path(path)
     damage = _damage(path)
@@ -84,6 +86,16 @@ def load(path: str | Path) -> dict:
         f"checkpoint {path} is unusable: {damage}",
         "remove that folder to go on from the checkpoint before it, or choose a new out",
     )
+
+
+def load_engine(path: str | Path, engine: Engine) -> None:
+    """Gives the engine the optimizer's state of checkpoint ``path``. Raises ConfigError if it is another model's."""
+    state = torch.load(Path(path) / OPTIMIZER, map_location="cpu", weights_only=True)
+    try:
+        engine.load(state)
+    except ValueError as error:
+        raise ConfigError("out", f"{path} does not fit this run ({error})",
+                          "go on with the config of that run, or choose another folder") from None
 
 
 def require_room(root: str | Path, bytes_needed: int) -> None:

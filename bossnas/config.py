@@ -65,7 +65,14 @@ class TrainConfig(_Section):
     trust: float = Field(0.001, gt=0, description="LARS trust coefficient")
     ema: float = Field(0.99, ge=0, le=1, description="target network's momentum at a block's start; ends at 1")
     clip: float = Field(0.0, ge=0, description="gradient norm limit; 0: none")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="autocast precision of the networks")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="autocast precision of the networks; fp16: with a dynamic loss scale")
+    sync_batch_norm: bool = Field(False, description="batch norms of the training see the images of all ranks that "
+                                  "share a batch, so that any number of ranks trains alike; slower")
+    activation_checkpointing: bool = Field(False, description="keep no map within a candidate, compute it again in "
+                                           "the backward pass: less memory, about a third more work")
+    max_bad_steps: int = Field(10, ge=0, description="steps of a block that may be skipped because their gradient is "
+                               "not finite, before the run stops")
     paths_per_pass: int | None = Field(None, ge=1, description="paths that share one backward; null: all")
     collapse_below: float = Field(0.05, ge=0, le=1, description="warn when the embeddings' spread is less")
 
@@ -86,14 +93,21 @@ class RatingConfig(_Section):
 
 
 class EngineConfig(_Section):
-    name: Literal["single", "deepspeed"] = "single"
+    name: Literal["single", "ddp", "fsdp2", "deepspeed"] = Field(
+        "single", description="single: one process; ddp: all of it on every rank; fsdp2: a share of the trained "
+        "block's weights, gradients and optimizer on each; deepspeed: ZeRO 0, 1, 2")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout_minutes: float = Field(30.0, gt=0, description="a rank that waits longer than this for another "
+                                   "ends the run")
+    queue: int = Field(2, ge=1, description="block_parallel: micro-batches that may be under way to the next block")
+    check_paths: bool = Field(False, description="compare the sampled paths over the ranks at every step")
     deepspeed: dict[str, Any] = Field({}, description="what DeepSpeed alone knows: ZeRO, offload, communication")
 
 
 class CheckpointConfig(_Section):
     every_steps: int = Field(100, ge=1, description="optimizer steps between checkpoints within a block")
     keep: int = Field(2, ge=1, description="checkpoints kept")
+    asynchronous: bool = Field(True, description="go on training while a checkpoint is written")
 
 
 class Config(_Section):
@@ -101,6 +115,9 @@ class Config(_Section):
     seed: int = Field(0, ge=0)
     kernels: Literal["auto", "triton", "reference"] = Field(
         "auto", description="auto: Triton on a GPU, plain PyTorch elsewhere")
+    schedule: Literal["sequential", "block_parallel"] = Field(
+        "sequential", description="sequential: one block after the other; block_parallel: all at once, each on "
+        "what the block before it streams")
     space: SpaceConfig = SpaceConfig()
     heads: HeadsConfig = HeadsConfig()
     data: DataConfig = DataConfig()

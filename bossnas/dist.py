@@ -14,8 +14,10 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -101,18 +103,62 @@ def device(name: str = "auto") -> torch.device:
     return torch.device("cuda", index)
 
 
+@dataclass(frozen=True)
+class Mesh:
+    """How the ranks divide a run. A row trains some of the blocks; the ranks of a row share every batch.
+
+    ``blocks``: of every row, in order; ``group``: the ranks of this row (None: all ranks).
+    """
+
+    blocks: Sequence[range]
+    row: int = 0
+    shards: int = 1
+    shard: int = 0
+    group: Any = None
+
+    @property
+    def own(self) -> range:
+        """The blocks that this rank trains."""
+        return self.blocks[self.row]
+
+
+def mesh(schedule: str, blocks: int) -> Mesh:
+    """The mesh of a schedule (sequential | block_parallel) on the ranks at hand; all of them call it.
+
+    block_parallel: rank r is shard r % shards of row r // shards. Fewer ranks than blocks: every rank is a row, with
+    neighbouring blocks. Raises ConfigError for a number of ranks that the blocks do not divide.
+    """
+    world, me = world_size(), rank()
+    if schedule == "sequential":
+        return Mesh([range(blocks)], 0, world, me)
+    rows = min(world, blocks)
+    if world % rows:
+        fits = [world // blocks * blocks, (world // blocks + 1) * blocks]
+        raise ConfigError("schedule", f"is block_parallel, but {world} ranks cannot be divided evenly over {blocks} "
+                          "blocks", f"start {fits[0]} or {fits[1]} ranks, or set it to sequential")
+    shards = world // rows
+    parts = [range(blocks * r // rows, blocks * (r + 1) // rows) for r in range(rows)]
+    groups = [_group(range(r * shards, (r + 1) * shards)) for r in range(rows)]
+    return Mesh(parts, me // shards, shards, me % shards, groups[me // shards])
+
+
+@lru_cache
+def _group(ranks: range) -> Any:
+    return torch_dist.new_group(list(ranks)) if torch_dist.is_initialized() else None
+
+
 def barrier() -> None:
     if world_size() > 1:
         any_rank(False)
 
 
-def all_gather(x: Tensor) -> list[Tensor]:
-    """``x`` of every rank, in rank order; the same shape and dtype on all of them."""
-    if world_size() == 1:
+def all_gather(x: Tensor, group: Any = None) -> list[Tensor]:
+    """``x`` of every rank of ``group``, in rank order; the same shape and dtype on all of them."""
+    if world_size(group) == 1:
         return [x]
     x = x.detach().contiguous()
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    torch_dist.all_gather(parts, x)
+    parts = [torch.empty_like(x) for _ in range(world_size(group))]
+    torch_dist.all_gather(parts, x, group=group)
     return parts
 
 
@@ -136,6 +182,30 @@ def all_reduce_sum(x: Tensor, group: Any = None) -> Tensor:
     return x
 
 
+def all_reduce_max(x: Tensor, group: Any = None) -> Tensor:
+    """The largest ``x`` of the ranks of ``group``, in place."""
+    if world_size(group) > 1:
+        torch_dist.all_reduce(x, op=torch_dist.ReduceOp.MAX, group=group)
+    return x
+
+
+def average(x: Tensor, group: Any = None) -> Tensor:
+    """The mean of ``x`` over the ranks of ``group``. Differentiable: for a loss that is the mean over the ranks, each
+    rank's gradient is the whole one, as in synchronised batch norm."""
+    return _Average.apply(x, group) if world_size(group) > 1 else x
+
+
+class _Average(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return all_reduce_sum(x.contiguous().clone(), group).div_(world_size(group))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return all_reduce_sum(gradient.contiguous().clone(), ctx.group).div_(world_size(ctx.group)), None
+
+
 def together(function: Callable[[], T]) -> T:
     """Runs ``function`` (no collectives inside) on every rank. A ConfigError of one is raised on all of them."""
     result, mine = None, None
@@ -149,25 +219,23 @@ def together(function: Callable[[], T]) -> T:
     return result
 
 
-def shuffle(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index[rank*n : (rank+1)*n]`` of all ranks' ``x`` [n, ...] put together (METHOD 3.3).
+def shuffle(x: Tensor, index: Tensor, group: Any = None) -> Tensor:
+    """Rows ``index[rank*n : (rank+1)*n]`` of the ``x`` [n, ...] of all ranks of ``group``, put together (METHOD 3.3).
 
-    ``index`` [world * n] int64, equal on all ranks. Undone by ``shuffle(y, index.argsort())``. No gradient.
+    ``index`` [ranks * n] int64, equal on all ranks. Undone by ``shuffle(y, index.argsort())``. No gradient.
     """
-    n = len(x)
-    if len(index) != n * world_size():
-        raise ValueError(f"shuffle: index has {len(index)} entries, expected {n} rows x {world_size()} ranks")
-    mine = index[rank() * n : (rank() + 1) * n].to(x.device)
-    return torch.cat(all_gather(x)).index_select(0, mine)
+    n, me = len(x), rank(group)
+    if len(index) != n * world_size(group):
+        raise ValueError(f"shuffle: index has {len(index)} entries, expected {n} rows x {world_size(group)} ranks")
+    mine = index[me * n : (me + 1) * n].to(x.device)
+    return torch.cat(all_gather(x, group)).index_select(0, mine)
 
 
 def any_rank(flag: bool) -> bool:
     """True on all ranks if ``flag`` is true on one: how they stop, or fail, together."""
     if world_size() == 1:
         return flag
-    box = torch.tensor([int(flag)])
-    torch_dist.all_reduce(box, op=torch_dist.ReduceOp.MAX)
-    return bool(box.item())
+    return bool(all_reduce_max(torch.tensor([int(flag)])).item())
 
 
 def shutdown(code: int = 0) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -62,9 +63,10 @@ class Metrics:
             self.board = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, kind: str, block: int, step: int, **values: Any) -> None:
-        """``step`` counts optimizer steps within the block."""
+        """``step`` counts optimizer steps within the block. Values that are not finite become null."""
         if self.file is None:
             return
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.file.write(json.dumps({"kind": kind, "block": block, "step": step, **values}) + "\n")
         self.file.flush()
         if self.board is not None:

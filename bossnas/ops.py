@@ -6,7 +6,7 @@ call on the concatenation of items gives what separate calls would. ``stats`` sa
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -93,16 +93,52 @@ class GroupedBatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
         self.act = act
+        self.average: Average | None = None
 
     def forward(self, x: Tensor, groups: int = 1, stats: Statistics | None = None, residual: Tensor | None = None,
                 partial_stats: Tensor | None = None) -> Tensor:
         """``residual``, like x, is added before the activation. ``partial_stats``: see `bossnas_kernels.gbn_act`."""
         own, mean, var = _source(self, stats)
+        if own and stats is None and self.average is not None:
+            return self._synchronised(x, groups, residual)
         y, mean, var = gbn_act(x, self.weight, self.bias, groups=groups, residual=residual, act=self.act, training=own,
                                running_mean=mean, running_var=var, partial_stats=partial_stats)
         if stats is not None and stats.recording:
             _record(self, stats, mean, var)
         return y
+
+    def _synchronised(self, x: Tensor, groups: int, residual: Tensor | None) -> Tensor:
+        """Normalised by the statistics of the group's images on all ranks, in plain PyTorch."""
+        with torch.autocast(x.device.type, enabled=False):
+            rows = full(x).unflatten(0, (groups, -1))  # [G, N, C, ...]
+            inner = [1, *range(3, rows.ndim)]
+            mean = self.average(rows.mean(inner, keepdim=True))
+            centered = rows - mean
+            var = self.average(centered.square().mean(inner, keepdim=True))
+            shape = (1, 1, -1) + (1,) * (rows.ndim - 3)
+            y = centered * torch.rsqrt(var + 1e-5) * self.weight.view(shape) + self.bias.view(shape)
+            y = y.flatten(0, 1)
+            if residual is not None:
+                y = y + residual
+            y = F.relu(y) if self.act == "relu" else F.silu(y) if self.act == "silu" else y
+            return y.to(x.dtype)
+
+
+Average = Callable[[Tensor], Tensor]
+
+
+def full(t: Tensor) -> Tensor:
+    """At least float32: sums over maps and paths lose too much in 16 bits."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def synchronise(*modules: nn.Module, average: Average) -> None:
+    """Has every batch norm of the modules use the images of all ranks in training. ``average(x)``: the mean of a tensor
+    over the ranks, differentiable. Ratings, whose statistics are recorded, are not touched."""
+    for module in modules:
+        for norm in module.modules():
+            if isinstance(norm, GroupedBatchNorm):
+                norm.average = average
 
 
 class PooledPointwise(nn.Module):
@@ -127,10 +163,11 @@ class PooledPointwise(nn.Module):
         norm, weight = self.norm, self.conv.weight.flatten(1)
         own, mean, var = _source(norm, stats)
         if own:
+            average = norm.average if stats is None and norm.average is not None else lambda t: t
             rows = x.view(groups, -1, *x.shape[1:]).transpose(1, 2).flatten(2)  # [G, C_in, N*H*W]
-            center = rows.mean(2, keepdim=True)
+            center = average(rows.mean(2, keepdim=True))
             rows, count = rows - center, rows.shape[2]
-            covariance = torch.bmm(rows, rows.mT) / count
+            covariance = average(torch.bmm(rows, rows.mT) / count)
             mean = center[..., 0] @ weight.T  # [G, C_out]
             # bmm, not @: matmul chooses its kernel by requires_grad, and a rating must not depend on that
             biased = (torch.bmm(weight.expand(groups, -1, -1), covariance) * weight).sum(2)

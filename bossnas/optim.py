@@ -51,7 +51,11 @@ class LARS(torch.optim.Optimizer):
     `bossnas_kernels.lars_ema_step` says what a step does, in few launches whatever the number of parameters. A
     parameter without gradient, or with an all-zero one, is left alone together with its momentum: it was on no
     sampled path. All state exists from the start. ``lr`` and ``ema``, the share of a target that stays (1: targets
-    stay as they are), are read from the first parameter group at every step.
+    stay as they are), are read from the first parameter group at every step; `prepare` sets them. ``clip`` limits the
+    norm of the whole gradient (0: no limit).
+
+    A gradient that is not finite changes nothing: weights, momentum and targets stay as they are, on all ranks, and
+    ``applied`` is False until the next step.
 
     ``groups``: of ``parameter_groups``. ``sharded``: for ZeRO 1 and 2, which replace the parameters by this
     rank's equal share of all of them laid end to end; the squared norms are then added up over
@@ -68,6 +72,7 @@ class LARS(torch.optim.Optimizer):
         trust: float = 0.001,
         norm_group: Any = None,
         sharded: bool = False,
+        clip: float = 0.0,
     ):
         if not groups:
             raise ValueError("LARS: no trainable parameter")
@@ -76,7 +81,8 @@ class LARS(torch.optim.Optimizer):
         self.shapes = [group["params"][0].shape for group in groups]
         self.ends = list(itertools.accumulate(shape.numel() for shape in self.shapes))
         self.momentum, self.weight_decay, self.trust = momentum, weight_decay, trust
-        self.norm_group, self.sharded = norm_group, sharded
+        self.norm_group, self.sharded, self.clip = norm_group, sharded, clip
+        self.loss_scale, self.applied = 1.0, True
         parameters = [group["params"][0] for group in groups]
         followed = [(parameter, group.get("target")) for parameter, group in zip(parameters, groups, strict=True)]
         self._followed = [pair for pair in followed if pair[1] is not None]
@@ -93,6 +99,12 @@ class LARS(torch.optim.Optimizer):
             for parameter in group["params"]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
 
+    def prepare(self, lr: float, ema: float = 1.0, loss_scale: float = 1.0) -> None:
+        """Says how the next step is to be taken; gradients are ``loss_scale`` times too large."""
+        for group in self.param_groups:
+            group["lr"], group["ema"] = lr, ema
+        self.loss_scale = loss_scale
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One update with the gradients of the parameters."""
@@ -101,14 +113,31 @@ class LARS(torch.optim.Optimizer):
                     "trust": self.trust}
         if not self.sharded:
             _, weights, gradients, buffers = zip(*self._pieces(), strict=True)
-            lars_ema_step(weights, gradients, buffers, self.excluded, self._targets, **settings,
-                          ema=self.param_groups[0]["ema"])
+            present = [g for g in gradients if g is not None]
+            norms = torch._foreach_norm(present) if present else []
+            self._scale(present, torch.stack(norms).norm().item() if norms else 0.0)
+            if self.applied:
+                lars_ema_step(weights, gradients, buffers, self.excluded, self._targets, **settings,
+                              ema=self.param_groups[0]["ema"])
             return
         pieces = [piece for piece in self._pieces() if piece[2] is not None]
         index, weights, gradients, buffers = ([piece[k] for piece in pieces] for k in range(4))
         w_norm, g_norm = self._norms(index, weights, gradients)
-        lars_update(weights, gradients, buffers, [self.excluded[i] for i in index], [w_norm[i] for i in index],
-                    [g_norm[i] for i in index], **settings)
+        factor = self._scale(gradients, math.hypot(*g_norm))
+        if self.applied:
+            lars_update(weights, gradients, buffers, [self.excluded[i] for i in index], [w_norm[i] for i in index],
+                        [g_norm[i] * factor for i in index], **settings)
+
+    def _scale(self, gradients: list[Tensor], norm: float) -> float:
+        """Divides the gradients, whose norm over all ranks is ``norm``, by the loss scale and clips them: returns the
+        factor. Says in ``applied`` whether they are finite."""
+        self.applied = math.isfinite(norm)
+        factor = 1 / self.loss_scale
+        if self.clip > 0:
+            factor *= min(1.0, self.clip / (norm / self.loss_scale + 1e-6))
+        if self.applied and factor != 1 and gradients:
+            torch._foreach_mul_(gradients, factor)
+        return factor
 
     def follow(self) -> None:
         """Moves the targets towards the parameters, where ``step`` saw but a share of these."""

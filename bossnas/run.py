@@ -34,6 +34,7 @@ class Run:
     recipe: views.Recipe
     device: torch.device
     kernels: str  # which run: triton | reference
+    mesh: dist.Mesh
     state: RunState = field(default_factory=RunState)
     bad: dict[str, str] = field(default_factory=dict)  # unreadable training images met so far
     calibration: list[Tensor] = field(default_factory=list)  # the calibration images, once they are drawn
@@ -45,7 +46,7 @@ class Run:
     @property
     def accumulate(self) -> int:
         """Micro-batches per optimizer step."""
-        return accumulation(self.config, dist.world_size())
+        return accumulation(self.config, self.mesh.shards)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -61,8 +62,9 @@ def build(config: Config, training: bool = True) -> Run:
     space = spaces.make(config.space.name, width=config.space.width, image_size=config.space.image_size,
                         restricted=config.space.restricted, split=config.space.split)
     kernels = ops.use_kernels(config.kernels, device)
+    mesh = dist.mesh(config.schedule if training else "sequential", space.blocks)
     if training:
-        make_engine(config).check(device.type)
+        make_engine(config, mesh).check(device.type)
     needed = config.train.batch * (config.train.steps_per_epoch or 1)
     images = data.open_data(config.data, needed if config.train.steps_per_epoch else None)
     train_set, val_set = images.train, images.val
@@ -74,14 +76,14 @@ def build(config: Config, training: bool = True) -> Run:
     predictors = nn.ModuleList(heads.predictor(config.heads.hidden, config.heads.out) for _ in range(space.blocks))
     target = copy.deepcopy(online).requires_grad_(False)
     return Run(config, space, online.to(device), target.to(device), predictors.to(device), train_set, val_set,
-               views.recipe(config.data.recipe, config.space.image_size), device, kernels)
+               views.recipe(config.data.recipe, config.space.image_size), device, kernels, mesh)
 
 
-def make_engine(config: Config) -> Engine:
+def make_engine(config: Config, mesh: dist.Mesh) -> Engine:
     """The engine that the config names. Raises ConfigError where its batch cannot be divided over the ranks."""
-    return engines.make(config.engine.name, accumulate=accumulation(config, dist.world_size()),
-                        micro_batch=config.train.micro_batch, precision=config.train.precision, clip=config.train.clip,
-                        section=config.engine.deepspeed)
+    return engines.make(config.engine.name, accumulate=accumulation(config, mesh.shards),
+                        micro_batch=config.train.micro_batch, precision=config.train.precision,
+                        section=config.engine.deepspeed, group=mesh.group)
 
 
 def announce(run: Run, folder: Folder, title: str) -> None:
@@ -118,6 +120,8 @@ def write_architecture(run: Run, folder: Folder) -> None:
 def save(run: Run, folder: Folder, engine: Engine | None) -> None:
     """A checkpoint of the whole run, and of the engine's state within a block."""
     state = run.state
+    if engine is not None:
+        engine.gather()
     values = {"block": state.block, "step": state.step, "images_seen": state.images_seen,
               "winners": [encode(p) for p in state.winners], "data": _data_state(run),
               "online": run.online.state_dict(), "target": run.target.state_dict(),
@@ -151,7 +155,7 @@ def restore(run: Run, folder: Folder, training: bool = True) -> Folder | None:
 
 def _data_state(run: Run) -> dict:
     """What the order of the images depends on, besides the position and the config."""
-    return {"images": len(run.train_set), "readers": data.readers(run.train_set, run.config.data, dist.world_size())}
+    return {"images": len(run.train_set), "readers": data.readers(run.train_set, run.config.data, run.mesh.shards)}
 
 
 def _check_data(saved: dict | None, now: dict, within_block: bool) -> None:

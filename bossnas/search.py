@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path as Folder
 
 from torch import Tensor, nn
@@ -11,8 +12,9 @@ from bossnas import checkpoint, data, dist, log, rating, runfolder
 from bossnas.config import Config
 from bossnas.engines.protocol import Engine
 from bossnas.log import logger
+from bossnas.ops import synchronise
 from bossnas.optim import LARS, parameter_groups
-from bossnas.paths import encode
+from bossnas.paths import Path, encode
 from bossnas.run import Run, announce, build, make_engine, restore, save, write_architecture
 from bossnas.train import RunState, Step, train_block
 
@@ -63,9 +65,11 @@ def _block_stage(run: Run, folder: Folder, metrics: log.Metrics, engine_folder: 
     main = dist.rank() == 0
     engine, steps = start_block(run)
     if engine_folder is not None and state.step:
-        engine.load(engine_folder)
+        checkpoint.load_engine(engine_folder, engine)
     with log.progress(f"block {block} train", total, state.step, main) as task:
         for step in steps:
+            if step is None:
+                continue
             _report(metrics, state, step, config.train.collapse_below)
             task.advance(f"loss {step.loss:+.3f}  {step.images_per_second:.0f} images/s")
             every = config.rating.every_epochs
@@ -81,30 +85,50 @@ def _block_stage(run: Run, folder: Folder, metrics: log.Metrics, engine_folder: 
     save(run, folder, None)
 
 
-def start_block(run: Run) -> tuple[Engine, Iterator[Step]]:
-    """The engine of the state's block and its training, one optimizer step per item; nothing has run yet."""
-    config, block, train = run.config, run.state.block, run.config.train
+def start_block(run: Run) -> tuple[Engine, Iterator[Step | None]]:
+    """The engine of the state's block and its training; nothing has run yet."""
+    def inputs() -> Iterator[list[Tensor]]:
+        for views in _train_batches(run):
+            with engine.autocast():
+                features = [run.target.features(run.state.winners, x) for x in views]
+            yield features
+
+    engine, steps = train_with(run, run.state, inputs(), run.state.winners)
+    return engine, steps
+
+
+def train_with(run: Run, position: RunState, inputs: Iterator[list[Tensor]], prefix: list[Path],
+               ) -> tuple[Engine, Iterator[Step | None]]:
+    """A fresh engine for block ``position.block`` and the block's training on ``inputs`` (see `train_block`)."""
+    config, block, train = run.config, position.block, run.config.train
+    engine = make_engine(config, run.mesh)
+
+    def optimizer(module: nn.Module, followers: nn.Module | None, sharded: bool) -> LARS:
+        return LARS(parameter_groups(module, followers), train.lr, train.momentum, train.weight_decay, train.trust,
+                    sharded=sharded, clip=train.clip)
+
     trained = nn.ModuleDict({**run.online.part(block), "predictor": run.predictors[block]})
     followers = run.target.part(block)
-    engine = make_engine(config)
-    engine.wrap(trained, lambda sharded: LARS(parameter_groups(trained, followers), train.lr, train.momentum,
-                                              train.weight_decay, train.trust, sharded=sharded))
+    if train.sync_batch_norm:
+        synchronise(trained, followers, average=partial(dist.average, group=run.mesh.group))
+    trained, followers = engine.wrap(trained, followers, optimizer)
+    online, target = run.online.replaced(block, trained), run.target.replaced(block, followers)
     return engine, train_block(
-        run.online, run.target, run.predictors[block], run.space, engine, _train_batches(run), run.state, train,
-        accumulate=run.accumulate, steps_per_epoch=run.steps_per_epoch, seed=config.seed, device=run.device)
+        online, target, trained["predictor"], run.space, engine, inputs, position, train, prefix=prefix,
+        accumulate=run.accumulate, steps_per_epoch=run.steps_per_epoch, seed=config.seed, device=run.device,
+        group=run.mesh.group, check_paths=config.engine.check_paths)
 
 
 def _train_batches(run: Run) -> Iterator[list[Tensor]]:
     """The micro-batches of the block's stage from the state's position on. The order differs in every epoch."""
-    config, state = run.config, run.state
+    config, state, mesh = run.config, run.state, run.mesh
     per_epoch = run.steps_per_epoch * run.accumulate
     first, start = divmod(state.step, run.steps_per_epoch)
     for epoch in range(first, config.train.epochs):
         yield from data.batches(
             run.train_set, run.recipe, run.view_ids, run.space.view_pairs, config.data, seed=config.seed,
             epoch=state.block * config.train.epochs + epoch, start=start * run.accumulate, steps=per_epoch,
-            batch=config.train.micro_batch, rank=dist.rank(), world=dist.world_size(), device=run.device,
-            bad=run.bad)
+            batch=config.train.micro_batch, rank=mesh.shard, world=mesh.shards, device=run.device, bad=run.bad)
         start = 0
 
 
@@ -123,7 +147,11 @@ def _rate_midway(run: Run, folder: Folder, metrics: log.Metrics, epochs: int) ->
 def _report(metrics: log.Metrics, state: RunState, step: Step, collapse_below: float) -> None:
     metrics.write("train", state.block, state.step, epoch=step.epoch, loss=step.loss, spread=step.spread, lr=step.lr,
                   ema_momentum=step.ema_momentum, images=state.images_seen,
-                  images_per_second=round(step.images_per_second, 2))
+                  images_per_second=round(step.images_per_second, 2), outcome=step.outcome,
+                  loss_scale=step.loss_scale)
+    if step.outcome == "bad":
+        logger.warning("block %d step %d: its gradient is not finite, so it is skipped (%d so far)", state.block,
+                       state.step, state.bad_steps)
     if step.spread < collapse_below:
         logger.warning("block %d step %d: the embeddings are collapsing (spread %.3f < train.collapse_below %.3f); "
                        "lower train.lr", state.block, state.step, step.spread, collapse_below)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import copy
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bossnas.heads import Projector
 from bossnas.ops import Statistics
@@ -37,7 +40,7 @@ class Supernet(nn.Module):
             Projector(space.adapter(b), space.neck_width(b), hidden, out) for b in range(space.blocks))
 
     def forward(self, block: int, items: Sequence[Item], stats: Statistics | None = None, start: int | None = None,
-                stop: int | None = None) -> list[Tensor]:
+                stop: int | None = None, recompute: bool = False) -> list[Tensor]:
         """Features of every item at the block's end, in the items' order.
 
         Layer by layer, items that go through the same candidate and share an input shape make one batch, in which
@@ -46,6 +49,7 @@ class Supernet(nn.Module):
 
         ``start``: the inputs are past the stem and that many layers already; ``stop``: go no further than that many.
         ``stats`` records batch-norm statistics, or supplies those recorded for the same items in the same order.
+        ``recompute``: a backward pass computes a candidate's inner maps again instead of keeping them.
         """
         keys: list[Hashable] = [id(item.x) for item in items]
         nodes = {key: (item.x, item.groups) for key, item in zip(keys, items, strict=True)}
@@ -58,16 +62,18 @@ class Supernet(nn.Module):
             keys = [(key, item.path[depth]) for key, item in zip(keys, items, strict=True)]
             inputs = {key: nodes[parent] for key, parent in zip(keys, parents, strict=True)}
             choices = {key: item.path[depth] for key, item in zip(keys, items, strict=True)}
-            nodes = self._batched(inputs, choices, layers[depth], stats, depth)
+            layer = layers[depth]
+            nodes = self._batched(inputs, choices, partial(recomputed, layer) if recompute else layer, stats, depth)
         return [nodes[key][0] for key in keys]
 
     def enter(self, block: int, x: Tensor, stats: Statistics | None = None) -> Tensor:
         """The first layer's input: in block 0 images pass the stem, which `forward` with ``start=0`` leaves out."""
         return self.stem(x, 1, stats) if self._has_stem(block) else x
 
-    def embed(self, block: int, items: Sequence[Item], stats: Statistics | None = None) -> list[Tensor]:
+    def embed(self, block: int, items: Sequence[Item], stats: Statistics | None = None,
+              recompute: bool = False) -> list[Tensor]:
         """Projections [groups*N, out] of every item."""
-        return self.project(block, items, self.forward(block, items, stats), stats)
+        return self.project(block, items, self.forward(block, items, stats, recompute=recompute), stats)
 
     def project(self, block: int, items: Sequence[Item], features: Sequence[Tensor], stats: Statistics | None = None,
                 last: bool = True) -> list[Tensor]:
@@ -87,6 +93,17 @@ class Supernet(nn.Module):
         """The modules that are trained with a block: its layers, its projector, and with block 0 the stem."""
         parts = {"block": self.blocks[block], "projector": self.projectors[block]}
         return nn.ModuleDict({"stem": self.stem, **parts} if block == 0 else parts)
+
+    def replaced(self, block: int, part: nn.ModuleDict) -> Supernet:
+        """The same network, sharing all modules but those of the block, which come from ``part`` (see `part`)."""
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other.blocks = nn.ModuleList(part["block"] if b == block else layers for b, layers in enumerate(self.blocks))
+        other.projectors = nn.ModuleList(
+            part["projector"] if b == block else projector for b, projector in enumerate(self.projectors))
+        if block == 0:
+            other.stem = part["stem"]
+        return other
 
     @torch.no_grad()
     def features(self, winners: Sequence[Path], x: Tensor) -> Tensor:
@@ -120,3 +137,8 @@ class Supernet(nn.Module):
             for key, piece, g in zip(keys, y.split([x.shape[0] for x in xs]), groups, strict=True):
                 outputs[key] = (piece, g)
         return outputs
+
+
+def recomputed(function: Callable, *args: object) -> Tensor:
+    """``function(*args)``, of which a backward pass computes the inner values again."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from bossnas import bootstrap, dist
 from bossnas.config import TrainConfig
-from bossnas.engines.protocol import Engine
+from bossnas.engines.protocol import Engine, Outcome
 from bossnas.errors import ConfigError
 from bossnas.optim import ema_momentum, learning_rate
 from bossnas.paths import Path
@@ -29,12 +31,14 @@ class RunState:
     block: int = 0
     step: int = 0  # optimizer steps done in the block
     images_seen: int = 0
+    bad_steps: int = 0  # of the block, skipped because their gradient was not finite
     winners: list[Path] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step reports. ``loss``: mean over paths, micro-batches and ranks, in [-4, 4]."""
+    """What one optimizer step reports. ``loss``: mean over paths, micro-batches and ranks, in [-4, 4], not finite in a
+    step that was not applied, perhaps."""
 
     epoch: int
     ends_epoch: bool
@@ -43,6 +47,8 @@ class Step:
     lr: float
     ema_momentum: float
     images_per_second: float
+    outcome: Outcome = "applied"
+    loss_scale: float = 1.0
 
 
 def sample_paths(space: Space, block: int, winners: Sequence[Path], seed: int, micro: int) -> list[Path]:
@@ -51,15 +57,23 @@ def sample_paths(space: Space, block: int, winners: Sequence[Path], seed: int, m
 
 
 def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space: Space, engine: Engine,
-                batches: Iterator[list[Tensor]], state: RunState, settings: TrainConfig, *, accumulate: int,
-                steps_per_epoch: int, seed: int, device: torch.device) -> Iterator[Step]:
-    """Trains block ``state.block`` from ``state.step`` to the end of its stage; yields after every optimizer step.
+                inputs: Iterator[list[Tensor]], state: RunState, settings: TrainConfig, *, prefix: list[Path],
+                accumulate: int, steps_per_epoch: int, seed: int, device: torch.device, group: Any = None,
+                check_paths: bool = False) -> Iterator[Step | None]:
+    """Trains block ``state.block`` from ``state.step`` to the end of its stage.
 
-    ``batches`` gives the micro-batches from there on: per view one tensor [n, 3, S, S] on the device,
-    channels_last, views 0..J-1 of kind A and J..2J-1 of kind B. ``engine`` wraps the block's trainable modules; its
-    optimizer moves the target network, too. The caller may rate or save between two steps.
+    Yields None after every micro-batch but an update's last, and a Step after the optimizer step. ``inputs`` gives the
+    micro-batches from there on, for block 0 images, for others features of the block before: per view one tensor
+    [n, C, H, W] on the device, channels_last, views 0..J-1 of kind A and J..2J-1 of kind B. ``prefix``: the paths of
+    the blocks before, which say what paths this block has; it may change between two steps. ``engine`` wraps the
+    block's trainable modules; its optimizer moves the target network, too. ``group``: the ranks that share a batch
+    (None: all). The caller may rate or save between two steps.
+
+    A step whose gradient is not finite is skipped and counted; raises ConfigError after more than
+    settings.max_bad_steps of them.
     """
     block, pairs, total = state.block, space.view_pairs, settings.epochs * steps_per_epoch
+    ranks = dist.world_size(group)
     online.part(block).train()
     target.part(block).train()
     warmup = round(settings.warmup_epochs * steps_per_epoch * accumulate)
@@ -69,22 +83,22 @@ def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space:
         loss_sum, spread_sum, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
         for m in range(accumulate):
             micro = state.step * accumulate + m
-            paths = sample_paths(space, block, state.winners, seed, micro)
-            views = next(batches)
-            with engine.autocast():
-                features = [target.features(state.winners, x) for x in views]
+            paths = sample_paths(space, block, prefix, seed, micro)
+            if check_paths:
+                _check_paths(paths, block, micro, group)
+            features = next(inputs)
             n = len(features[0])
             order = None
-            if dist.world_size() > 1:
+            if ranks > 1:
                 rng = np.random.default_rng([seed, SHUFFLE, block, micro])
-                order = torch.from_numpy(rng.permutation(n * dist.world_size())).to(device)
+                order = torch.from_numpy(rng.permutation(n * ranks)).to(device)
 
             with torch.no_grad(), engine.autocast():
-                shown = features if order is None else [dist.shuffle(x, order) for x in features]
+                shown = features if order is None else [dist.shuffle(x, order, group) for x in features]
                 items = [Item(path, shown[v]) for j, path in enumerate(paths) for v in (j % pairs, j % pairs + pairs)]
                 projections = target.embed(block, items)
                 if order is not None:
-                    projections = [dist.shuffle(t, order.argsort()) for t in projections]
+                    projections = [dist.shuffle(t, order.argsort(), group) for t in projections]
                 targets_a, targets_b = projections[0::2], projections[1::2]
 
             size = settings.paths_per_pass or len(paths)
@@ -92,30 +106,43 @@ def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space:
                 chosen = range(start, min(start + size, len(paths)))
                 items = [Item(paths[j], features[v]) for j in chosen for v in (j % pairs, j % pairs + pairs)]
                 with engine.autocast():
-                    projections = online.embed(block, items)
+                    projections = online.embed(block, items, recompute=settings.activation_checkpointing)
                     predicted = _predict(predictor, projections)
                     loss = (bootstrap.ensemble_loss(predicted[0::2], targets_b)
                             + bootstrap.ensemble_loss(predicted[1::2], targets_a)).sum()
                 engine.micro(loss, last=m == accumulate - 1 and chosen.stop == len(paths))
                 loss_sum += loss.detach() / len(paths)
                 spread_sum += bootstrap.spread(projections[0].detach()) * len(chosen) / len(paths)
-            seen += n * dist.world_size()
+            seen += n * ranks
+            if m < accumulate - 1:
+                yield None
 
         epoch = state.step // steps_per_epoch
         lr = learning_rate(settings.lr, epoch, settings.epochs, micro, warmup)
         momentum = ema_momentum(micro, total * accumulate, settings.ema)
-        engine.step(lr, momentum)
+        outcome = engine.step(lr, momentum)
         state.step += 1
         state.images_seen += seen
-        means = torch.stack(dist.all_gather(torch.stack([loss_sum, spread_sum]) / accumulate)).mean(0).tolist()
-        if not np.isfinite(means[0]):
-            raise ConfigError("train.lr", f"the loss of block {block} is {means[0]} at step {state.step}",
+        state.bad_steps += outcome == "bad"
+        sums = torch.stack([loss_sum, spread_sum]) / accumulate
+        means = torch.stack(dist.all_gather(sums, group)).mean(0).tolist()
+        if state.bad_steps > settings.max_bad_steps:
+            raise ConfigError("train.lr", f"{state.bad_steps} steps of block {block} had a gradient that is not "
+                              f"finite, the last one step {state.step}; train.max_bad_steps allows no more",
                               "lower it, or lengthen train.warmup_epochs; the last checkpoint is unharmed")
         yield Step(epoch, state.step % steps_per_epoch == 0, means[0], means[1], lr, momentum,
-                   seen / (time.perf_counter() - started))
+                   seen / (time.perf_counter() - started), outcome, engine.loss_scale)
 
 
 def _predict(predictor: nn.Module, projections: list[Tensor]) -> list[Tensor]:
     """The predictor over all items in one batch, each item normalised by itself."""
     sizes = [len(o) for o in projections]
     return list(predictor(torch.cat(projections), len(projections)).split(sizes))
+
+
+def _check_paths(paths: list[Path], block: int, micro: int, group: Any) -> None:
+    """Fails where ranks that share a batch have sampled different paths: their gradients would be mixed up."""
+    digest = zlib.crc32(repr(paths).encode())
+    everyone = [int(x) for x in dist.all_gather(torch.tensor(digest), group)]
+    if len(set(everyone)) > 1:
+        raise RuntimeError(f"block {block}, micro-batch {micro}: the ranks have sampled different paths {everyone}")

@@ -77,32 +77,37 @@ def make(spec, module):
         accumulate=ACCUMULATE,
         micro_batch=ROWS // dist.world_size(),
         precision=spec.get("precision", "fp32"),
-        clip=spec.get("clip", 0.0),
         section=spec.get("section", {}),
     )
-    engine.wrap(
+    trained, _ = engine.wrap(
         module,
-        lambda sharded: LARS(parameter_groups(module), lr=1.0, weight_decay=1e-2, trust=0.1, sharded=sharded),
+        None,
+        lambda module, followers, sharded: LARS(
+            parameter_groups(module), lr=1.0, weight_decay=1e-2, trust=0.1, sharded=sharded, clip=spec.get("clip", 0.0)
+        ),
     )
-    return engine
+    return engine, trained
 
 
 def run(spec):
     results = {}
     for block in range(spec.get("blocks", 1)):  # one engine per block
         module = build()
-        engine = make(spec, module)
         if spec.get("load"):
             module.load_state_dict(torch.load(Path(spec["load"]) / "module.pt", weights_only=True))
-            engine.load(Path(spec["load"]))
-        train(engine, module, range(*spec.get("steps", [0, 3])), spec.get("split", False))
+        engine, trained = make(spec, module)
+        if spec.get("load"):
+            engine.load(torch.load(Path(spec["load"]) / "optimizer.pt", weights_only=True))
+        train(engine, trained, range(*spec.get("steps", [0, 3])), spec.get("split", False))
         if spec.get("save"):
-            engine.save(Path(spec["save"]))
+            engine.gather()
+            state = {name: tensor.clone() for name, tensor in engine.state().items()}
             if dist.rank() == 0:
+                torch.save(state, Path(spec["save"]) / "optimizer.pt")
                 torch.save(module.state_dict(), Path(spec["save"]) / "module.pt")
             dist.barrier()
-        results[block] = {name: p.detach().clone() for name, p in module.named_parameters()}
         engine.close()
+        results[block] = {name: p.detach().clone() for name, p in module.named_parameters()}
     if dist.rank() == 0:
         torch.save(results, spec["out"])
 

@@ -180,7 +180,7 @@ def test_engine_state_is_part_of_it(tmp_path):
         torch.manual_seed(0)
         module = nn.Linear(4, 4)
         engine = make("single", accumulate=1, micro_batch=2)
-        engine.wrap(module, lambda sharded: LARS(parameter_groups(module), lr=1.0))
+        engine.wrap(module, None, lambda module, followers, sharded: LARS(parameter_groups(module), lr=1.0))
         return module, engine
 
     def go(module, engine, steps):
@@ -196,6 +196,6 @@ def test_engine_state_is_part_of_it(tmp_path):
 
     resumed, other = trained()
     resumed.load_state_dict(checkpoint.load(path)["module"])
-    other.load(path)
+    checkpoint.load_engine(path, other)
     go(resumed, other, range(2, 4))
     assert torch.equal(module.weight, resumed.weight) and torch.equal(module.bias, resumed.bias)

@@ -131,13 +131,44 @@ def test_zero_initialised_norm_weight_moves():
     assert torch.equal(frozen, torch.zeros(3))
 
 
-def test_tiny_and_bad_gradients_are_not_taken_for_unused():
-    for value in (1e-18, float("nan")):
-        w = nn.Parameter(torch.ones(2))
-        optimizer = LARS([{"params": [w], "name": "w", "excluded": False}], lr=1.0, trust=0.1)
-        w.grad = torch.full((2,), value)
+def test_tiny_gradients_are_not_taken_for_unused():
+    w = nn.Parameter(torch.ones(2))
+    optimizer = LARS([{"params": [w], "name": "w", "excluded": False}], lr=1.0, trust=0.1)
+    w.grad = torch.full((2,), 1e-18)
+    optimizer.step()
+    assert not torch.equal(w, torch.ones(2))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(value):
+    module = nn.Linear(2, 2)
+    followers = nn.Linear(2, 2)
+    optimizer = LARS(parameter_groups(module, followers), lr=1.0)
+    before = [t.detach().clone() for t in (*module.parameters(), *followers.parameters())]
+    for bad in (value, 0.5):
+        module.weight.grad = torch.full((2, 2), 0.5)
+        module.bias.grad = torch.tensor([bad, 0.5])
+        optimizer.prepare(1.0, ema=0.5)
         optimizer.step()
-        assert not torch.equal(w, torch.ones(2))
+        same = [torch.equal(a, b) for a, b in zip(before, (*module.parameters(), *followers.parameters()), strict=True)]
+        assert optimizer.applied == (bad == 0.5) and same == [not optimizer.applied] * 4
+        assert optimizer.applied or not any(buffer.any() for buffer in optimizer.full_state().values())
+
+
+def test_loss_scale_and_clipping():
+    def trained(factor, clip, loss_scale):
+        torch.manual_seed(0)
+        module = nn.Linear(3, 2)
+        optimizer = LARS(parameter_groups(module), lr=1.0, clip=clip)
+        module.weight.grad, module.bias.grad = torch.ones(2, 3) * factor, torch.ones(2) * factor
+        optimizer.prepare(0.1, loss_scale=loss_scale)
+        optimizer.step()
+        return module.bias.detach()
+
+    torch.testing.assert_close(trained(8.0, 0.0, 8.0), trained(1.0, 0.0, 1.0))
+    norm = 8**0.5
+    torch.testing.assert_close(trained(8.0, norm / 2, 8.0), trained(0.5, 0.0, 1.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(trained(8.0, 2 * norm, 8.0), trained(1.0, 0.0, 1.0))
 
 
 def test_state_exists_before_the_first_step_and_round_trips():

@@ -147,7 +147,7 @@ def test_dropped_connections_lose_and_double_nothing(tmp_path, caplog, ranges, s
         samples = in_order(ShardStream.open(f"{server.url}/s.tar", **FAST | {"timeout": 30.0}))
         starts = [start for path, start in server.requests if path == "s.tar"]
     assert contents(samples) == plain(files, tmp_path)
-    assert len(starts) == 3 and starts[0] == 0 and starts[-1] > 0 and starts == sorted(starts)
+    assert len(starts) == 3 and starts[0] == 0 and starts == sorted(starts)
     assert caplog.text.count("s.tar at byte") == 2 and "retry 1 of 3 in 0.0 s" in caplog.text
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from bossnas import bootstrap, heads, spaces
 from bossnas.config import TrainConfig
-from bossnas.engines.single import SingleEngine
+from bossnas.engines.ddp import DDPEngine
 from bossnas.errors import ConfigError
 from bossnas.ops import Attention
 from bossnas.optim import LARS, parameter_groups
@@ -37,14 +37,21 @@ def setup(name="hytra", seed=0, block=0, winners=(), **settings):
 
 
 def train(run, steps, accumulate=1, data_seed=1, n=8):
-    engine = SingleEngine(accumulate, "fp32", 0.0)
-    engine.wrap(run.trained, lambda sharded: LARS(
-        parameter_groups(run.trained, run.target.part(run.state.block)), run.config.lr))
+    engine = DDPEngine(accumulate, "fp32")
+    engine.wrap(run.trained, run.target.part(run.state.block), lambda module, followers, sharded: LARS(
+        parameter_groups(module, followers), run.config.lr))
     generator = torch.Generator().manual_seed(data_seed)
     batches = iter([[torch.randn(n, 3, 32, 32, generator=generator) for _ in range(2 * run.space.view_pairs)]
                     for _ in range(steps * accumulate * run.config.epochs)])
-    return list(train_block(run.online, run.target, run.predictor, run.space, engine, batches, run.state, run.config,
-                            accumulate=accumulate, steps_per_epoch=steps, seed=0, device=torch.device("cpu")))
+
+    def inputs():
+        for views in batches:
+            yield [run.target.features(run.state.winners, x) for x in views]
+
+    results = train_block(run.online, run.target, run.predictor, run.space, engine, inputs(), run.state, run.config,
+                          prefix=run.state.winners, accumulate=accumulate, steps_per_epoch=steps, seed=0,
+                          device=torch.device("cpu"))
+    return [step for step in results if step is not None]
 
 
 def snapshot(module):
@@ -112,13 +119,13 @@ def test_loss_and_gradient_follow_the_method():
 
     seen = {}
     wrapped = run.trained
-    step = SingleEngine.step
+    step = DDPEngine.step
     try:
-        SingleEngine.step = lambda self, lr, ema: seen.update(
+        DDPEngine.step = lambda self, lr, ema: seen.update(
             {k: p.grad.clone() for k, p in wrapped.named_parameters() if p.grad is not None}) or step(self, lr, ema)
         report = train(run, steps=1)
     finally:
-        SingleEngine.step = step
+        DDPEngine.step = step
     assert report[0].loss == pytest.approx(sum(losses).item() / 4, abs=1e-5)
     assert seen.keys() == truth.keys()
     for key, value in truth.items():
@@ -168,11 +175,12 @@ def test_the_target_follows_and_schedules_count_micro_batches():
 def test_the_loss_falls():
     run = setup("nats", lr=0.5, epochs=1)
     views = [torch.randn(16, 3, 32, 32) for _ in range(2)]
-    engine = SingleEngine(1, "fp32", 0.0)
-    engine.wrap(run.trained, lambda sharded: LARS(
-        parameter_groups(run.trained, run.target.part(run.state.block)), run.config.lr))
+    engine = DDPEngine(1, "fp32")
+    engine.wrap(run.trained, run.target.part(run.state.block), lambda module, followers, sharded: LARS(
+        parameter_groups(module, followers), run.config.lr))
     steps = list(train_block(run.online, run.target, run.predictor, run.space, engine, iter([views] * 6), run.state,
-                             run.config, accumulate=1, steps_per_epoch=6, seed=0, device=torch.device("cpu")))
+                             run.config, prefix=[], accumulate=1, steps_per_epoch=6, seed=0,
+                             device=torch.device("cpu")))
     assert steps[-1].loss < steps[0].loss - 0.5
     assert all(-4 <= s.loss <= 4 and s.spread > 0.1 for s in steps)
     assert [s.ends_epoch for s in steps] == [False] * 5 + [True]
@@ -186,10 +194,16 @@ def test_paths_are_a_function_of_the_position():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
-    run = setup("nats")
+    run = setup("nats", max_bad_steps=1)
     with torch.no_grad():
         run.predictor[0].weight.fill_(float("nan"))
-    with pytest.raises(ConfigError, match="train.lr"):
+    before = snapshot(run.trained)
+    (step,) = train(run, steps=1)
+    assert step.outcome == "bad" and math.isnan(step.loss) and run.state.bad_steps == 1
+    after = snapshot(run.trained)
+    assert all(torch.equal(after[k], v) or k == "predictor.0.weight" for k, v in before.items()), "the step is skipped"
+    run.state.step = 0
+    with pytest.raises(ConfigError, match="train.lr: 2 steps of block 0 had a gradient that is not finite"):
         train(run, steps=1)
 
 

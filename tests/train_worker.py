@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from itertools import islice
 
 import numpy as np
 import torch
@@ -78,12 +79,14 @@ def main() -> None:
     trained = nn.ModuleDict({**online.part(0), "predictor": predictor})
     engine = engines.make("deepspeed", accumulate=ACCUMULATE, micro_batch=N, section={
         "zero_optimization": {"stage": int(sys.argv[-1])}})
-    engine.wrap(trained, lambda sharded: LARS(
-        parameter_groups(trained, target.part(0)), LR, sharded=sharded))
+    engine.wrap(trained, target.part(0), lambda module, followers, sharded: LARS(
+        parameter_groups(module, followers), LR, sharded=sharded))
     settings = TrainConfig(batch=N * world * ACCUMULATE, micro_batch=N, epochs=2, lr=LR, warmup_epochs=0)
     batches = (views_of(rank, micro) for micro in range(ACCUMULATE))
-    step = next(train_block(online, target, predictor, space, engine, batches, RunState(), settings,
-                            accumulate=ACCUMULATE, steps_per_epoch=2, seed=0, device=torch.device("cpu")))
+    *nothing, step = islice(train_block(
+        online, target, predictor, space, engine, batches, RunState(), settings, prefix=[], accumulate=ACCUMULATE,
+        steps_per_epoch=2, seed=0, device=torch.device("cpu")), ACCUMULATE)
+    assert nothing == [None]
     truth, truth_target, loss = by_hand(world)
     assert learning_rate(LR, 0, 2, 1, 0) == LR == step.lr
     assert abs(step.loss - loss) < 1e-5, (step.loss, loss)

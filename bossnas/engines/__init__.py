@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from bossnas import dist
 from bossnas.engines.protocol import Engine
 from bossnas.errors import ConfigError
@@ -13,27 +15,33 @@ def make(
     accumulate: int,
     micro_batch: int,
     precision: str = "fp32",
-    clip: float = 0.0,
     section: dict | None = None,
+    group: Any = None,
 ) -> Engine:
     """A fresh engine for one block.
 
-    ``name``: single | deepspeed; ``accumulate``: micro-batches per update; ``micro_batch``: images per rank
-    and micro-batch; ``precision``: fp32 | bf16; ``clip``: gradient norm limit, 0 none; ``section``: the
-    config's ``engine.deepspeed``. Raises ConfigError on an impossible combination.
+    ``name``: single | ddp | fsdp2 | deepspeed; ``accumulate``: micro-batches per update; ``micro_batch``: images per
+    rank and micro-batch; ``precision``: fp32 | bf16 | fp16; ``section``: the config's ``engine.deepspeed``; ``group``:
+    the ranks that share a batch (None: all). Raises ConfigError on an impossible combination.
     """
-    if name == "single":
-        from bossnas.engines.single import SingleEngine
+    if name == "single" and dist.world_size() > 1:
+        raise ConfigError(
+            "engine.name",
+            f"single runs one process, but {dist.world_size()} were started",
+            "set it to ddp, fsdp2 or deepspeed, or start one process",
+        )
+    if name in ("single", "ddp"):
+        from bossnas.engines.ddp import DDPEngine
 
-        if dist.world_size() > 1:
-            raise ConfigError(
-                "engine.name",
-                f"single runs one process, but {dist.world_size()} were started",
-                "set it to deepspeed or start one process",
-            )
-        return SingleEngine(accumulate, precision, clip)
+        return DDPEngine(accumulate, precision, group)
     if name == "deepspeed":
         from bossnas.engines.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(accumulate, micro_batch, precision, clip, section or {})
-    raise ConfigError("engine.name", f"there is no engine {name!r}", "choose single or deepspeed")
+        if group is not None:
+            raise ConfigError(
+                "engine.name",
+                "is deepspeed, which trains one block at a time on all ranks, but schedule is block_parallel",
+                "set engine.name to ddp or fsdp2, or schedule to sequential",
+            )
+        return DeepSpeedEngine(accumulate, micro_batch, precision, section or {})
+    raise ConfigError("engine.name", f"there is no engine {name!r}", "choose single, ddp, fsdp2 or deepspeed")

@@ -13,18 +13,16 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from bossnas import dist
 from bossnas.engines import protocol
+from bossnas.engines.protocol import LossScale, MakeOptimizer, Outcome
 from bossnas.errors import ConfigError
 
 FIELD = "engine.deepspeed"
@@ -66,7 +64,7 @@ ZERO_FIXED = {  # key: the one value that works here, why
 
 
 def deepspeed_config(
-    section: dict, micro_batch: int, accumulate: int, precision: str, clip: float, world_size: int
+    section: dict, micro_batch: int, accumulate: int, precision: str, world_size: int
 ) -> dict:
     """The config given to DeepSpeed: ``section`` plus what our own config says.
 
@@ -76,7 +74,7 @@ def deepspeed_config(
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulate,
-        "gradient_clipping": clip,
+        "gradient_clipping": 0.0,  # LARS clips
         "zero_allow_untested_optimizer": True,
     }
     batch = micro_batch * accumulate * world_size
@@ -121,7 +119,7 @@ def deepspeed_config(
                 "unknown, or without effect here",
                 f"remove it; known: {', '.join(sorted(FREE_KEYS))}",
             )
-    result["zero_optimization"] = _zero_config(result.get("zero_optimization", {}), clip)
+    result["zero_optimization"] = _zero_config(result.get("zero_optimization", {}))
     return result | ours
 
 
@@ -143,7 +141,7 @@ def _check_precision(key: str, value: Any, precision: str) -> None:
         )
 
 
-def _zero_config(zero: Any, clip: float) -> dict:
+def _zero_config(zero: Any) -> dict:
     field = f"{FIELD}.zero_optimization"
     if not isinstance(zero, dict):
         raise ConfigError(field, f"is {zero!r}", 'write {"stage": 0}, 1 or 2')
@@ -177,8 +175,6 @@ def _zero_config(zero: Any, clip: float) -> dict:
             "under ZeRO 1 it loses the gradients of paths that the last micro-batch did not sample",
             "remove it or set stage to 2",
         )
-    if clip > 0 and result.get("compute_grad_norm") is False:
-        raise ConfigError(f"{field}.compute_grad_norm", f"is false, but train.clip is {clip}", "remove it")
     return result
 
 
@@ -186,29 +182,30 @@ class DeepSpeedEngine:
     """Data parallelism by DeepSpeed, under its launcher, torchrun, srun or none.
 
     ``accumulate``: micro-batches per update; ``micro_batch``: images per rank; ``precision``: fp32 | bf16
-    (autocast); ``clip``: gradient norm limit, 0 none; ``section``: see ``deepspeed_config``, which also
-    says what is refused.
+    | fp16 (autocast); ``section``: see ``deepspeed_config``, which also says what is refused.
     """
 
-    def __init__(self, accumulate: int, micro_batch: int, precision: str, clip: float, section: dict):
+    def __init__(self, accumulate: int, micro_batch: int, precision: str, section: dict):
         self.accumulate, self.precision = accumulate, precision
-        self.config = deepspeed_config(section, micro_batch, accumulate, precision, clip, dist.world_size())
+        self.config = deepspeed_config(section, micro_batch, accumulate, precision, dist.world_size())
         self.sharded = self.config["zero_optimization"]["stage"] > 0
 
     def check(self, kind: str) -> None:
         protocol.check_precision(kind, self.precision)
         _check_values(_import_deepspeed(kind), self.config)
 
-    def wrap(self, module: nn.Module, make_optimizer: Callable[[bool], Optimizer]) -> None:
+    def wrap(self, module: nn.Module, followers: nn.Module | None, make_optimizer: MakeOptimizer,
+             ) -> tuple[nn.Module, nn.Module | None]:
         self._kind = next(module.parameters()).device.type
         self.check(self._kind)
         deepspeed = _import_deepspeed(self._kind)
-        if self.sharded and not self.config["gradient_clipping"]:
+        if self.sharded:
             fields = deepspeed.runtime.zero.config.DeepSpeedZeroConfig.model_fields
             if "compute_grad_norm" in fields:  # otherwise a norm that nobody reads costs a copy per parameter
                 self.config["zero_optimization"].setdefault("compute_grad_norm", False)
         dist.ensure_group()
-        self._lars = make_optimizer(self.sharded)
+        self._lars = make_optimizer(module, followers, self.sharded)
+        self._scale = LossScale(self.precision)
         index = next(module.parameters()).device.index
         logger = logging.getLogger("DeepSpeed")
         logger.setLevel(logging.ERROR)  # it warns of every client optimizer
@@ -225,26 +222,33 @@ class DeepSpeedEngine:
         if self.sharded:
             self._lars.create_state()
             self._check_layout(module)
+        return module, followers
 
     def autocast(self) -> AbstractContextManager:
         return protocol.autocast(self._kind, self.precision)
 
     def micro(self, loss: Tensor, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(self._engine(loss))
+        self._engine.backward(self._engine(loss * self._scale.value))
 
-    def step(self, lr: float, ema: float = 1.0) -> None:
-        for group in self._lars.param_groups:
-            group["lr"], group["ema"] = lr, ema
-        self._engine.step()
-        if self.sharded:
+    def step(self, lr: float, ema: float = 1.0) -> Outcome:
+        outcome = self._scale.run(self._lars, self._engine.step, lr, ema)
+        if self.sharded and outcome == "applied":
             self._lars.follow()
+        return outcome
 
-    def save(self, folder: Path) -> None:
-        protocol.save_optimizer(self._lars, folder, write=dist.rank() == 0)
+    @property
+    def loss_scale(self) -> float:
+        return self._scale.value
 
-    def load(self, folder: Path) -> None:
-        protocol.load_optimizer(self._lars, folder)
+    def gather(self) -> None:
+        pass  # after a step the weights are whole on every rank
+
+    def state(self) -> dict[str, Tensor]:
+        return self._scale.add_to(self._lars.full_state())
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self._lars.load_full_state(self._scale.take_from(state))
         if self.sharded:
             self._optimizer.refresh_fp32_params()
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from bossnas.errors import ConfigError
 from bossnas.optim import LARS
 
-OPTIMIZER_FILE = "optimizer.pt"
+# applied; overflow: gradients beyond fp16, the loss scale is halved; bad: not finite for another reason. The last two
+# leave weights, momentum and targets as they were.
+Outcome = Literal["applied", "overflow", "bad"]
+MakeOptimizer = Callable[[nn.Module, nn.Module | None, bool], LARS]  # module, followers, sharded
+SCALE = "loss_scale"
 
 
 class Engine(Protocol):
-    """One engine per trained block. Forward passes call the wrapped module's submodules, never the engine.
+    """One engine per trained block. Forward passes call the submodules of what `wrap` returned, never the engine.
 
     All ranks of a data-parallel group sample the same paths and call every method at the same time.
     """
@@ -26,8 +28,12 @@ class Engine(Protocol):
     def check(self, kind: str) -> None:
         """Raises ConfigError if the settings cannot work on devices of type ``kind`` (cpu | cuda)."""
 
-    def wrap(self, module: nn.Module, make_optimizer: Callable[[bool], Optimizer]) -> None:
-        """Takes over ``module``, which is on its device. ``make_optimizer(sharded)`` builds its optimizer."""
+    def wrap(self, module: nn.Module, followers: nn.Module | None, make_optimizer: MakeOptimizer,
+             ) -> tuple[nn.Module, nn.Module | None]:
+        """Takes over ``module``, which is on its device, and ``followers``, the part of the target network that
+        follows it by name. Returns what the training's forward passes go through in their place: the same modules, or
+        copies of which each rank holds a share. ``make_optimizer(module, followers, sharded)`` builds their optimizer;
+        ``sharded``: for LARS over one flat share of all parameters."""
 
     def autocast(self) -> AbstractContextManager:
         """Context of a forward pass in the run's precision."""
@@ -39,47 +45,68 @@ class Engine(Protocol):
         micro-batch may come in several calls whose losses add up to its own.
         """
 
-    def step(self, lr: float, ema: float = 1.0) -> None:
+    def step(self, lr: float, ema: float = 1.0) -> Outcome:
         """One optimizer step at learning rate ``lr``, then target <- ema target + (1 - ema) online for the
-        optimizer's targets (METHOD 3.4). Gradients are gone afterwards."""
+        followers (METHOD 3.4). Gradients are gone afterwards. The outcome is the same on all ranks."""
 
-    def save(self, folder: Path) -> None:
-        """Writes the optimizer's state into ``folder``. All ranks call it, between updates."""
+    @property
+    def loss_scale(self) -> float:
+        """What fp16 multiplies losses by; 1 in other precisions."""
 
-    def load(self, folder: Path) -> None:
-        """Reads what any engine on any number of ranks saved, once the weights are in the module."""
+    def gather(self) -> None:
+        """Brings the trained weights, of the followers too, into the modules that `wrap` was given, on all ranks."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The optimizer's state by name, whole or as DTensors, the same for every engine; all ranks call it."""
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Takes over what `state` of any engine on any number of ranks gave. The weights are in the modules that `wrap`
+        was given. Raises ValueError if it is another model's."""
 
     def close(self) -> None:
-        """Lets go of hooks and buffers. The module stays usable."""
+        """Gathers, and lets go of hooks and buffers. The modules stay usable."""
+
+
+class LossScale:
+    """The factor that keeps small gradients above zero in fp16: halved where they overflow, doubled after
+    ``patience`` steps in which they did not. Other precisions: 1."""
+
+    def __init__(self, precision: str, start: float = 2.0**16, patience: int = 2000):
+        self.dynamic = precision == "fp16"
+        self.value, self.good, self.patience = start if self.dynamic else 1.0, 0, patience
+
+    def run(self, optimizer: LARS, step: Callable[[], object], lr: float, ema: float) -> Outcome:
+        """Has ``step`` make ``optimizer`` take its step, and judges it."""
+        optimizer.prepare(lr, ema, self.value)
+        step()
+        if optimizer.applied:
+            self.good += 1
+            if self.dynamic and self.good % self.patience == 0:
+                self.value *= 2
+            return "applied"
+        self.good = 0
+        if self.value > 1:
+            self.value /= 2
+            return "overflow"
+        return "bad"
+
+    def add_to(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**state, SCALE: torch.tensor([self.value, self.good], dtype=torch.float64)} if self.dynamic else state
+
+    def take_from(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Reads the scale, if there is one; the rest of the state."""
+        if self.dynamic and SCALE in state:
+            self.value, self.good = state[SCALE][0].item(), int(state[SCALE][1])
+        return {name: tensor for name, tensor in state.items() if name != SCALE}
 
 
 def autocast(device_type: str, precision: str) -> AbstractContextManager:
-    """Autocast to bfloat16 or nothing. ``precision``: fp32 | bf16."""
-    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    """Autocast to a 16-bit type or nothing. ``precision``: fp32 | bf16 | fp16."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device_type, dtype=dtype, enabled=precision != "fp32")
 
 
 def check_precision(kind: str, precision: str) -> None:
     """Raises ConfigError when devices of type ``kind`` (cpu | cuda) cannot do ``precision``."""
     if precision == "bf16" and kind == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ConfigError("train.precision", "this GPU has no bfloat16", "set it to fp32")
-
-
-def save_optimizer(optimizer: LARS, folder: Path, write: bool) -> None:
-    """Gathers the whole momentum (all ranks call it) and writes it if ``write``."""
-    state = optimizer.full_state()
-    if write:
-        with open(folder / OPTIMIZER_FILE, "wb") as file:
-            torch.save({name: tensor.cpu().clone() for name, tensor in state.items()}, file)
-
-
-def load_optimizer(optimizer: LARS, folder: Path) -> None:
-    """Reads what ``save_optimizer`` wrote. Raises ConfigError when it does not fit the model."""
-    state = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-    try:
-        optimizer.load_full_state(state)
-    except ValueError as error:
-        raise ConfigError(
-            "out",
-            f"{folder} does not fit this run ({error})",
-            "go on with the config of that run, or choose another folder",
-        ) from None
+        raise ConfigError("train.precision", "this GPU has no bfloat16", "set it to fp16 or fp32")
