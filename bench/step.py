@@ -55,7 +55,7 @@ def main() -> None:
     seconds = []
     for _ in range(options.steps):
         started = time.perf_counter()
-        step = next(steps)
+        step = next(step for step in steps if step is not None)  # None after each micro-batch but an update's last
         seconds.append(time.perf_counter() - started)
     gib = (torch.cuda.max_memory_allocated() if run.device.type == "cuda"
            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30
@@ -64,6 +64,7 @@ def main() -> None:
                    else f"cpu, {torch.get_num_threads()} threads"),
         "torch": torch.__version__, "space": run.config.space.name, "width": run.config.space.width,
         "image_size": run.config.space.image_size, "block": options.block, "batch": run.config.train.batch,
+        "micro_batch": run.config.train.micro_batch, "precision": run.config.train.precision,
         "supernet_parameters": sum(p.numel() for p in run.online.parameters()),
         "block_parameters": sum(p.numel() for p in run.online.part(options.block).parameters()),
         "predictor_parameters": sum(p.numel() for p in run.predictors.parameters()),

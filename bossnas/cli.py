@@ -21,7 +21,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="JSON or YAML config file.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE",
                                                      help="Override a key of the config; may be repeated.")]
-Resume = Annotated[str, typer.Option(help="auto: continue the run that the folder holds; never: refuse.")]
+Resume = Annotated[str, typer.Option(metavar="auto|never|PATH", help="auto: begin, or go on with the folder's run; never: "
+                                     "begin; PATH: go on from another run, or from RUN/checkpoints/NAME.")]
 
 
 @app.command(name="search", epilog="Example: bossnas search --config configs/quickstart_ds.json --set out=runs/a")
@@ -30,9 +31,7 @@ def search_command(config: ConfigFile, overrides: Overrides = None, resume: Resu
     """Search an architecture: train, rate and select block by block. Results go to the config's `out` folder."""
     from bossnas.search import search
 
-    if resume not in ("auto", "never"):
-        raise ConfigError("--resume", f"{resume!r} is not known", "use auto or never")
-    search(load(config, overrides), resume == "auto")
+    search(load(config, overrides), None if resume == "never" else resume)
 
 
 @app.command(epilog="Example: bossnas rate runs/quickstart --block 0 --set rating.temperature=0.1   or, without a run: "
@@ -109,6 +108,21 @@ def cost(config: ConfigFile, overrides: Overrides = None,
     typer.echo("\n".join(latency.lines(result)))
     if json is not None:
         write_json(json, result)
+
+
+@app.command(name="export-weights",
+             epilog="Example: bossnas export-weights runs/quickstart quickstart.safetensors --force")
+def export_weights(run: Annotated[Path, typer.Argument(help="Run folder.")],
+                   out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="File to write.")],
+                   checkpoint: Annotated[str | None, typer.Option(metavar="NAME", help="Of RUN/checkpoints; default: "
+                                                                  "the last one.")] = None,
+                   force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False) -> None:
+    """Write the weights of a run's online and target network and predictors to one safetensors file."""
+    from bossnas import weights
+
+    about = weights.export(run, out, checkpoint, force)
+    typer.echo(f"{out}: {about['space']} after {len(about['winners'])} finished blocks, from checkpoint "
+               f"{about['checkpoint']}, {out.stat().st_size / 1e6:.1f} MB")
 
 
 def _amount(field: str, text: str, scale: int) -> int:
@@ -209,6 +223,37 @@ def pack(folder: Annotated[Path | None, typer.Argument(help="Images: a folder, I
                    f"as {out / split}-*.tar")
     typer.echo(f"{len(result['classes'])} classes, {len(result['bad'])} unreadable images left out, "
                f"{result['kept']} shards kept from an earlier run")
+
+
+@app.command(name="plan", epilog="Example: bossnas plan --config configs/hytra_ds.json --gpus 8,64,256 --gpu h100 "
+                                 "--set data.views_on=device --json plan.json")
+def plan_command(config: ConfigFile, overrides: Overrides = None,
+                 gpus: Annotated[str, typer.Option(help="Numbers of GPUs, such as 8 or 8,64.")] = "1,8,64,256,1024",
+                 gpu: Annotated[str, typer.Option(help="v100 | a100-40 | a100 | h100 | h200 | b200 | mi300x")] = "h100",
+                 architecture: Annotated[str | None, typer.Option(help="Winners to assume; default: average.")] = None,
+                 train_images: Annotated[int | None, typer.Option(
+                     min=1, help="Training images; default: ImageNet's or CIFAR's, by data.recipe, or the sample's.")] = None,
+                 val_images: Annotated[int | None, typer.Option(
+                     min=1, help="Validation images; default: as above.")] = None,
+                 kernel_rates: Annotated[list[Path] | None, typer.Option(
+                     help="JSON of bench/step.py on one such GPU; may be repeated, a block each.")] = None,
+                 tflops: Annotated[float | None, typer.Option(help="TFLOP/s that matrix products sustain.")] = None,
+                 gbps: Annotated[float | None, typer.Option(help="GB/s that the GPU's memory sustains.")] = None,
+                 json: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None) -> None:
+    """Memory, communication and hours of a search on a number of GPUs, on paper: nothing is trained."""
+    from rich.console import Console
+
+    from bossnas import log, plan, plan_tables
+    from bossnas.runfolder import write_json
+
+    _check_writable(json)
+    log.setup(None)
+    result = plan.plan(load(config, overrides), plan.read_gpus(gpus), gpu, architecture=architecture,
+                       train_images=train_images, val_images=val_images, measured=kernel_rates or [], tflops=tflops,
+                       gbps=gbps)
+    plan_tables.show(result, Console(width=None if sys.stdout.isatty() else 175))
+    if json is not None:
+        write_json(json, result)
 
 
 def _version(show: bool) -> None:

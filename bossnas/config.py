@@ -152,6 +152,9 @@ def validate(values: dict) -> Config:
         config = Config.model_validate(values)
     except ValidationError as error:
         raise _explain(error.errors()[0]) from None
+    if config.engine.name == "deepspeed" and config.schedule == "block_parallel":
+        raise ConfigError("engine.name", "is deepspeed, which trains one block at a time, but schedule is "
+                          "block_parallel", "set engine.name to ddp or fsdp2, or schedule to sequential")
     if config.engine.name != "deepspeed" and config.engine.deepspeed:
         raise ConfigError("engine.deepspeed", f"is set, but engine.name is {config.engine.name!r}",
                           "set engine.name to deepspeed or remove the section")

@@ -10,24 +10,26 @@ import errno
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import lru_cache
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from bossnas.errors import ConfigError
+from bossnas.errors import ConfigError, Stopped
 
 T = TypeVar("T")
 USER_ERROR = 2  # exit code of a mistake that the user can mend
+RESUMABLE = 75  # exit code (EX_TEMPFAIL) of a run that was asked to stop and has saved its state
 GRACE_SECONDS = 3.0  # the other ranks leave rank 0 this long to report the mistake that all of them see
 
 
@@ -54,7 +56,48 @@ def init(timeout_minutes: float = 30) -> None:
         ranks_here = _env_int("LOCAL_WORLD_SIZE", _env_int("LOCAL_SIZE", 1))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    torch_dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    timeout = timedelta(minutes=timeout_minutes)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        torch_dist.init_process_group(backend, timeout=timeout, store=_elastic_store(timeout), world_size=world,
+                                      rank=_env_int("RANK", 0))
+    else:
+        torch_dist.init_process_group(backend, timeout=timeout)
+
+
+def _elastic_store(timeout: timedelta) -> torch_dist.Store:
+    """The store of torchrun's agent, with a new prefix at every start of the ranks.
+
+    The agent keeps its store when it starts dead ranks again, and a process group that finds the addresses of the dead
+    ones there fails. The agents of several nodes count their restarts differently, so rank 0 draws the prefix and
+    offers it; an offer of an earlier start stays without answer, because its rank 0 is dead, until a new one replaces
+    it. The offer is withdrawn before it is confirmed: what is found confirmed was offered in this start.
+    """
+    store = torch_dist.TCPStore(os.environ["MASTER_ADDR"], _env_int("MASTER_PORT", 0), is_master=False,
+                                timeout=timeout)
+    others, deadline = _env_int("WORLD_SIZE", 1) - 1, time.monotonic() + timeout.total_seconds()
+    if _env_int("RANK", 0) == 0:
+        name = uuid4().hex
+        store.set("bossnas/offer", name)
+        while store.add(f"bossnas/{name}/joined", 0) < others:
+            _pause(deadline)
+        store.set("bossnas/offer", "-")
+        store.set(f"bossnas/{name}/go", "")
+        return torch_dist.PrefixStore(name, store)
+    joined = ""
+    while True:
+        name = store.get("bossnas/offer").decode()
+        if name not in ("-", joined):
+            store.add(f"bossnas/{name}/joined", 1)
+            joined = name
+        if joined and store.check([f"bossnas/{joined}/go"]):
+            return torch_dist.PrefixStore(joined, store)
+        _pause(deadline)
+
+
+def _pause(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise RuntimeError("the ranks that torchrun starts did not all come up in time")
+    time.sleep(0.02)
 
 
 def ensure_group() -> None:
@@ -107,7 +150,7 @@ def device(name: str = "auto") -> torch.device:
 class Mesh:
     """How the ranks divide a run. A row trains some of the blocks; the ranks of a row share every batch.
 
-    ``blocks``: of every row, in order; ``group``: the ranks of this row (None: all ranks).
+    ``blocks``: of every row, in order; ``group``: the ranks of this row (None: all ranks, or not made yet).
     """
 
     blocks: Sequence[range]
@@ -123,7 +166,7 @@ class Mesh:
 
 
 def mesh(schedule: str, blocks: int) -> Mesh:
-    """The mesh of a schedule (sequential | block_parallel) on the ranks at hand; all of them call it.
+    """The mesh of a schedule (sequential | block_parallel) on the ranks at hand, without its groups (`connected`).
 
     block_parallel: rank r is shard r % shards of row r // shards. Fewer ranks than blocks: every rank is a row, with
     neighbouring blocks. Raises ConfigError for a number of ranks that the blocks do not divide.
@@ -138,13 +181,31 @@ def mesh(schedule: str, blocks: int) -> Mesh:
                           "blocks", f"start {fits[0]} or {fits[1]} ranks, or set it to sequential")
     shards = world // rows
     parts = [range(blocks * r // rows, blocks * (r + 1) // rows) for r in range(rows)]
-    groups = [_group(range(r * shards, (r + 1) * shards)) for r in range(rows)]
-    return Mesh(parts, me // shards, shards, me % shards, groups[me // shards])
+    return Mesh(parts, me // shards, shards, me % shards)
 
 
-@lru_cache
-def _group(ranks: range) -> Any:
-    return torch_dist.new_group(list(ranks)) if torch_dist.is_initialized() else None
+def connected(mesh: Mesh, timeout_minutes: float = 30) -> Mesh:
+    """The mesh with the groups of its rows, which all ranks make together. ``timeout_minutes``: see `init`."""
+    if len(mesh.blocks) == 1 or world_size() == 1:
+        return mesh
+    rows = [range(r * mesh.shards, (r + 1) * mesh.shards) for r in range(len(mesh.blocks))]
+    timeout = timedelta(minutes=timeout_minutes)
+    groups = [torch_dist.new_group(list(ranks), timeout=timeout) for ranks in rows]
+    return replace(mesh, group=groups[mesh.row])
+
+
+def host_group(timeout_minutes: float) -> Any:
+    """A new group of all ranks for small CPU tensors beside everything else; all of them call it. One process: None."""
+    if not torch_dist.is_initialized():
+        return None
+    return torch_dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+
+
+def set_timeout(minutes: float) -> None:
+    """How long collectives wait for another rank from now on, in all groups."""
+    change = getattr(torch_dist, "set_timeout", None) or torch_dist.distributed_c10d._set_pg_timeout
+    for group in list(torch_dist.distributed_c10d._world.pg_map):
+        change(timedelta(minutes=minutes), group)
 
 
 def barrier() -> None:
@@ -173,6 +234,19 @@ def all_gather_object(value: T) -> list[T]:
 def from_main(function: Callable[[], T]) -> T:
     """What ``function`` gives on rank 0, on every rank; a ConfigError of it is raised on all of them."""
     return all_gather_object(together(lambda: function() if rank() == 0 else None))[0]
+
+
+@torch.no_grad()
+def broadcast(tensors: Sequence[Tensor], source: int) -> None:
+    """Gives all ranks rank ``source``'s ``tensors``, in place, in one message for each dtype."""
+    if world_size() == 1:
+        return
+    for dtype in sorted({t.dtype for t in tensors}, key=str):
+        chosen = [t for t in tensors if t.dtype == dtype]
+        flat = torch.cat([t.flatten() for t in chosen])
+        torch_dist.broadcast(flat, source)
+        for t, piece in zip(chosen, flat.split([t.numel() for t in chosen]), strict=True):
+            t.copy_(piece.view_as(t))
 
 
 def all_reduce_sum(x: Tensor, group: Any = None) -> Tensor:
@@ -241,7 +315,7 @@ def any_rank(flag: bool) -> bool:
 def shutdown(code: int = 0) -> None:
     """Leaves the process group. With more than one rank it ends the process and does not return.
 
-    ``code`` 0: after a barrier. Other codes: at once, so that the launcher sees it and ends the other ranks.
+    ``code`` 0 and RESUMABLE: after a barrier. Others: at once, so that the launcher sees it and ends the other ranks.
     gloo's teardown at interpreter exit aborts now and then, therefore nothing is torn down: the output is
     flushed and the process ends with ``code``.
     """
@@ -249,7 +323,7 @@ def shutdown(code: int = 0) -> None:
         if torch_dist.is_initialized():
             torch_dist.destroy_process_group()
         return
-    if code == 0:
+    if code in (0, RESUMABLE):
         barrier()
     logging.shutdown()
     sys.stdout.flush()
@@ -260,8 +334,9 @@ def shutdown(code: int = 0) -> None:
 def run(function: Callable[[], Any], timeout_minutes: float = 30) -> int:
     """Runs one rank's program: ``init``, ``function()``, ``shutdown``. Returns or exits with the exit code.
 
-    0: done; 2: a mistake of the user, one line on stderr; 130: interrupted; 1: anything else, with traceback;
-    a SystemExit keeps its code. With one rank the code is returned, with more the process ends.
+    0: done; 2: a mistake of the user, one line on stderr; 75: asked to stop, saved and able to go on; 130: interrupted;
+    1: anything else, with traceback; a SystemExit keeps its code. With one rank the code is returned, with more the
+    process ends.
     """
     try:
         init(timeout_minutes)
@@ -272,6 +347,14 @@ def run(function: Callable[[], Any], timeout_minutes: float = 30) -> int:
         if rank() > 0:
             time.sleep(GRACE_SECONDS)
         print(f"error: {error}", file=sys.stderr)
+    except Stopped as stop:
+        code = RESUMABLE
+        if world_size() > 1:  # this process ends, and a launcher may send a signal once more
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_IGN)
+        if rank() == 0:
+            print(stop, file=sys.stderr)
+        _tell_elastic_agent(stop)
     except KeyboardInterrupt:
         code = 130
     except SystemExit as request:
@@ -289,6 +372,13 @@ def run(function: Callable[[], Any], timeout_minutes: float = 30) -> int:
         code = _unexpected()
     shutdown(code)
     return code
+
+
+def _tell_elastic_agent(stop: Stopped) -> None:
+    """torchrun with restarts takes exit code 75 for a failure and would start the ranks again; its agent stops on
+    SIGTERM. Where the agent was asked first, it passed SIGTERM or SIGINT on and need not be told."""
+    if stop.signal == signal.SIGUSR1 and _env_int("TORCHELASTIC_MAX_RESTARTS", 0) > 0 and local_rank() == 0:
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def _unexpected() -> int:

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend."""
+"""What a user can mend, and how a run ends that was asked to stop."""
 
 from __future__ import annotations
 
@@ -9,3 +9,11 @@ class ConfigError(ValueError):
     def __init__(self, field: str, problem: str, fix: str):
         super().__init__(f"{field}: {problem}; {fix}")
         self.field, self.problem, self.fix = field, problem, fix
+
+
+class Stopped(Exception):
+    """The run was asked to stop by ``signal`` (its number) and its state is saved."""
+
+    def __init__(self, message: str, signal: int = 0):
+        super().__init__(message)
+        self.signal = signal

@@ -7,7 +7,8 @@ import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
+from multiprocessing import resource_tracker
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ from bossnas.views import one_thread
 log = logging.getLogger("bossnas.data")
 PREFETCH = 2  # batches that every worker makes ahead
 SHOWN = 10  # unreadable images that an error lists
+# a scheduler sends them to every process of a run, which must still get batches until it has saved its state
+IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Item(NamedTuple):
@@ -73,10 +76,22 @@ def _here(dataset: Dataset) -> Iterator[Item]:
 
 
 def _start_worker(worker: int) -> None:
-    # a scheduler signals the whole process group; the run must still get batches until it has saved its state
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     one_thread()
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Processes started inside, the server that forks workers among them, never get the IGNORED signals. This one gets
+    them afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
+    try:
+        resource_tracker.ensure_running()  # its start lets SIGTERM and SIGINT through again
+        signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _context(dataset: Dataset) -> multiprocessing.context.BaseContext:
@@ -96,7 +111,8 @@ def _from_workers(dataset: Dataset, workers: int, device: torch.device) -> Itera
                         worker_init_fn=_start_worker, generator=torch.Generator(),
                         multiprocessing_context=_context(dataset), pin_memory=device.type == "cuda")
     handler = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(loader)
+    with _held_back():
+        iterator = iter(loader)
     if threading.current_thread() is threading.main_thread():
         # torch's handler would raise for a dead worker wherever the run is just then, say while it saves its
         # state; without it, the next batch raises

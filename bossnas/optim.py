@@ -61,6 +61,9 @@ class LARS(torch.optim.Optimizer):
     rank's equal share of all of them laid end to end; the squared norms are then added up over
     ``norm_group`` (None: all ranks) in one all-reduce. The engine calls ``create_state`` once the share is
     in place, and ``follow`` after every step, when the weights are whole again.
+
+    Parameters may be DTensors, sharded by rows as FSDP2 does; their targets and gradients then are, too. Each rank
+    updates its rows, and the norms are added up over the ranks of their mesh.
     """
 
     def __init__(
@@ -82,6 +85,9 @@ class LARS(torch.optim.Optimizer):
         self.ends = list(itertools.accumulate(shape.numel() for shape in self.shapes))
         self.momentum, self.weight_decay, self.trust = momentum, weight_decay, trust
         self.norm_group, self.sharded, self.clip = norm_group, sharded, clip
+        self.by_rows = _is_dtensor(groups[0]["params"][0])
+        if self.by_rows:
+            self.norm_group = groups[0]["params"][0].device_mesh.get_group()
         self.loss_scale, self.applied = 1.0, True
         parameters = [group["params"][0] for group in groups]
         followed = [(parameter, group.get("target")) for parameter, group in zip(parameters, groups, strict=True)]
@@ -111,7 +117,7 @@ class LARS(torch.optim.Optimizer):
         assert closure is None, "LARS takes no closure"
         settings = {"lr": self.param_groups[0]["lr"], "momentum": self.momentum, "weight_decay": self.weight_decay,
                     "trust": self.trust}
-        if not self.sharded:
+        if not self.sharded and not self.by_rows:
             _, weights, gradients, buffers = zip(*self._pieces(), strict=True)
             present = [g for g in gradients if g is not None]
             norms = torch._foreach_norm(present) if present else []
@@ -127,6 +133,8 @@ class LARS(torch.optim.Optimizer):
         if self.applied:
             lars_update(weights, gradients, buffers, [self.excluded[i] for i in index], [w_norm[i] for i in index],
                         [g_norm[i] * factor for i in index], **settings)
+            if self.by_rows:
+                self.follow()
 
     def _scale(self, gradients: list[Tensor], norm: float) -> float:
         """Divides the gradients, whose norm over all ranks is ``norm``, by the loss scale and clips them: returns the
@@ -141,13 +149,16 @@ class LARS(torch.optim.Optimizer):
 
     def follow(self) -> None:
         """Moves the targets towards the parameters, where ``step`` saw but a share of these."""
-        ema_update([t for _, t in self._followed], [p for p, _ in self._followed], self.param_groups[0]["ema"])
+        ema_update([local(t) for _, t in self._followed], [local(p) for p, _ in self._followed],
+                   self.param_groups[0]["ema"])
 
     @torch.no_grad()
     def full_state(self) -> dict[str, Tensor]:
-        """Momentum by parameter name, whole also when sharded (then all ranks call it)."""
+        """Momentum by parameter name: of DTensors as DTensors, otherwise whole, also when sharded (then all ranks call
+        it)."""
         if not self.sharded:
-            return {self.names[i]: buffer for i, _, _, buffer in self._pieces()}
+            parameters = [group["params"][0] for group in self.param_groups]
+            return {name: self.state[p]["momentum"] for name, p in zip(self.names, parameters, strict=True)}
         flat = torch.cat(dist.all_gather(self.state[self.param_groups[0]["params"][0]]["momentum"]))
         counts = [shape.numel() for shape in self.shapes]
         parts = flat[: self.ends[-1]].split(counts)
@@ -157,7 +168,8 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_full_state(self, state: dict[str, Tensor]) -> None:
-        """Copies what ``full_state`` gave, sharded or not. Raises ValueError if it is another model's."""
+        """Copies what ``full_state`` gave, sharded or not, as whole tensors or DTensors. Raises ValueError if it is
+        another model's."""
         shapes = dict(zip(self.names, self.shapes, strict=True))
         for name in shapes.keys() | state.keys():
             if name not in state or name not in shapes or state[name].shape != shapes[name]:
@@ -165,12 +177,13 @@ class LARS(torch.optim.Optimizer):
                     f"momentum of {name}: {_shape(state.get(name))} was saved, {shapes.get(name, 'none')}"
                     " is needed; it belongs to another model"
                 )
+        if not self.sharded:
+            for name, buffer in self.full_state().items():
+                local(buffer).copy_(shard(state[name], buffer))
+            return
         for i, _, _, buffer in self._pieces():
-            whole = state[self.names[i]]
-            if self.sharded:
-                start = self._bounds(i)[2]
-                whole = whole.flatten()[start : start + buffer.numel()]
-            buffer.copy_(whole)
+            start = self._bounds(i)[2]
+            buffer.copy_(shard(state[self.names[i]], buffer).flatten()[start : start + buffer.numel()])
 
     def _bounds(self, i: int) -> tuple[int, int, int]:
         """Parameter ``i`` in this rank's share: start and stop there, and its first element there."""
@@ -181,10 +194,12 @@ class LARS(torch.optim.Optimizer):
         return start, min(max(self.ends[i] - origin, 0), size), start - first
 
     def _pieces(self) -> list[tuple[int, Tensor, Tensor | None, Tensor]]:
-        """(number, weight, gradient, momentum) of what this rank updates; views of the share if sharded."""
+        """(number, weight, gradient, momentum) of what this rank updates; views of the share if sharded, the rows that
+        it holds of DTensors."""
         if not self.sharded:
             parameters = [group["params"][0] for group in self.param_groups]
-            return [(i, p, p.grad, self.state[p]["momentum"]) for i, p in enumerate(parameters)]
+            return [(i, local(p), None if p.grad is None else local(p.grad), local(self.state[p]["momentum"]))
+                    for i, p in enumerate(parameters)]
         (share,) = self.param_groups[0]["params"]
         buffer, pieces = self.state[share]["momentum"], []
         for i in range(len(self.names)):
@@ -232,6 +247,26 @@ def ema_update(target_params: Iterable[Tensor], online_params: Iterable[Tensor],
         raise ValueError("ema_update: target and online parameters differ in number or shape")
     if target:
         torch._foreach_lerp_(target, [o.detach() for o in online], 1 - m)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: some rows of a DTensor, perhaps none, all of another. For no_grad."""
+    return tensor.to_local() if _is_dtensor(tensor) else tensor
+
+
+def shard(tensor: Tensor, like: Tensor) -> Tensor:
+    """What this rank holds of ``tensor``, whole or a DTensor, when it is laid out as ``like``."""
+    if not _is_dtensor(like):
+        return tensor.full_tensor() if _is_dtensor(tensor) else tensor
+    if _is_dtensor(tensor):
+        return tensor.to_local()
+    mesh = like.device_mesh
+    rows = -(-tensor.shape[0] // mesh.size())
+    return tensor[rows * mesh.get_local_rank() :][:rows]
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")
 
 
 def _shape(tensor: Tensor | None) -> object:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bossnas import data, dist, log, runfolder
+from bossnas.alive import Guard
 from bossnas.config import Config, override
 from bossnas.engines.protocol import autocast
 from bossnas.errors import ConfigError
@@ -31,12 +32,14 @@ GPU_SHARE = 0.5  # of the memory that is free when the rating starts
 Scores = dict[str, dict[Path, float]]
 
 
-def rate(run: Run, block: int, partial: Folder | None = None) -> Scores:
-    """All scores of all paths of the block, on the winners of the blocks before it.
+def rate(run: Run, block: int, partial: Folder | None = None, prefix: Sequence[Path] | None = None,
+         guard: Guard | None = None) -> Scores:
+    """All scores of all paths of the block, on ``prefix``, the paths of the blocks before it (None: their winners).
 
     ``partial``: a file that holds the progress, from which a rating that was cut goes on; removed at the end.
+    ``guard``: what may ask for a stop; then raises Stopped once the progress is in the file.
     """
-    winners, settings = run.state.winners[:block], run.config.rating
+    winners, settings = list(run.state.winners[:block] if prefix is None else prefix), run.config.rating
     paths = run.space.paths(block, winners)
     validation = _validation(run)
     most = _units_fit(run, block, winners, paths)
@@ -47,12 +50,18 @@ def rate(run: Run, block: int, partial: Folder | None = None) -> Scores:
     total = len(paths) * (1 + 2 * len(validation.sizes))
     if done:
         logger.info("block %d: its rating goes on at %d of %d", block, done, total)
+    place = f"block {block}" if partial is None else partial.stem.replace("_", " ")
     if len(cut) > 1:
         logger.info("block %d: %d paths are rated in %d parts of at most %d", block, len(paths), len(cut), most)
     with log.progress(f"block {block} rate", total, done, show=dist.rank() == 0) as task:
         def advance(pieces: Pieces, count: int) -> None:
             task.advance(count=count)
-            progress.save(pieces)
+            stop = guard is not None and guard.should_stop()
+            progress.save(pieces, at_once=stop)
+            if guard is not None:
+                guard.at(f"the rating of {place}")
+            if stop:
+                raise guard.stopped()
 
         scores = rate_block(
             run.online, run.target, run.predictors[block], block, winners, paths, _Calibration(run), validation,
@@ -72,13 +81,13 @@ def winner_of(run: Run, scores: Scores) -> tuple[Path, float]:
     return winner, values[winner]
 
 
-def write(folder: Folder, run: Run, block: int, scores: Scores, name: str) -> None:
-    """ratings/``name``: every path with the chosen score, and with all scores."""
+def write(folder: Folder, run: Run, block: int, scores: Scores, name: str, prefix: Sequence[Path]) -> None:
+    """ratings/``name``: every path with the chosen score, and with all scores, on ``prefix``."""
     if dist.rank() == 0:
         chosen = run.config.rating.score
         by_text = {score: {encode(p): v for p, v in values.items()} for score, values in scores.items()}
         runfolder.write_json(folder / "ratings" / name, {
-            "block": block, "prefix": [encode(p) for p in run.state.winners[:block]], "score": chosen, "better": BETTER,
+            "block": block, "prefix": [encode(p) for p in prefix], "score": chosen, "better": BETTER,
             "candidates": run.space.candidates(block), "paths": by_text[chosen], "scores": by_text})
 
 
@@ -89,7 +98,7 @@ def settle(run: Run, folder: Folder, scores: Scores) -> tuple[Path, float]:
     """
     block = run.state.block
     winner, value = winner_of(run, scores)
-    write(folder, run, block, scores, f"block_{block}.json")
+    write(folder, run, block, scores, f"block_{block}.json", run.state.winners)
     logger.info("block %d: best of %d paths is %s with %s %+.4f", block, len(scores[run.config.rating.score]),
                 encode(winner), run.config.rating.score, value)
     freeze_winner(run, winner)
@@ -99,18 +108,23 @@ def settle(run: Run, folder: Folder, scores: Scores) -> tuple[Path, float]:
 
 
 def freeze_winner(run: Run, winner: Path) -> None:
-    """Ends the current block's stage: its weights freeze, with the winner's calibrated statistics as their buffers,
-    and the state moves on to the next block."""
+    """Freezes the current block with the winner's calibrated statistics, and moves the state on to the next block."""
     block, state = run.state.block, run.state
-    with autocast(run.device.type, run.config.train.precision):  # as when the winner was rated
-        features = [run.target.features(state.winners, x) for x in _Calibration(run)]
-        of_target, _ = calibrate(run.online, run.target, run.predictors[block], block, [winner], [Unit((), (0,))],
-                                 features)
-    of_target.write()
+    calibrate_path(run, block, state.winners, winner)
     run.online.freeze(block)
     run.target.freeze(block)
     state.winners.append(winner)
-    state.block, state.step = block + 1, 0
+    state.block = block + 1
+
+
+def calibrate_path(run: Run, block: int, prefix: Sequence[Path], path: Path) -> None:
+    """Writes the path's calibrated batch-norm statistics into the target block's buffers. The blocks before it are in
+    evaluation mode with those of ``prefix``."""
+    with autocast(run.device.type, run.config.train.precision):  # as when the path was rated
+        features = [run.target.features(prefix, x) for x in _Calibration(run)]
+        of_target, _ = calibrate(run.online, run.target, run.predictors[block], block, [path], [Unit((), (0,))],
+                                 features)
+    of_target.write()
 
 
 def rerate(folder: Folder, blocks: list[int] | None = None, overrides: Sequence[str] = ()) -> list[int]:
@@ -133,7 +147,7 @@ def rerate(folder: Folder, blocks: list[int] | None = None, overrides: Sequence[
         raise ConfigError("--block", f"of {chosen} the run has finished only {done}", "name finished blocks")
     for block in chosen:
         scores = rate(run, block, folder / "ratings" / f"block_{block}.partial")
-        write(folder, run, block, scores, f"block_{block}.json")
+        write(folder, run, block, scores, f"block_{block}.json", run.state.winners[:block])
     return chosen
 
 
@@ -256,8 +270,9 @@ class _Progress:
 
         return dist.from_main(read)
 
-    def save(self, pieces: Pieces) -> None:
-        if self.file is None or dist.rank() > 0 or time.monotonic() - self.saved < SAVE_SECONDS:
+    def save(self, pieces: Pieces, at_once: bool) -> None:
+        due = at_once or time.monotonic() - self.saved >= SAVE_SECONDS
+        if self.file is None or dist.rank() > 0 or not due:
             return
         draft = self.file.with_name(self.file.name + ".tmp")
         torch.save({"key": self.key, "pieces": pieces}, draft)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass, field
 from pathlib import Path as Folder
 
@@ -117,40 +118,61 @@ def write_architecture(run: Run, folder: Folder) -> None:
     logger.info("everything lies in %s", folder)
 
 
-def save(run: Run, folder: Folder, engine: Engine | None) -> None:
-    """A checkpoint of the whole run, and of the engine's state within a block."""
-    state = run.state
-    if engine is not None:
+def save(saver: checkpoint.Saver, run: Run, engines: dict[int, Engine]) -> None:
+    """A checkpoint of the whole run; all ranks call it. ``engines``: of the blocks that this rank trains at the moment,
+    {} between two blocks.
+
+    Within a block, a rank contributes the blocks that are its own; between two, all ranks have all of them.
+    """
+    for engine in engines.values():
         engine.gather()
-    values = {"block": state.block, "step": state.step, "images_seen": state.images_seen,
-              "winners": [encode(p) for p in state.winners], "data": _data_state(run),
-              "online": run.online.state_dict(), "target": run.target.state_dict(),
-              "predictors": run.predictors.state_dict()}
-    checkpoint.save(folder / "checkpoints", f"block{state.block}-step{state.step:06d}", values, engine,
-                    run.config.checkpoint.keep)
+    state = run.state
+    tensors = _weights(run, run.mesh.own if engines else range(run.space.blocks))
+    for block, engine in engines.items():
+        tensors.update(checkpoint.momentum(block, engine))
+    saver.save(f"block{state.block}-step{state.step:06d}", tensors, {
+        "schedule": run.config.schedule, "block": state.block, "step": state.step, "images_seen": state.images_seen,
+        "bad_steps": state.bad_steps, "bad_by_block": list(state.bad_by_block),
+        "winners": [encode(p) for p in state.winners], "leaders": [encode(p) for p in state.leaders],
+        "data": _data_state(run)})
 
 
 def restore(run: Run, folder: Folder, training: bool = True) -> Folder | None:
-    """Loads the last checkpoint if there is one; returns its folder, where the engine's state lies.
+    """Loads the weights and the position of ``folder``'s last checkpoint, or of the checkpoint that ``folder`` is.
+    Returns the checkpoint, where the optimizers' states lie (`checkpoint.load_engine`), None if there is none.
 
-    ``training=False``: for a rating alone, which does not go on in the order of the training images.
+    All ranks call it. ``training=False``: for a rating alone, which does not go on in the order of the training images.
     """
-    last = checkpoint.latest(folder / "checkpoints")
-    if last is None:
-        return None
-    values = checkpoint.load(last)
+    where = dist.from_main(lambda: checkpoint.whole(folder))
+    if where is not None:
+        dist.together(lambda: _load(run, where, training))
+    return where
+
+
+def _load(run: Run, where: Folder, training: bool) -> None:
+    values, state = checkpoint.read_state(where), run.state
     if training:
-        _check_data(values.get("data"), _data_state(run), bool(values["step"]))
-    run.online.load_state_dict(values["online"])
-    run.target.load_state_dict(values["target"])
-    run.predictors.load_state_dict(values["predictors"])
-    state = run.state
+        _check_data(values["data"], _data_state(run), bool(values["step"]))
+    checkpoint.load(where, _weights(run, range(run.space.blocks)))
     state.block, state.step, state.images_seen = values["block"], values["step"], values["images_seen"]
+    state.bad_steps, state.bad_by_block[:] = values["bad_steps"], values["bad_by_block"]
     state.winners[:] = [decode(text) for text in values["winners"]]
+    state.leaders[:] = [decode(text) for text in values["leaders"]]
     for block in range(state.block):
         run.online.freeze(block)
         run.target.freeze(block)
-    return last
+
+
+def _weights(run: Run, blocks: range) -> dict[str, Tensor]:
+    """Weights and buffers of these blocks, of the online and the target network and the predictors, by the names that
+    they have in a checkpoint; the stem belongs to block 0."""
+    modules = nn.ModuleDict({"online": run.online, "target": run.target, "predictors": run.predictors})
+    found = {}
+    for name, tensor in modules.state_dict().items():
+        number = re.match(r"(?:\w+\.(?:blocks|projectors)|predictors)\.(\d+)\.", name)
+        if (int(number[1]) if number else 0) in blocks:
+            found[name] = tensor
+    return found
 
 
 def _data_state(run: Run) -> dict:
@@ -158,11 +180,8 @@ def _data_state(run: Run) -> dict:
     return {"images": len(run.train_set), "readers": data.readers(run.train_set, run.config.data, run.mesh.shards)}
 
 
-def _check_data(saved: dict | None, now: dict, within_block: bool) -> None:
+def _check_data(saved: dict, now: dict, within_block: bool) -> None:
     """Raises ConfigError where the images would not go on in the order in which the run began."""
-    if saved is None:
-        raise ConfigError("out", "holds a run of an earlier version, whose images came in another order",
-                          "start a new run in another folder")
     if saved["images"] != now["images"]:
         raise ConfigError("data.train", f"has {now['images']} images, but the run began with {saved['images']}",
                           "give it the shards it began with, or start a new run")

@@ -16,9 +16,9 @@ from bossnas.config import Config, dump, validate
 from bossnas.errors import ConfigError
 
 LARGEST = 1e300  # scores below it add up to a finite number
-# What may change between a run and its continuation, since results do not depend on it.
-FREE = ("data.workers", "data.retries", "data.timeout_s", "data.allow_pipe", "rating.max_gib",
-        "checkpoint.every_steps", "checkpoint.keep", "out")
+# What may change between a run and its continuation, since results do not depend on it; "engine.": all of that section.
+FREE = ("data.workers", "data.retries", "data.timeout_s", "data.allow_pipe", "train.activation_checkpointing",
+        "rating.max_gib", "engine.", "checkpoint.", "out")
 
 
 def claim(config: Config, resume: bool) -> Path:
@@ -27,18 +27,27 @@ def claim(config: Config, resume: bool) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ConfigError("out", f"{folder} is a file", "name a folder")
     if (folder / "config.json").exists():
-        changed = _differences(read_config(folder), config)
-        if changed:
-            raise ConfigError("out", f"{folder} holds another run ({', '.join(changed)} differ)",
-                              "choose another folder with --set out=FOLDER")
-        if (kind := _kind(folder)) != "search":
-            raise ConfigError("out", f"{folder} holds a {kind}", "choose another folder with --set out=FOLDER")
+        check_same(folder, config)
         if not resume:
             raise ConfigError("out", f"{folder} already holds this run",
                               "go on with --resume auto, or choose another folder with --set out=FOLDER")
     elif folder.exists() and any(folder.iterdir()):
         raise ConfigError("out", f"{folder} is not empty and holds no run", "choose another folder")
     return folder
+
+
+def check_same(folder: Path, config: Config, field: str = "out") -> None:
+    """Raises ConfigError unless ``folder`` holds a search with this config, but for what may change (FREE)."""
+    fix = "choose another folder with --set out=FOLDER" if field == "out" else "give it the config of that run"
+    old = read_config(folder)
+    changed = _differences(old, config)
+    if changed == ["schedule"]:
+        raise ConfigError("schedule", f"is {config.schedule}, but the run in {folder} began with {old.schedule}, and "
+                          "what it has trained depends on it", f"set it to {old.schedule}, or {fix}")
+    if changed:
+        raise ConfigError(field, f"{folder} holds another run ({', '.join(changed)} differ)", fix)
+    if (kind := _kind(folder)) != "search":
+        raise ConfigError(field, f"{folder} holds a {kind}", fix)
 
 
 def prepare(folder: Path, config: Config, kind: str = "search") -> None:
@@ -148,7 +157,8 @@ def _kind(folder: Path) -> str:
 
 def _differences(old: Config, new: Config) -> list[str]:
     a, b = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    return [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key) and key not in FREE]
+    changed = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+    return [key for key in changed if key not in FREE and f"{key.partition('.')[0]}." not in FREE]
 
 
 def _flat(values: dict, prefix: str = "") -> dict[str, Any]:

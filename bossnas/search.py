@@ -1,166 +1,138 @@
-"""The whole run: for each block train -> rate -> keep the winner -> next; then the architecture."""
+"""The whole run: train the blocks, rate them, keep the winners; then the architecture."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from contextlib import closing
 from pathlib import Path as Folder
 
 from torch import Tensor, nn
 
-from bossnas import checkpoint, data, dist, log, rating, runfolder
+from bossnas import checkpoint, dist, log, runfolder
+from bossnas.alive import Guard
 from bossnas.config import Config
 from bossnas.engines.protocol import Engine
-from bossnas.log import logger
-from bossnas.ops import synchronise
-from bossnas.optim import LARS, parameter_groups
-from bossnas.paths import Path, encode
-from bossnas.run import Run, announce, build, make_engine, restore, save, write_architecture
-from bossnas.train import RunState, Step, train_block
+from bossnas.resume import begin_at, claim
+from bossnas.run import Run, announce, build, restore, write_architecture
+from bossnas.schedule import block_parallel
+from bossnas.stage import Job, Trace, measures, rating_due, save_due, total_steps, train_batches, train_with, warn
+from bossnas.train import Step
+
+DONE = "done"  # the file that a finished run has
 
 
-def search(config: Config, resume: bool = False) -> Folder:
+def search(config: Config, resume: str | None = None, trace: Trace | None = None) -> Folder:
     """Runs or continues the search that ``config`` describes and returns the run folder.
 
-    Every rank calls it, after `dist.init`. Raises ConfigError for what the user can mend.
+    Every rank calls it, after `dist.init`. ``trace``: takes down where this rank's time goes. Raises ConfigError for
+    what the user can mend, and Stopped when a signal asked the run to stop and its state is saved.
     """
     main = dist.rank() == 0
     log.setup(None, main)
     folder = Folder(config.out)
     run = dist.together(lambda: _start(config, resume))
+    run.mesh = dist.connected(run.mesh, config.engine.timeout_minutes)
     log.setup(folder, main)
-    engine_folder = restore(run, folder)
-    state = run.state
-    metrics = log.Metrics(folder if main else None, lambda line: (line["block"], line["step"]) <= (
-        state.block, state.step))
+    where = restore(run, folder)
     announce(run, folder, "search")
-    try:
-        while state.block < run.space.blocks:
-            _block_stage(run, folder, metrics, engine_folder)
-            engine_folder = None
-        if main:
-            write_architecture(run, folder)
-        dist.barrier()
-    finally:
-        metrics.close()
+    with (closing(log.Metrics(folder if main else None, lambda line: _is_past(run, line))) as metrics,
+          closing(checkpoint.Saver(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous)
+                  ) as saver,
+          Guard(config.engine.timeout_minutes) as guard):
+        job = Job(run, folder, metrics, saver, guard, trace or Trace())
+        if config.schedule == "sequential":
+            sequential(job, where)
+        else:
+            block_parallel(job, where)
+        saver.wait()
+    if main:
+        write_architecture(run, folder)
+    dist.barrier()
+    if main:
+        runfolder.write_json(folder / DONE, {"steps": run.state.step, "images": run.state.images_seen})
     return folder
 
 
-def _start(config: Config, resume: bool) -> Run:
+def _start(config: Config, resume: str | None) -> Run:
     """Checks everything that can be checked beforehand; only then does the main rank write into the run folder."""
     if dist.rank() > 0:
         return build(config)
-    folder = runfolder.claim(config, resume)
+    folder, begin = Folder(config.out), claim(config, resume)
     run = build(config)
     held = sum(f.stat().st_size for f in (folder / "checkpoints").rglob("*") if f.is_file())
     checkpoint.require_room(folder, max(_checkpoint_bytes(run) * (config.checkpoint.keep + 1) - held, 0))
+    if begin is not None:
+        begin_at(config, begin)
     runfolder.prepare(folder, config)
     return run
 
 
-def _block_stage(run: Run, folder: Folder, metrics: log.Metrics, engine_folder: Folder | None) -> None:
-    """Trains the block that the state names, rates it, and moves the state to the next one."""
-    config, state = run.config, run.state
-    block, total = state.block, config.train.epochs * run.steps_per_epoch
-    main = dist.rank() == 0
-    engine, steps = start_block(run)
-    if engine_folder is not None and state.step:
-        checkpoint.load_engine(engine_folder, engine)
-    with log.progress(f"block {block} train", total, state.step, main) as task:
-        for step in steps:
-            if step is None:
-                continue
-            _report(metrics, state, step, config.train.collapse_below)
-            task.advance(f"loss {step.loss:+.3f}  {step.images_per_second:.0f} images/s")
-            every = config.rating.every_epochs
-            if step.ends_epoch and every and (step.epoch + 1) % every == 0 and state.step < total:
-                _rate_midway(run, folder, metrics, step.epoch + 1)
-            if state.step % config.checkpoint.every_steps == 0 or state.step == total:
-                save(run, folder, engine)
-    engine.close()
+def _is_past(run: Run, line: dict) -> bool:
+    """Whether the run, as it was restored, has a line of metrics behind it. It will write the others again; ratings of
+    the step where it is are yet to come."""
+    state, block, step, rated = run.state, line["block"], line["step"], line["kind"] == "rating"
+    if run.config.schedule == "sequential":
+        return block < state.block or block == state.block and step + rated <= state.step
+    return block < state.block or step + rated <= state.step
 
-    scores = rating.rate(run, block, folder / "ratings" / f"block_{block}.partial")
-    winner, value = rating.settle(run, folder, scores)
-    metrics.write("rating", block, total, best=value, path=encode(winner))
-    save(run, folder, None)
+
+def sequential(job: Job, where: Folder | None) -> None:
+    """One block after the other: trains it on the frozen blocks before, rates it, keeps its winner. ``where``: the
+    checkpoint to go on from."""
+    state = job.run.state
+    while state.block < job.run.space.blocks:
+        _train_block(job, where)
+        where = None
+        job.finish_block()
+        state.step = state.bad_steps = 0
+        job.save({})
+
+
+def _train_block(job: Job, where: Folder | None) -> None:
+    run, state = job.run, job.run.state
+    block, total = state.block, total_steps(run)
+    engine, steps = start_block(run)
+    if where is not None and state.step:
+        checkpoint.load_engine(where, block, engine)
+    with log.progress(f"block {block} train", total, state.step, dist.rank() == 0) as task:
+        while state.step < total:
+            if rating_due(run, state.step):  # it informs; it never enters the block's own prefix
+                job.saver.wait()
+                engine.gather()
+                job.rate_midway(block, state.winners)
+            with job.trace.span(f"block {block}"):
+                step = next(step for step in steps if step is not None)
+            job.metrics.write("train", block, state.step, **measures(state, step))
+            warn(state, step, run.config.train.collapse_below)
+            task.advance(f"loss {step.loss:+.3f}  {step.images_per_second:.0f} images/s")
+            job.guard.at(f"block {block} step {state.step}")
+            stop = job.guard.should_stop()
+            if stop or save_due(run, state.step):
+                job.save({block: engine}, stop)
+    steps.close()
+    engine.close()
 
 
 def start_block(run: Run) -> tuple[Engine, Iterator[Step | None]]:
-    """The engine of the state's block and its training; nothing has run yet."""
+    """The engine of the state's block and its training on the winners before it; nothing has run yet."""
+    state = run.state
+
     def inputs() -> Iterator[list[Tensor]]:
-        for views in _train_batches(run):
-            with engine.autocast():
-                features = [run.target.features(run.state.winners, x) for x in views]
+        for views in train_batches(run, state.block * run.config.train.epochs, state.step):
+            with stage.engine.autocast():
+                features = [run.target.features(state.winners, x) for x in views]
             yield features
 
-    engine, steps = train_with(run, run.state, inputs(), run.state.winners)
-    return engine, steps
-
-
-def train_with(run: Run, position: RunState, inputs: Iterator[list[Tensor]], prefix: list[Path],
-               ) -> tuple[Engine, Iterator[Step | None]]:
-    """A fresh engine for block ``position.block`` and the block's training on ``inputs`` (see `train_block`)."""
-    config, block, train = run.config, position.block, run.config.train
-    engine = make_engine(config, run.mesh)
-
-    def optimizer(module: nn.Module, followers: nn.Module | None, sharded: bool) -> LARS:
-        return LARS(parameter_groups(module, followers), train.lr, train.momentum, train.weight_decay, train.trust,
-                    sharded=sharded, clip=train.clip)
-
-    trained = nn.ModuleDict({**run.online.part(block), "predictor": run.predictors[block]})
-    followers = run.target.part(block)
-    if train.sync_batch_norm:
-        synchronise(trained, followers, average=partial(dist.average, group=run.mesh.group))
-    trained, followers = engine.wrap(trained, followers, optimizer)
-    online, target = run.online.replaced(block, trained), run.target.replaced(block, followers)
-    return engine, train_block(
-        online, target, trained["predictor"], run.space, engine, inputs, position, train, prefix=prefix,
-        accumulate=run.accumulate, steps_per_epoch=run.steps_per_epoch, seed=config.seed, device=run.device,
-        group=run.mesh.group, check_paths=config.engine.check_paths)
-
-
-def _train_batches(run: Run) -> Iterator[list[Tensor]]:
-    """The micro-batches of the block's stage from the state's position on. The order differs in every epoch."""
-    config, state, mesh = run.config, run.state, run.mesh
-    per_epoch = run.steps_per_epoch * run.accumulate
-    first, start = divmod(state.step, run.steps_per_epoch)
-    for epoch in range(first, config.train.epochs):
-        yield from data.batches(
-            run.train_set, run.recipe, run.view_ids, run.space.view_pairs, config.data, seed=config.seed,
-            epoch=state.block * config.train.epochs + epoch, start=start * run.accumulate, steps=per_epoch,
-            batch=config.train.micro_batch, rank=mesh.shard, world=mesh.shards, device=run.device, bad=run.bad)
-        start = 0
-
-
-def _rate_midway(run: Run, folder: Folder, metrics: log.Metrics, epochs: int) -> None:
-    """A rating while the block still trains. It informs; it never enters the block's own prefix."""
-    block, state = run.state.block, run.state
-    name = f"block_{block}_epoch_{epochs}"
-    scores = rating.rate(run, block, folder / "ratings" / f"{name}.partial")
-    leader, value = rating.winner_of(run, scores)
-    logger.info("block %d after %d epochs: leader %s with %s %+.4f", block, epochs, encode(leader),
-                run.config.rating.score, value)
-    metrics.write("rating", block, state.step, best=value, path=encode(leader))
-    rating.write(folder, run, block, scores, f"{name}.json")
-
-
-def _report(metrics: log.Metrics, state: RunState, step: Step, collapse_below: float) -> None:
-    metrics.write("train", state.block, state.step, epoch=step.epoch, loss=step.loss, spread=step.spread, lr=step.lr,
-                  ema_momentum=step.ema_momentum, images=state.images_seen,
-                  images_per_second=round(step.images_per_second, 2), outcome=step.outcome,
-                  loss_scale=step.loss_scale)
-    if step.outcome == "bad":
-        logger.warning("block %d step %d: its gradient is not finite, so it is skipped (%d so far)", state.block,
-                       state.step, state.bad_steps)
-    if step.spread < collapse_below:
-        logger.warning("block %d step %d: the embeddings are collapsing (spread %.3f < train.collapse_below %.3f); "
-                       "lower train.lr", state.block, state.step, step.spread, collapse_below)
+    stage = train_with(run, state, inputs(), state.winners)
+    return stage.engine, stage.steps
 
 
 def _checkpoint_bytes(run: Run) -> int:
-    """An upper bound: both networks, the predictors, and one momentum per parameter of the largest block."""
+    """An upper bound: both networks, the predictors, and one momentum per parameter of the blocks that train at once,
+    or of the largest block."""
     def size(module: nn.Module) -> int:
         return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
 
-    largest = max(size(run.online.part(b)) + size(run.predictors[b]) for b in range(run.space.blocks))
-    return size(run.online) + size(run.target) + size(run.predictors) + largest
+    momentum = [size(run.online.part(b)) + size(run.predictors[b]) for b in range(run.space.blocks)]
+    at_once = max if run.config.schedule == "sequential" else sum
+    return size(run.online) + size(run.target) + size(run.predictors) + at_once(momentum)

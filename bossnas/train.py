@@ -33,6 +33,9 @@ class RunState:
     images_seen: int = 0
     bad_steps: int = 0  # of the block, skipped because their gradient was not finite
     winners: list[Path] = field(default_factory=list)
+    # where all blocks train at once: the paths along which features are handed on, and the bad steps of every block
+    leaders: list[Path] = field(default_factory=list)
+    bad_by_block: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

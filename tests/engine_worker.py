@@ -1,11 +1,13 @@
 """One rank of the engine tests; started by test_engines.py through torchrun, deepspeed or plain python.
 
-Arguments: JSON with engine, section, clip, out, and optionally steps, blocks, split, save, load. Trains the
-reference task and writes rank 0's parameters.
+Arguments: JSON list of specs: engine, out, and optionally section, clip, precision, steps (their numbers), blocks,
+split, bad, save, load. Each trains the reference task; rank 0 writes for every block the parameters, the target's,
+the momentum and what every rank saw.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import nn
 from bossnas import dist, engines
 from bossnas.optim import LARS, parameter_groups
 
-ACCUMULATE, ROWS, BRANCHES = 2, 12, 5  # rows of a micro-batch over all ranks
+ACCUMULATE, ROWS, BRANCHES, EMA = 2, 12, 5, 0.9  # rows of a micro-batch over all ranks
 SAMPLED = [[(0, 1), (1, 2)], [(2, 0), (0, 2)], [(1, 3), (3, 1)], [(3, 0), (2, 3)]]  # branch 4 never
 
 
@@ -27,7 +29,7 @@ class Branches(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(
             nn.ModuleList(
-                nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 6, bias=False), nn.LayerNorm(6))
+                nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 6, bias=False), nn.LayerNorm(6), Scaled())
                 for _ in range(BRANCHES)
             )
             for _ in range(2)
@@ -46,6 +48,17 @@ class Branches(nn.Module):
         return total
 
 
+class Scaled(nn.Module):
+    """A weight of one row, of which all ranks but one hold nothing when it is sharded."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return x * self.weight
+
+
 def batch(step, micro):
     generator = torch.Generator().manual_seed(100 * step + micro)
     return torch.randn(ROWS, 6, generator=generator)
@@ -56,10 +69,17 @@ def build():
     return Branches()
 
 
-def train(engine, module, steps, split=False):
-    """``split``: one backward per path instead of one per micro-batch."""
-    per_rank = ROWS // dist.world_size()
+def target_of(module):
+    return nn.ModuleDict({"layers": copy.deepcopy(module.layers).requires_grad_(False)})
+
+
+def train(engine, module, steps, split=False, bad=None, look=lambda: None):
+    """``split``: one backward per path instead of one per micro-batch. ``bad``: {step, rank, factor}: there the loss is
+    multiplied by factor. Returns of every step the outcome, the loss scale after it, and whether what ``look`` shows
+    was left alone."""
+    per_rank, seen = ROWS // dist.world_size(), []
     for step in steps:
+        before = look()
         for micro in range(ACCUMULATE):
             x = batch(step, micro)[dist.rank() * per_rank :][:per_rank]
             paths = SAMPLED[(step + micro) % 4]
@@ -67,11 +87,18 @@ def train(engine, module, steps, split=False):
             for part in parts:
                 with engine.autocast():
                     loss = module.loss(x, part)
+                if bad and (step, dist.rank(), micro) == (bad["step"], bad["rank"], 0):
+                    loss = loss * float(bad["factor"])
                 engine.micro(loss, last=micro == ACCUMULATE - 1 and part is parts[-1])
-        engine.step(lr=0.1 / (step + 1))
+        outcome = engine.step(0.1 / (step + 1), EMA)
+        after = look()
+        same = before is not None and all(torch.equal(before[name], after[name]) for name in before)
+        seen.append((outcome, engine.loss_scale, same))
+    return seen
 
 
-def make(spec, module):
+def make(spec, module, target=None):
+    """-> the engine and what to train in place of ``module``."""
     engine = engines.make(
         spec["engine"],
         accumulate=ACCUMULATE,
@@ -81,33 +108,49 @@ def make(spec, module):
     )
     trained, _ = engine.wrap(
         module,
-        None,
+        target,
         lambda module, followers, sharded: LARS(
-            parameter_groups(module), lr=1.0, weight_decay=1e-2, trust=0.1, sharded=sharded, clip=spec.get("clip", 0.0)
+            parameter_groups(module, followers), lr=1.0, weight_decay=1e-2, trust=0.1, sharded=sharded,
+            clip=spec.get("clip", 0.0)
         ),
     )
     return engine, trained
+
+
+def everything(engine, module, target):
+    """Whole copies of all that a step may change, on every rank."""
+    engine.gather()
+    state = {f"momentum.{name}": t.full_tensor() if hasattr(t, "full_tensor") else t
+             for name, t in engine.state().items() if name != "loss_scale"}
+    parameters = {f"online.{name}": p.detach() for name, p in module.named_parameters()}
+    targets = {f"target.{name}": p.detach() for name, p in target.named_parameters()}
+    return {name: t.clone() for name, t in (parameters | targets | state).items()}
 
 
 def run(spec):
     results = {}
     for block in range(spec.get("blocks", 1)):  # one engine per block
         module = build()
+        target = target_of(module)
         if spec.get("load"):
-            module.load_state_dict(torch.load(Path(spec["load"]) / "module.pt", weights_only=True))
-        engine, trained = make(spec, module)
+            saved = torch.load(Path(spec["load"]) / "half.pt", weights_only=True)
+            module.load_state_dict({name[7:]: t for name, t in saved.items() if name.startswith("online.")})
+            target.load_state_dict({name[7:]: t for name, t in saved.items() if name.startswith("target.")})
+        engine, trained = make(spec, module, target)
         if spec.get("load"):
-            engine.load(torch.load(Path(spec["load"]) / "optimizer.pt", weights_only=True))
-        train(engine, trained, range(*spec.get("steps", [0, 3])), spec.get("split", False))
-        if spec.get("save"):
-            engine.gather()
-            state = {name: tensor.clone() for name, tensor in engine.state().items()}
-            if dist.rank() == 0:
-                torch.save(state, Path(spec["save"]) / "optimizer.pt")
-                torch.save(module.state_dict(), Path(spec["save"]) / "module.pt")
-            dist.barrier()
+            engine.load({name[9:]: t for name, t in saved.items() if name.startswith("momentum.")})
+
+        def look(engine=engine, module=module, target=target):
+            return everything(engine, module, target) if "bad" in spec else None
+
+        steps = spec.get("steps", [0, 1, 2])
+        seen = train(engine, trained, steps, spec.get("split", False), spec.get("bad"), look)
+        tensors = everything(engine, module, target)
+        if spec.get("save") and dist.rank() == 0:
+            torch.save(tensors, Path(spec["save"]) / "half.pt")
         engine.close()
-        results[block] = {name: p.detach().clone() for name, p in module.named_parameters()}
+        results[block] = tensors | {"seen": dist.all_gather_object(seen)}
+    dist.barrier()
     if dist.rank() == 0:
         torch.save(results, spec["out"])
 

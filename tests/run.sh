@@ -1,11 +1,39 @@
 #!/usr/bin/env bash
-# Runs the linter and every test in a virtual environment of its own: bash tests/run.sh [pytest arguments]
+# Runs the linter and every test in a virtual environment of its own: bash tests/run.sh [--slurm] [pytest arguments]
 #
+# --slurm: also the tests on a real SLURM of two nodes on this machine, some minutes; where its programs are missing, root
+# gets them from Debian or Ubuntu.
 # BOSSNAS_VENV: the environment's folder (default .venv-tests). PYTHON: the interpreter (default python3).
 # Exits with 0 only if linter and tests pass and at least one test ran. The last line counts all tests.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 . launch/env.sh
+
+prepare_slurm() {
+    local program missing=() packages=(slurmctld slurmd slurm-client munge)
+    for program in slurmctld slurmd sbatch munged; do
+        PATH=$PATH:/usr/sbin:/sbin command -v "$program" >/dev/null || missing+=("$program")
+    done
+    [ ${#missing[@]} -gt 0 ] || return 0
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        echo "--slurm: ${missing[*]} missing; install SLURM and munge (Debian, Ubuntu: ${packages[*]})" >&2
+        return 1
+    fi
+    local log
+    echo "Installing ${packages[*]}"
+    # At runlevel 1 Debian starts no daemons of what it installs: the tests start their own.
+    if ! log=$({ apt-get update && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
+        apt-get install --yes --no-install-recommends "${packages[@]}"; } 2>&1); then
+        echo "$log" | tail -n 20 >&2
+        return 1
+    fi
+}
+
+if [ "${1-}" = --slurm ]; then
+    shift
+    prepare_slurm || exit 1
+    export BOSSNAS_SLURM=1
+fi
 prepare_environment "${BOSSNAS_VENV:-.venv-tests}" "[dev]" || exit 1
 
 reports=$(mktemp -d) || exit 1

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
+from collections import Counter
 
 import engine_worker as worker
 import pytest
 import ranks
 import torch
+from torch import nn
 
+from bossnas import spaces
 from bossnas.engines import make
 from bossnas.errors import ConfigError
+from bossnas.heads import predictor
 from bossnas.optim import LARS, parameter_groups
+from bossnas.supernet import Supernet
 
 LIMIT = 3e-7  # float32 sums in another order, three updates
-STAGES = (0, 1, 2)
+HALF = 0.01  # forward passes in fp16, whose steps are 2**-10
+OVERFLOW = {"step": 3, "factor": "1e4"}
+KINDS = {"ddp": {"engine": "ddp"}, "fsdp2": {"engine": "fsdp2"},
+         **{f"zero{stage}": {"engine": "deepspeed", "section": {"zero_optimization": {"stage": stage}}}
+            for stage in (0, 1, 2)}}
+WORLDS = (1, 2)
+GOES_ON = {"fsdp2": "zero1", "ddp": "fsdp2", "zero1": "zero2", "zero2": "ddp", "zero0": "fsdp2"}  # after this kind
 
 
 def plain_training(steps, clip=0.0):
-    """METHOD 3.3 and 3.5 by hand on the whole batch: no engine, no LARS class."""
+    """METHOD 3.3 to 3.5 by hand on the whole batch: no engine, no LARS class. ``steps``: the numbers of those done."""
     module = worker.build()
+    target = worker.target_of(module)
     groups = parameter_groups(module)
     buffers = {group["name"]: torch.zeros_like(group["params"][0]) for group in groups}
-    for step in range(steps):
+    for step in steps:
         parameters = [group["params"][0] for group in groups]
         total = [None] * len(parameters)
         for micro in range(worker.ACCUMULATE):
@@ -41,17 +55,23 @@ def plain_training(steps, clip=0.0):
                     g = (g + 0.01 * w) * 0.1 * w.norm() / (g.norm() + 0.01 * w.norm())
                 buffers[group["name"]].mul_(0.9).add_(g * 0.1 / (step + 1))
                 w.sub_(buffers[group["name"]])
-    return {name: p.detach().clone() for name, p in module.named_parameters()}
+            for t, w in zip(target.parameters(), module.layers.parameters(), strict=True):
+                t.mul_(worker.EMA).add_((1 - worker.EMA) * w)
+    return {**{f"online.{name}": p.detach() for name, p in module.named_parameters()},
+            **{f"target.{name}": p.detach() for name, p in target.named_parameters()},
+            **{f"momentum.{name}": buffer for name, buffer in buffers.items()}}
 
 
-def single_training(steps, split=False, **spec):
+def single_training(steps, split=False, bad=None, **spec):
     module = worker.build()
-    engine, trained = worker.make({"engine": "single", **spec}, module)
-    worker.train(engine, trained, steps, split)
-    return {name: p.detach().clone() for name, p in module.named_parameters()}
+    target = worker.target_of(module)
+    engine, trained = worker.make({"engine": "single", **spec}, module, target)
+    seen = worker.train(engine, trained, steps, split, bad)
+    return worker.everything(engine, module, target) | {"seen": [seen]}
 
 
 def difference(a, b):
+    a, b = ({name: t for name, t in x.items() if name != "seen"} for x in (a, b))
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
@@ -59,37 +79,22 @@ def difference(a, b):
 def test_single_is_the_plain_training():
     start = {name: p.detach().clone() for name, p in worker.build().named_parameters()}
     trained = single_training(range(3))
-    assert difference(trained, plain_training(3)) <= LIMIT
-    assert difference(single_training(range(3), split=True), plain_training(3)) <= LIMIT
-    moved = {name for name in start if not torch.equal(start[name], trained[name])}
+    assert difference(trained, plain_training(range(3))) <= LIMIT
+    assert difference(single_training(range(3), split=True), plain_training(range(3))) <= LIMIT
+    moved = {name for name in start if not torch.equal(start[name], trained[f"online.{name}"])}
     # both layers have sampled their choices 0..3, never 4; choice 0 began with a zero gamma
-    names = ("0.weight", "0.bias", "2.weight", "3.weight", "3.bias")
+    names = ("0.weight", "0.bias", "2.weight", "3.weight", "3.bias", "4.weight")
     assert moved == {
         f"layers.{layer}.{choice}.{name}" for layer in (0, 1) for choice in range(4) for name in names
     }
-    assert difference(single_training(range(3), clip=0.05), plain_training(3, clip=0.05)) <= LIMIT
+    assert difference(single_training(range(3), clip=0.05), plain_training(range(3), clip=0.05)) <= LIMIT
     assert difference(single_training(range(3), clip=0.05), trained) > 1e-3
 
 
 def test_bf16_is_autocast_over_float32_weights():
     low, full = single_training(range(3), precision="bf16"), single_training(range(3))
-    assert all(p.dtype == torch.float32 for p in low.values())
+    assert all(p.dtype == torch.float32 for name, p in low.items() if name != "seen")
     assert 1e-4 < difference(low, full) < 0.3
-
-
-def test_single_resumes_bit_for_bit():
-    module = worker.build()
-    engine, _ = worker.make({"engine": "single"}, module)
-    worker.train(engine, module, range(2))
-    state = {name: t.clone() for name, t in engine.state().items()}
-    weights = {name: t.clone() for name, t in module.state_dict().items()}
-    resumed = worker.build()
-    resumed.load_state_dict(weights)
-    other, _ = worker.make({"engine": "single"}, resumed)
-    other.load(state)
-    worker.train(other, resumed, range(2, 4))
-    straight = single_training(range(4))
-    assert all(torch.equal(p, straight[name]) for name, p in resumed.named_parameters())
 
 
 def test_foreign_optimizer_state_is_refused():
@@ -103,108 +108,177 @@ def test_foreign_optimizer_state_is_refused():
         engine.load(state)
 
 
-def specs(folder, world):
-    """For each stage: three updates by two engines in a row; clipped; 2 + resumed 2; 4 in one go."""
-    result = []
-    for stage in STAGES:
-        base = {"engine": "deepspeed", "section": {"zero_optimization": {"stage": stage}}}
-        half = folder / f"half-{stage}-{world}"
-        half.mkdir()
+def specs(kind, folder, world):
+    """Three updates by two engines in a row, in other ways; a step with a NaN; 2 + resumed 2 updates; 4 in one go."""
+    base = KINDS[kind]
+    half = folder / f"half-{kind}-{world}"
+    half.mkdir()
 
-        variant = {"zero_optimization": {"stage": stage}}
-        if stage:  # more than one bucket
-            variant["zero_optimization"] |= {"reduce_bucket_size": 30, "allgather_bucket_size": 32}
-        if stage == 2:
-            variant["zero_optimization"] |= {"overlap_comm": True, "contiguous_gradients": False}
+    def spec(what, **more):
+        return base | {"out": str(folder / f"{what}-{kind}-{world}.pt")} | more
 
-        def out(what, stage=stage):
-            return str(folder / f"{what}-{stage}-{world}.pt")
-
-        result += [
-            base | {"blocks": 2, "out": out("three")},
-            base | {"clip": 0.05, "out": out("clip")},
-            base | {"precision": "bf16", "out": out("bf16")},
-            base | {"section": variant, "out": out("variant")},
-            base | {"split": True, "out": out("split")},
-            base | {"steps": [0, 2], "save": str(half), "out": out("half")},
-            base | {"steps": [2, 4], "load": str(half), "out": out("resumed")},
-            base | {"steps": [0, 4], "out": out("straight")},
-        ]
+    result = [
+        spec("three", blocks=2),
+        spec("clip", clip=0.05),
+        spec("bf16", precision="bf16"),
+        spec("fp16", precision="fp16", steps=[0, 1, 2, 3, 4], bad=OVERFLOW | {"rank": world - 1}),
+        spec("split", split=True),
+        spec("nan", bad={"step": 1, "rank": world - 1, "factor": "nan"}),
+        spec("half", steps=[0, 1], save=str(half)),
+        spec("resumed", steps=[2, 3], load=str(half)),
+        spec("straight", steps=[0, 1, 2, 3]),
+    ]
+    if kind in ("zero1", "zero2"):  # more than one bucket
+        variant = {"stage": int(kind[-1]), "reduce_bucket_size": 30, "allgather_bucket_size": 32}
+        variant |= {"overlap_comm": True, "contiguous_gradients": False} if kind == "zero2" else {}
+        result.append(spec("variant", section={"zero_optimization": variant}))
+    if world == 2:  # goes on from what another engine on one rank saved
+        result.append(spec("other", steps=[2, 3], load=str(folder / f"half-{GOES_ON[kind]}-1")))
     return result
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Folder of the results of all stages on one process without launcher and on two ranks."""
-    pytest.importorskip("deepspeed")
-    folder = tmp_path_factory.mktemp("deepspeed")
+    """Folder of the results of all engines on one process without launcher and on two ranks."""
+    folder = tmp_path_factory.mktemp("engines")
     for launcher, world in (("python", 1), ("torchrun", 2)):
-        code, output = ranks.start(launcher, world, "engine_worker.py", json.dumps(specs(folder, world)))
+        jobs = [spec for kind in kinds() for spec in specs(kind, folder, world)]
+        code, output = ranks.start(launcher, world, "engine_worker.py", json.dumps(jobs))
         assert code == 0, output
-        assert "untested" not in output and "deprecated" not in output and "[INFO]" not in output, output
-        last = [
-            {
-                "engine": "deepspeed",
-                "section": {"zero_optimization": {"stage": 1}},
-                "steps": [2, 4],
-                "load": str(folder / f"half-2-{3 - world}"),
-                "out": str(folder / f"other-{world}.pt"),
-            }
-        ]
-        if world == 2:  # goes on on two ranks, under another stage, from what one process saved
-            code, output = ranks.start(launcher, world, "engine_worker.py", json.dumps(last))
-            assert code == 0, output
+        for noise in ("untested", "deprecated", "[INFO]", "Warning"):
+            assert noise not in output, output
     return folder
 
 
-@pytest.mark.parametrize("world", (1, 2))
-@pytest.mark.parametrize("stage", STAGES)
-def test_zero_is_the_single_process(trained, stage, world):
-    blocks = torch.load(trained / f"three-{stage}-{world}.pt")
+def kinds():
+    return [kind for kind in KINDS if kind[:4] != "zero" or importlib.util.find_spec("deepspeed")]
+
+
+@pytest.fixture(params=[(kind, world) for kind in KINDS for world in WORLDS], ids=lambda p: f"{p[0]}-{p[1]}")
+def result(request, trained):
+    """What the engine of a kind on some ranks wrote, by the name of its spec."""
+    kind, world = request.param
+    if kind not in kinds():
+        pytest.skip("deepspeed is not installed")
+
+    def read(what, block=0):
+        return torch.load(trained / f"{what}-{kind}-{world}.pt")[block]
+
+    read.kind, read.world = kind, world
+    return read
+
+
+def test_an_engine_is_the_single_process(result):
     start = {name: p.detach() for name, p in worker.build().named_parameters()}
-    assert len(blocks) == 2
-    for parameters in blocks.values():
-        assert difference(parameters, plain_training(3)) <= LIMIT
-        assert all(torch.equal(p, start[name]) for name, p in parameters.items() if ".4." in name)
-    for what in ("variant", "split"):
-        parameters = torch.load(trained / f"{what}-{stage}-{world}.pt")[0]
-        assert difference(parameters, plain_training(3)) <= LIMIT
-    clipped = torch.load(trained / f"clip-{stage}-{world}.pt")[0]
-    assert difference(clipped, plain_training(3, clip=0.05)) <= LIMIT
-    low = torch.load(trained / f"bf16-{stage}-{world}.pt")[0]
-    assert difference(low, single_training(range(3), precision="bf16")) <= (0.0 if world == 1 else 0.02)
+    for block in (0, 1):
+        after = result("three", block)
+        assert difference(after, plain_training(range(3))) <= LIMIT
+        assert all(torch.equal(after[f"online.{name}"], p) for name, p in start.items()
+                   if name.startswith(("layers.0.4.", "layers.1.4.")))
+    for what in ("split", *(["variant"] if result.kind in ("zero1", "zero2") else [])):
+        assert difference(result(what), plain_training(range(3))) <= LIMIT
+    assert difference(result("clip"), plain_training(range(3), clip=0.05)) <= LIMIT
+    low = single_training(range(3), precision="bf16")
+    assert difference(result("bf16"), low) <= (LIMIT if result.world == 1 else 0.02)
 
 
-@pytest.mark.parametrize("world", (1, 2))
-@pytest.mark.parametrize("stage", STAGES)
-def test_zero_resumes_bit_for_bit(trained, stage, world):
-    resumed = torch.load(trained / f"resumed-{stage}-{world}.pt")[0]
-    straight = torch.load(trained / f"straight-{stage}-{world}.pt")[0]
-    assert difference(resumed, torch.load(trained / f"half-{stage}-{world}.pt")[0]) > 1e-2
-    assert all(torch.equal(p, straight[name]) for name, p in resumed.items())
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(result):
+    after = result("nan")
+    assert after["seen"] == [[("applied", 1.0, False), ("bad", 1.0, True), ("applied", 1.0, False)]] * result.world
+    assert difference(after, plain_training([0, 2])) <= LIMIT
 
 
-def test_any_engine_goes_on_on_any_number_of_ranks(trained):
-    reference = single_training(range(4))
-    assert difference(torch.load(trained / "other-2.pt")[0], reference) <= LIMIT
+def test_an_overflow_halves_the_loss_scale_on_all_ranks(result):
+    after = result("fp16")
+    seen = [("overflow", 2.0**15, True), ("overflow", 2.0**14, True), ("applied", 2.0**14, False),
+            ("overflow", 2.0**13, True), ("applied", 2.0**13, False)]  # the first two overflow by themselves
+    assert after["seen"] == [seen] * result.world
+    assert difference(after, plain_training([2, 4])) <= HALF
+    assert difference(plain_training([2, 4]), plain_training([2, 3, 4])) > 4 * HALF
+
+
+def test_resuming_is_the_straight_run_bit_for_bit(result):
+    resumed, straight = result("resumed"), result("straight")
+    assert difference(resumed, result("half")) > 1e-2
+    assert difference(straight, plain_training(range(4))) <= LIMIT
+    assert resumed.keys() == straight.keys()
+    assert all(torch.equal(t, straight[name]) for name, t in resumed.items() if name != "seen")
+
+
+def test_any_engine_goes_on_on_any_number_of_ranks(result, trained):
+    reference = plain_training(range(4))
+    if result.world == 2:
+        assert difference(result("other"), reference) <= LIMIT
+    saved = torch.load(trained / f"half-{result.kind}-{result.world}" / "half.pt")
     module = worker.build()
-    module.load_state_dict(torch.load(trained / "half-1-2" / "module.pt"))
-    engine, _ = worker.make({"engine": "single"}, module)
-    engine.load(torch.load(trained / "half-1-2" / "optimizer.pt", weights_only=True))
-    worker.train(engine, module, range(2, 4))
-    assert difference(dict(module.named_parameters()), reference) <= LIMIT
+    target = worker.target_of(module)
+    module.load_state_dict({name[7:]: t for name, t in saved.items() if name.startswith("online.")})
+    target.load_state_dict({name[7:]: t for name, t in saved.items() if name.startswith("target.")})
+    engine, _ = worker.make({"engine": "single"}, module, target)
+    engine.load({name[9:]: t for name, t in saved.items() if name.startswith("momentum.")})
+    worker.train(engine, module, [2, 3])
+    assert difference(worker.everything(engine, module, target), reference) <= LIMIT
 
 
 def test_under_the_deepspeed_launcher(tmp_path):
     pytest.importorskip("deepspeed")
-    spec = {
-        "engine": "deepspeed",
-        "section": {"zero_optimization": {"stage": 2}},
-        "out": str(tmp_path / "out.pt"),
-    }
+    spec = KINDS["zero2"] | {"out": str(tmp_path / "out.pt")}
     code, output = ranks.start("deepspeed", 2, "engine_worker.py", json.dumps([spec]))
     assert code == 0, output
-    assert difference(torch.load(tmp_path / "out.pt")[0], plain_training(3)) <= LIMIT
+    assert difference(torch.load(tmp_path / "out.pt")[0], plain_training(range(3))) <= LIMIT
+
+
+class OwnLayer(nn.Module):
+    """Candidates, one of which shares a weight with another if ``shared``."""
+
+    def __init__(self, shared=False):
+        super().__init__()
+        self.before = nn.Linear(2, 2)
+        self.candidates = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(2))
+        if shared:
+            self.candidates[1][0].weight = self.candidates[0][0].weight
+
+    def forward(self, x, choice):
+        return self.candidates[choice](self.before(x))
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("hytra", {"stem": 1, "block.0.stem_adapters.#": 4, **{f"block.{i}.candidates.#": 6 for i in range(4)},
+               "projector.adapter.scales.#": 3, "projector.mlp": 1, "predictor": 1}),
+    ("mbconv", {"stem": 1, "block.0.candidates.#": 4, "block.1.candidates.#": 4, "block.#": 1, "projector.mlp": 1,
+                "predictor": 1}),  # the first layer with its shortcut
+    ("nats", {"block.#": 2, "projector.adapter.fixes.#": 8, "projector.mlp": 1, "predictor": 1})])
+def test_units_are_candidates_heads_and_the_rest_of_layers(name, expected):
+    from bossnas.engines.fsdp2 import units
+
+    supernet = Supernet(spaces.make(name, width=0.5, image_size=32, restricted=True, split="cifar10"), 8, 4)
+    part = nn.ModuleDict({**supernet.part(0), "predictor": predictor(8, 4)})
+    names = {module: name for name, module in part.named_modules()}
+    found = list(units(part))
+    assert Counter(re.sub(r"\d+$", "#", names[unit]) for unit in found) == expected
+    assert {p for unit in found for p in unit.parameters()} == set(part.parameters())
+
+
+def test_candidates_that_share_weights_are_one_unit():
+    from bossnas.engines.fsdp2 import units
+
+    layer, shared = OwnLayer(), OwnLayer(shared=True)
+    assert list(units(nn.ModuleList([layer]))) == [*layer.candidates, layer]
+    assert list(units(nn.ModuleList([shared]))) == [shared]
+
+
+def test_parameters_that_cannot_be_sharded_are_refused():
+    def wrap(module):
+        make("fsdp2", accumulate=1, micro_batch=2).wrap(module, None, lambda *_: None)
+
+    part = nn.ModuleDict({"layer": OwnLayer()})
+    part.gain = nn.Parameter(torch.ones(1))
+    with pytest.raises(ConfigError, match="cannot shard the parameter gain; it belongs to no module that is called"):
+        wrap(part)
+    part = nn.ModuleDict({"layer": OwnLayer()})
+    part["layer"].gain = nn.Parameter(torch.ones(()))
+    with pytest.raises(ConfigError, match="cannot shard the parameter layer.gain; it is a scalar: give it the shape"):
+        wrap(part)
 
 
 def config(section, precision="fp32"):

@@ -1,9 +1,15 @@
-"""One rank of test_train_ranks.py: a training step and a rating on several ranks against one process doing it all."""
+"""One rank of test_train_ranks.py: training steps and a rating on several ranks against one process doing it all.
+
+Arguments: JSON list of cases: engine, space, and optionally section, recompute, sync, own_group. With engine deepspeed
+in float32 and a rating after it, otherwise in float64.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 import sys
+from functools import cache, partial
 from itertools import islice
 
 import numpy as np
@@ -13,88 +19,131 @@ from torch.nn import functional as F
 
 from bossnas import bootstrap, dist, engines, heads, spaces
 from bossnas.config import TrainConfig
+from bossnas.ops import synchronise
 from bossnas.optim import LARS, ema_momentum, learning_rate, parameter_groups
 from bossnas.rate import Validation, rate_block
 from bossnas.supernet import Item, Supernet
 from bossnas.train import SHUFFLE, RunState, sample_paths, train_block
 
-N, ACCUMULATE, LR = 6, 2, 0.1
+N, ACCUMULATE, LR, STEPS = 4, 2, 0.1, 2
+EPOCHS, STEPS_PER_EPOCH = 2, 2
+WIDTHS = {"hytra": 0.125, "mbconv": 0.125, "nats": 0.25}
 
 
-def build():
+def build(name: str, dtype: torch.dtype) -> tuple:
     torch.manual_seed(0)
-    space = spaces.make("hytra", width=0.125, image_size=32, restricted=True, split="cifar10")
-    online = Supernet(space, 16, 8)
-    return space, online, copy.deepcopy(online).requires_grad_(False), heads.predictor(16, 8)
+    space = spaces.make(name, width=WIDTHS[name], image_size=32, restricted=True, split="cifar10")
+    online = Supernet(space, 16, 8).to(dtype)
+    return space, online, copy.deepcopy(online).requires_grad_(False), heads.predictor(16, 8).to(dtype)
 
 
-def views_of(rank: int, micro: int) -> list[torch.Tensor]:
+def views_of(space, rank: int, micro: int, dtype: torch.dtype) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(100 * micro + rank)
-    return [torch.randn(N, 3, 32, 32, generator=generator) for _ in range(8)]
+    return [torch.randn(N, 3, 32, 32, generator=generator).to(dtype) for _ in range(2 * space.view_pairs)]
 
 
-def by_hand(world: int, shuffled: bool = True) -> tuple[nn.ModuleDict, Supernet, float]:
+@cache
+def by_hand(world: int, name: str, dtype: torch.dtype, shuffled: bool = True) -> tuple[nn.ModuleDict, Supernet, float]:
     """METHOD 3.3 and 3.4 for all ranks in one process; the engine and the loop have no part in it."""
-    space, online, target, predictor = build()
+    space, online, target, predictor = build(name, dtype)
     trained = nn.ModuleDict({**online.part(0), "predictor": predictor})
     optimizer = LARS(parameter_groups(trained), LR)
-    logged = []
-    for micro in range(ACCUMULATE):
-        paths = sample_paths(space, 0, [], 0, micro)
-        views = [views_of(r, micro) for r in range(world)]
-        order = np.random.default_rng([0, SHUFFLE, 0, micro]).permutation(N * world)
-        order = torch.from_numpy(order if shuffled else np.arange(N * world))
-        targets = []
-        for j, path in enumerate(paths):
-            for v in (j, j + 4):
-                whole = torch.cat([views[r][v] for r in range(world)])
-                out = torch.empty(N * world, 8)
-                with torch.no_grad():
-                    for r in range(world):
-                        rows = order[r * N:(r + 1) * N]
-                        out[rows] = target.embed(0, [Item(path, whole[rows])])[0]
-                targets.append(out)
-        t_a, t_b = (torch.stack([F.normalize(t) for t in targets[k::2]]).mean(0) for k in (0, 1))
-        for r in range(world):
-            mine = slice(r * N, (r + 1) * N)
+    pairs = space.view_pairs
+    for step in range(STEPS):
+        logged = []
+        for micro in range(step * ACCUMULATE, (step + 1) * ACCUMULATE):
+            paths = sample_paths(space, 0, [], 0, micro)
+            views = [views_of(space, r, micro, dtype) for r in range(world)]
+            order = np.random.default_rng([0, SHUFFLE, 0, micro]).permutation(N * world)
+            order = torch.from_numpy(order if shuffled else np.arange(N * world))
+            targets = []
             for j, path in enumerate(paths):
-                a, b = (predictor(online.embed(0, [Item(path, views[r][v])])[0]) for v in (j, j + 4))
-                loss = bootstrap.path_loss(a, b, t_a[mine], t_b[mine]).mean()
-                (loss / ACCUMULATE / world).backward()
-                logged.append(loss.item())
-    optimizer.step()
-    m = ema_momentum(ACCUMULATE - 1, 4 * ACCUMULATE)
-    for t, o in zip(target.part(0).parameters(), online.part(0).parameters(), strict=True):
-        t.data.mul_(m).add_(o.data, alpha=1 - m)
+                for v in (j % pairs, j % pairs + pairs):
+                    whole = torch.cat([views[r][v] for r in range(world)])
+                    out = torch.empty(N * world, 8, dtype=dtype)
+                    with torch.no_grad():
+                        for r in range(world):
+                            rows = order[r * N:(r + 1) * N]
+                            out[rows] = target.embed(0, [Item(path, whole[rows])])[0]
+                    targets.append(out)
+            t_a, t_b = (torch.stack([F.normalize(t) for t in targets[k::2]]).mean(0) for k in (0, 1))
+            for r in range(world):
+                mine = slice(r * N, (r + 1) * N)
+                for j, path in enumerate(paths):
+                    a, b = (predictor(online.embed(0, [Item(path, views[r][v])])[0])
+                            for v in (j % pairs, j % pairs + pairs))
+                    loss = bootstrap.path_loss(a, b, t_a[mine], t_b[mine]).mean()
+                    (loss / ACCUMULATE / world).backward()
+                    logged.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        m = ema_momentum(micro, EPOCHS * STEPS_PER_EPOCH * ACCUMULATE)
+        for t, o in zip(target.part(0).parameters(), online.part(0).parameters(), strict=True):
+            t.data.mul_(m).add_(o.data, alpha=1 - m)
     return trained, target, float(np.mean(logged))
+
+
+def train(case: dict, dtype: torch.dtype, batches: list[list[torch.Tensor]], group: object = None) -> tuple:
+    """``STEPS`` updates by `train_block` on this rank's batches: what was trained, plain, and the last Step."""
+    world = dist.world_size(group)
+    space, online, target, predictor = build(case["space"], dtype)
+    trained = nn.ModuleDict({**online.part(0), "predictor": predictor})
+    if case.get("sync"):
+        synchronise(trained, target.part(0), average=partial(dist.average, group=group))
+    n = len(batches[0][0])
+    engine = engines.make(case["engine"], accumulate=ACCUMULATE, micro_batch=n, section=case.get("section"),
+                          group=group)
+    part, followers = engine.wrap(trained, target.part(0), lambda module, followers, sharded: LARS(
+        parameter_groups(module, followers), LR, sharded=sharded))
+    settings = TrainConfig(batch=n * world * ACCUMULATE, micro_batch=n, epochs=EPOCHS, lr=LR, warmup_epochs=0,
+                           activation_checkpointing=case.get("recompute", False))
+    steps = train_block(
+        online.replaced(0, part), target.replaced(0, followers), part["predictor"], space, engine, iter(batches),
+        RunState(), settings, prefix=[], accumulate=ACCUMULATE, steps_per_epoch=STEPS_PER_EPOCH, seed=0,
+        device=torch.device("cpu"), group=group, check_paths=True)
+    *others, step = islice(steps, STEPS * ACCUMULATE)
+    assert [s is None for s in others] == [True, False] * (STEPS - 1) + [True]
+    assert learning_rate(LR, 0, EPOCHS, 1, 0) == LR == step.lr and step.outcome == "applied"
+    engine.close()
+    assert not any(hasattr(p, "to_local") for p in trained.parameters())
+    return space, online, target, predictor, trained, step
 
 
 def difference(a: nn.Module, b: nn.Module) -> float:
     return max((p - q).abs().max().item() for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def main() -> None:
+def check(case: dict) -> None:
     world, rank = dist.world_size(), dist.rank()
-    space, online, target, predictor = build()
-    trained = nn.ModuleDict({**online.part(0), "predictor": predictor})
-    engine = engines.make("deepspeed", accumulate=ACCUMULATE, micro_batch=N, section={
-        "zero_optimization": {"stage": int(sys.argv[-1])}})
-    engine.wrap(trained, target.part(0), lambda module, followers, sharded: LARS(
-        parameter_groups(module, followers), LR, sharded=sharded))
-    settings = TrainConfig(batch=N * world * ACCUMULATE, micro_batch=N, epochs=2, lr=LR, warmup_epochs=0)
-    batches = (views_of(rank, micro) for micro in range(ACCUMULATE))
-    *nothing, step = islice(train_block(
-        online, target, predictor, space, engine, batches, RunState(), settings, prefix=[], accumulate=ACCUMULATE,
-        steps_per_epoch=2, seed=0, device=torch.device("cpu")), ACCUMULATE)
-    assert nothing == [None]
-    truth, truth_target, loss = by_hand(world)
-    assert learning_rate(LR, 0, 2, 1, 0) == LR == step.lr
-    assert abs(step.loss - loss) < 1e-5, (step.loss, loss)
+    double = case["engine"] != "deepspeed"
+    dtype, limit = (torch.float64, 1e-10) if double else (torch.float32, 1e-5)
+    space = build(case["space"], dtype)[0]
+    mine = [views_of(space, rank, micro, dtype) for micro in range(STEPS * ACCUMULATE)]
+    group = torch.distributed.new_group(list(range(world))) if case.get("own_group") else None
+    if case.get("sync"):  # as one process with the whole batch, in which no group has more than one rank
+        alone = [torch.distributed.new_group([r]) for r in range(world)][rank]
+        views = [[views_of(space, r, micro, dtype) for r in range(world)] for micro in range(STEPS * ACCUMULATE)]
+        whole = [[torch.cat(parts) for parts in zip(*ranks, strict=True)] for ranks in views]
+        _, _, truth_target, _, truth, last = train({"engine": "ddp", "space": case["space"]}, dtype, whole, alone)
+        loss = last.loss
+        unsynchronised = by_hand(world, case["space"], dtype)[0]
+        assert difference(truth, unsynchronised) > 1e-4, f"{case}: this check would not notice norms of one rank"
+    else:
+        truth, truth_target, loss = by_hand(world, case["space"], dtype)
+    space, online, target, predictor, trained, step = train(case, dtype, mine, group)
+    assert abs(step.loss - loss) < 1e-5, (case, step.loss, loss)
     off = difference(trained, truth), difference(target, truth_target)
-    assert max(off) < 1e-5, f"parameters differ by {off}"
-    unshuffled = difference(trained, by_hand(world, shuffled=False)[0])
-    assert unshuffled > 1e-4, "this check would not notice a missing shuffle"
+    assert max(off) < limit, f"{case}: parameters differ by {off}"
+    if not case.get("sync"):
+        unshuffled = difference(trained, by_hand(world, case["space"], dtype, shuffled=False)[0])
+        assert unshuffled > 10 * limit, f"{case}: this check would not notice a missing shuffle: {unshuffled}"
+    if not double:
+        check_rating(space, online, target, predictor)
+    if rank == 0:
+        print(f"{case}: equal within {max(off):.1e}", flush=True)
 
+
+def check_rating(space, online: Supernet, target: Supernet, predictor: nn.Module) -> None:
     paths, x = space.paths(0, []), torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     batches = [(x[:5], x[3:]), (x[1:4], x[4:7]), (x[:5], x[2:7])]
 
@@ -123,8 +172,11 @@ def main() -> None:
             setattr(dist, name, function)
         assert scores == alone == resumed, (scores, alone, resumed)
         assert sum(counted) == count * (1 + 2 * batch_count) >= sum(counted_alone)
-    if rank == 0:
-        print(f"equal within {max(off):.1e}")
+
+
+def main() -> None:
+    for case in json.loads(sys.argv[-1]):
+        check(case)
 
 
 if __name__ == "__main__":

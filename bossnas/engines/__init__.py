@@ -34,6 +34,10 @@ def make(
         from bossnas.engines.ddp import DDPEngine
 
         return DDPEngine(accumulate, precision, group)
+    if name == "fsdp2":
+        from bossnas.engines.fsdp2 import FSDP2Engine
+
+        return FSDP2Engine(accumulate, precision, group)
     if name == "deepspeed":
         from bossnas.engines.deepspeed import DeepSpeedEngine
 

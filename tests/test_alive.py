@@ -1,0 +1,183 @@
+"""A run that is asked to stop, and one that hangs: in one process, in two, and under the launchers."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import ranks
+
+from bossnas import alive, dist
+from bossnas.alive import Guard
+from bossnas.errors import ConfigError, Stopped
+
+
+@pytest.mark.parametrize("number", alive.SIGNALS)
+def test_a_signal_is_heard_by_the_next_question(number):
+    before = {n: signal.getsignal(n) for n in alive.SIGNALS}
+    with pytest.raises(Stopped) as caught:
+        with Guard(1) as guard:
+            guard.at("block 0 step 12")
+            assert not guard.should_stop() and not guard.should_stop(lag=3)
+            os.kill(os.getpid(), number)
+            assert guard.should_stop() and guard.should_stop(), "it stays so"
+            raise guard.stopped()
+    assert str(caught.value) == (f"stopped on {number.name} at block 0 step 12; everything is saved; go on with "
+                                 "--resume auto")
+    assert {n: signal.getsignal(n) for n in alive.SIGNALS} == before
+
+
+def test_ctrl_c_twice_leaves_at_once_but_another_signal_in_between_does_not(capfd):
+    with pytest.raises(KeyboardInterrupt), Guard(1) as guard:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        assert guard.should_stop() and guard.reason == "SIGINT", "the first one counts"
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    assert capfd.readouterr().err.count("saves and stops at the next step") == 1
+
+
+def test_dist_run_turns_it_into_an_exit_code(capfd):
+    def program():
+        raise Stopped("stopped on SIGTERM at block 0 step 12")
+
+    handler = signal.getsignal(signal.SIGTERM)
+    assert dist.run(program) == dist.RESUMABLE == 75
+    assert capfd.readouterr().err == "stopped on SIGTERM at block 0 step 12\n"
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_an_error_says_where_and_a_users_mistake_does_not(capfd):
+    for error, said in ((RuntimeError("no"), "rank 0: RuntimeError at block 1 step 2\n"),
+                        (ConfigError("a", "b", "c"), "")):
+        with pytest.raises(type(error)), Guard(1) as guard:
+            guard.at("block 1 step 2")
+            raise error
+        assert capfd.readouterr().err == said
+
+
+def run(how: str, minutes: float, launcher: str = "torchrun") -> tuple[int, str]:
+    return ranks.start(launcher, 2, "alive_worker.py", how, str(minutes))
+
+
+def test_the_watchdog_ends_a_process_that_does_not_move():
+    program = ("import time\nfrom bossnas.alive import Guard\n"
+               "with Guard(2 / 60) as guard:\n"
+               "    for step in range(3):\n        guard.at(f'block 0 step {step}')\n        time.sleep(0.1)\n"
+               "    time.sleep(60)\n")
+    done = subprocess.run([sys.executable, "-c", program], env=ranks.environment(), capture_output=True, text=True,
+                          timeout=50)
+    assert done.returncode == 1
+    assert re.search(r"^rank 0 has not moved for \d\.\d s: it is at block 0 step 2, <module> \(<string>:7\)",
+                     done.stderr), done.stderr
+
+
+def test_a_guard_that_was_left_watches_no_more(monkeypatch):
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("the watchdog is still there"))
+    with Guard(0.05 / 60):
+        pass
+    time.sleep(0.2)
+    assert not [t for t in alive.threading.enumerate() if t.name.startswith("guard")]
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Guard(1) as guard:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not guard.should_stop()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("how", ["usr1", "agent"])
+def test_two_ranks_stop_after_the_same_step(how):
+    code, output = run(how, 1)
+    name = "SIGUSR1" if how == "usr1" else "SIGTERM"
+    assert code == 1, output  # torchrun loses the ranks' 75
+    assert len(re.findall(rf"^stopped on {name} at step \d+; everything is saved", output, re.M)) == 1, output
+    assert "ended" not in output and "failed:" not in output and "(SIGKILL)" not in output, output
+    if how == "usr1":
+        assert "at step 7;" in output and output.count("exitcode  : 75") == 2, output
+
+
+def test_deepspeed_passes_the_exit_code_on():
+    pytest.importorskip("deepspeed")
+    code, output = run("usr1", 1, "deepspeed")
+    assert code == dist.RESUMABLE and "stopped on SIGUSR1 at step 7" in output, output
+
+
+def test_votes_of_ranks_that_run_apart_are_all_counted():
+    code, output = run("uneven", 1)
+    assert code == 0 and output.count("ended") == 2, output
+
+
+@pytest.mark.parametrize(("how", "silent"), [("freeze", 1), ("stuck", None), ("frozen store", 0)])
+def test_who_waits_says_for_whom(how, silent):
+    """A rank that is frozen gives no sign of life, one that is stuck says where itself."""
+    program = [sys.executable, str(ranks.ROOT / "tests/alive_worker.py"), how, str(3 / 60)]
+    env = ranks.environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.free_port())}
+    started = [subprocess.Popen(program, env=env | {"RANK": str(r)}, stderr=subprocess.PIPE, text=True)
+               for r in range(2)]
+    try:
+        errors = {r: p.communicate(timeout=60)[1] for r, p in enumerate(started) if r != silent}
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+    for r, error in errors.items():
+        assert started[r].returncode == 1, error
+        assert re.search(rf"^rank {r} has not moved for \d\.\d s: it is at step 5, ", error, re.M), error
+    if how == "freeze":
+        assert re.search(r"^  rank 1 was last seen at .*; its process gives no sign of life for \d", errors[0], re.M)
+        assert "all_reduce_max (" in errors[0], errors[0]
+    elif how == "stuck":
+        assert re.search(r"^  rank 1 was last seen at step 5, \d\.\d s ago$", errors[0], re.M), errors[0]
+        assert "meet (" in errors[1], errors[1]
+    else:
+        assert "  of 1 ranks nothing is known: the store" in errors[1], errors[1]
+
+
+def test_torchrun_starts_dead_ranks_again():
+    """Rank 0 is killed in the first start, rank 1 in the second; the third finds nothing of them in the store."""
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in ranks.environment()
+    program = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "2",
+               "--master_port", str(ranks.free_port()), str(ranks.ROOT / "tests/alive_worker.py"), "survive", "-"]
+    done = subprocess.run(program, env=ranks.environment(), capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0 and done.stdout.count("got through in start 2") == 2, done.stdout + done.stderr
+
+
+def test_ranks_whose_launcher_was_killed_save_and_stop(tmp_path):
+    program = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
+               str(ranks.free_port()), str(ranks.ROOT / "tests/alive_worker.py"), "orphan", "1"]
+    with open(tmp_path / "errors", "w") as errors:  # a pipe would end with the launcher
+        launcher = subprocess.Popen(program, env=ranks.environment(), stderr=errors, start_new_session=True)
+    try:
+        launcher.wait(60)
+        deadline = time.monotonic() + 30
+        while "stopped on SIGHUP" not in (tmp_path / "errors").read_text():
+            assert time.monotonic() < deadline, (tmp_path / "errors").read_text()
+            time.sleep(0.1)
+    finally:
+        launcher.kill()
+        launcher.wait()
+    assert launcher.returncode == -signal.SIGKILL
+
+
+def test_a_rank_that_fails_says_where():
+    code, output = run("error", 1)
+    assert code == 1 and "rank 1: RuntimeError at step 5" in output and "broken on purpose" in output, output
+
+
+def test_all_groups_get_the_timeout():
+    program = ("import torch.distributed as d\nfrom bossnas import dist\nfrom bossnas.alive import Guard\n"
+               "dist.ensure_group()\ngroups = [d.group.WORLD, d.new_group([0])]\ndist.set_timeout(2)\n"
+               "print([g._get_backend(dist.device('cpu')).options._timeout.total_seconds() for g in groups])\n")
+    done = subprocess.run([sys.executable, "-c", program], env=ranks.environment(), capture_output=True, text=True,
+                          timeout=50)
+    assert done.stdout == "[120.0, 120.0]\n", done.stdout + done.stderr
