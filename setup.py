@@ -36,6 +36,7 @@ setup(
         "scipy",
         "pydantic>=2",
         "rich",
+        "safetensors",
         "typer",
         "pillow",
     ],

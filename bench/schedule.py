@@ -30,8 +30,8 @@ from bossnas import dist  # noqa: E402
 from bossnas.config import load  # noqa: E402
 from bossnas.rank import coefficients  # noqa: E402
 from bossnas.runfolder import read_ratings  # noqa: E402
-from bossnas.schedule import WAITS, Trace  # noqa: E402
 from bossnas.search import search  # noqa: E402
+from bossnas.stage import WAITS, Trace  # noqa: E402
 
 BESIDE = ("rate", "save")  # spans that are no training
 

@@ -65,11 +65,12 @@ class Saver:
         """
         assert name not in (LATEST, "") and not name.endswith((".tmp", ".old")) and Path(name).name == name, name
         self.wait()
+        text = json.dumps({"format": FORMAT, **state}, indent=2)
         if not self.asynchronous:
-            self._write(name, tensors, state)
+            self._write(name, tensors, text)
             return
         staged = self._stager.stage(tensors)
-        self._thread = threading.Thread(target=self._in_background, args=(name, staged, state), daemon=True,
+        self._thread = threading.Thread(target=self._in_background, args=(name, staged, text), daemon=True,
                                         name="checkpoint")  # a daemon: the end of the process never waits for it
         self._thread.start()
 
@@ -90,20 +91,20 @@ class Saver:
             _log.error("%s", error)
         self._stager.close()
 
-    def _in_background(self, name: str, tensors: dict[str, Tensor], state: dict) -> None:
+    def _in_background(self, name: str, tensors: dict[str, Tensor], state: str) -> None:
         try:
             self._write(name, tensors, state)
         except BaseException as error:
             self._error = error
 
-    def _write(self, name: str, tensors: dict[str, Tensor], state: dict) -> None:
+    def _write(self, name: str, tensors: dict[str, Tensor], state: str) -> None:
         main, temporary = dist.rank() == 0, self.root / f"{name}.tmp"
 
         def begin() -> None:
             if main:
                 _clean(self.root)
                 temporary.mkdir(parents=True)
-                _write(temporary / STATE, json.dumps({"format": FORMAT, **state}, indent=2))
+                _write(temporary / STATE, state)
 
         def checksums() -> dict[str, list[int]]:
             own = [path.name for path in temporary.glob(f"__{dist.rank()}_*")]

@@ -21,8 +21,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="JSON or YAML config file.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE",
                                                      help="Override a key of the config; may be repeated.")]
-Resume = Annotated[str, typer.Option(metavar="auto|never|PATH", help="auto: begin, or go on with the folder's run; never: "
-                                     "begin; PATH: go on from another run, or from RUN/checkpoints/NAME.")]
+Resume = Annotated[str, typer.Option(
+    metavar="auto|never|PATH", help="never: begin; auto: begin, or go on with the run that the folder holds; PATH: "
+    "go on from that run, or from its RUN/checkpoints/NAME.")]
 
 
 @app.command(name="search", epilog="Example: bossnas search --config configs/quickstart_ds.json --set out=runs/a")

@@ -296,13 +296,23 @@ def together(function: Callable[[], T]) -> T:
 def shuffle(x: Tensor, index: Tensor, group: Any = None) -> Tensor:
     """Rows ``index[rank*n : (rank+1)*n]`` of the ``x`` [n, ...] of all ranks of ``group``, put together (METHOD 3.3).
 
-    ``index`` [ranks * n] int64, equal on all ranks. Undone by ``shuffle(y, index.argsort())``. No gradient.
+    ``index`` [ranks * n] int64 in CPU memory, equal on all ranks. Undone by ``shuffle(y, index.argsort())``. Each rank
+    receives only its own rows. Maps come back channels_last. No gradient.
     """
-    n, me = len(x), rank(group)
-    if len(index) != n * world_size(group):
-        raise ValueError(f"shuffle: index has {len(index)} entries, expected {n} rows x {world_size(group)} ranks")
-    mine = index[me * n : (me + 1) * n].to(x.device)
-    return torch.cat(all_gather(x, group)).index_select(0, mine)
+    n, me, world = len(x), rank(group), world_size(group)
+    if len(index) != n * world:
+        raise ValueError(f"shuffle: index has {len(index)} entries, expected {n} rows x {world} ranks")
+    wanted, owner = index.view(world, n) % n, index.view(world, n) // n  # by the rank that gets them
+    leaving = [wanted[r][owner[r] == me] for r in range(world)]
+    order = owner[me].argsort(stable=True)  # rows arrive rank by rank
+    if world == 1:
+        return x.detach()[wanted[0].to(x.device)]
+    rows = x.detach()[torch.cat(leaving).to(x.device)]
+    rows = (rows.movedim(1, -1) if x.ndim == 4 else rows).contiguous()
+    arrived, counts = torch.empty_like(rows), torch.bincount(owner[me], minlength=world).tolist()
+    torch_dist.all_to_all_single(arrived, rows, counts, [len(part) for part in leaving], group=group)
+    arrived = arrived[order.argsort().to(x.device)]
+    return arrived.movedim(-1, 1) if x.ndim == 4 else arrived
 
 
 def any_rank(flag: bool) -> bool:

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from bossnas.plan import shown
 
-LEFT = ("schedule", "engine", "winner", "to set")
+NOTE = "to set"  # the one column that may take several lines
+LEFT = ("schedule", "engine", "winner", NOTE)
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -32,7 +33,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
     table = _table(f"Hours on {result['gpu']}, batch {config['batch']}", [
         "GPUs", "schedule", "engine", "micro", "accum.", "GiB", "step s", "idle", "work h", "exchange", "waiting",
-        "rating", "total h", "scaling", "images/s", "cores/GPU", "to set"])
+        "rating", "total h", "scaling", "images/s", "cores/GPU", NOTE])
     for row in shown(result["rows"], config["engine"]):
         head = [str(row["gpus"]), row["schedule"], row["engine"]]
         if not row["runs"]:
@@ -65,5 +66,6 @@ def show(result: dict[str, Any], console: Console) -> None:
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
-        table.add_column(column, justify="left" if column in LEFT else "right", no_wrap=column in LEFT)
+        table.add_column(column, justify="left" if column in LEFT else "right", no_wrap=column != NOTE,
+                         max_width=34 if column == NOTE else None)
     return table

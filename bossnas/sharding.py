@@ -61,11 +61,11 @@ class Task:
         return self.trained * (1 - (1 - self.micro.used / self.trained) ** self.accumulate)
 
     def shuffle(self) -> tuple[float, int]:
-        """Bytes that a rank receives in an update, and collectives, to shuffle target batches: each rank gathers
-        everyone's inputs and projections and picks its own."""
+        """Bytes that a rank receives in an update, and collectives, to shuffle target batches: inputs and projections,
+        of which a rank gets its own rows, most of them from others."""
         if self.shards == 1:
             return 0.0, 0
-        others, items = (self.shards - 1) * self.images * self.accumulate, 2 * self.paths
+        others, items = (self.shards - 1) / self.shards * self.images * self.accumulate, 2 * self.paths
         projection = self.out * (self.block.input_bytes // math.prod(self.block.input_shape))
         return others * (self.views * self.block.input_bytes + items * projection), \
             self.accumulate * (self.views + items)
@@ -109,9 +109,8 @@ def memory(tasks: Sequence[Task], peaks: Sequence[int], weights: int, image_byte
     maps = [t.views * t.images * t.block.largest_input_bytes for t in tasks]
     images = 2 * first.views * first.images * image_bytes  # this micro-batch and the next
     pieces["inputs"] = images + sum(size * ((shards > 1) + 1) for size in maps) + queue * (maps[0] + maps[-1])
-    gathered = max(2 * shards * t.images * t.block.largest_input_bytes for t in tasks) if shards > 1 else 0
     flat = trained if engine == "ddp" and shards > 1 else min(trained, bucket) if engine == "deepspeed 0" else 0
     work = max(peaks) + (bucket if engine in ("deepspeed 1", "deepspeed 2") else 0)
-    pieces["activations"] = max(work, gathered, flat)
+    pieces["activations"] = max(work, flat)
     pieces["reserved"] = RESERVED
     return {**pieces, "total": sum(pieces.values())}

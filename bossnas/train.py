@@ -94,7 +94,7 @@ def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space:
             order = None
             if ranks > 1:
                 rng = np.random.default_rng([seed, SHUFFLE, block, micro])
-                order = torch.from_numpy(rng.permutation(n * ranks)).to(device)
+                order = torch.from_numpy(rng.permutation(n * ranks))
 
             with torch.no_grad(), engine.autocast():
                 shown = features if order is None else [dist.shuffle(x, order, group) for x in features]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from bossnas import cost, heads, ops
 from bossnas.config import Config, TrainConfig
@@ -301,6 +301,9 @@ def _flops(func, args: tuple, kwargs: dict, result: object) -> int:
         return sdpa_flop_count(*(t.shape for t in args[:3]))
     if name == ATTENTION + "_backward":
         return sdpa_backward_flop_count(*(t.shape for t in args[:4]))
+    if name == "convolution_backward":  # PyTorch takes the weight gradient of a depthwise one for that of a dense one
+        gradient, x, weight, *_, transposed, _, _, wanted = args
+        return (wanted[0] + wanted[1]) * conv_flop_count(x.shape, weight.shape, gradient.shape, transposed)
     count = flop_registry.get(func._overloadpacket)
     return 0 if count is None else count(*args, **kwargs, out_val=result)
 

@@ -3,7 +3,7 @@ depends on its path, and so do the paths of the block after it. `Hop2` has two b
 
 from torch import nn
 
-from bossnas.ops import Chain, conv_norm
+from bossnas.ops import conv_norm
 from bossnas.paths import all_paths, uniform_sample
 
 CHANNELS = (4, 6, 8, 10)  # by the number of halvings so far
@@ -16,8 +16,7 @@ class Layer(nn.Module):
     def __init__(self):
         super().__init__()
         self.keep = nn.ModuleList(
-            nn.ModuleDict({str(c): Chain(conv_norm(c, c, kernel, act="relu"), conv_norm(c, c)) for c in CHANNELS})
-            for kernel in (1, 3))
+            nn.ModuleDict({str(c): conv_norm(c, c, kernel, act="relu") for c in CHANNELS}) for kernel in (1, 3))
         self.halve = nn.ModuleDict(
             {str(a): conv_norm(a, b, 3, 2, act="relu") for a, b in zip(CHANNELS, CHANNELS[1:], strict=False)})
 

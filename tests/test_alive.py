@@ -12,7 +12,7 @@ import time
 import pytest
 import ranks
 
-from bossnas import alive, dist
+from bossnas import alive, dist, loader
 from bossnas.alive import Guard
 from bossnas.errors import ConfigError, Stopped
 
@@ -150,6 +150,25 @@ def test_torchrun_starts_dead_ranks_again():
                "--master_port", str(ranks.free_port()), str(ranks.ROOT / "tests/alive_worker.py"), "survive", "-"]
     done = subprocess.run(program, env=ranks.environment(), capture_output=True, text=True, timeout=90)
     assert done.returncode == 0 and done.stdout.count("got through in start 2") == 2, done.stdout + done.stderr
+
+
+def test_processes_started_by_a_loader_never_get_the_signals():
+    """Also the server that forks loader processes, which nobody tells to ignore them."""
+    before, heard = signal.pthread_sigmask(signal.SIG_BLOCK, ()), []
+    handler = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    try:
+        with loader._held_back():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            child = subprocess.Popen(["sleep", "30"])
+        for number in loader.IGNORED:
+            child.send_signal(number)
+        time.sleep(0.2)
+        assert child.poll() is None and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+        assert heard == [signal.SIGUSR1], "this process gets it afterwards"
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
+        child.kill()
+        child.wait()
 
 
 def test_ranks_whose_launcher_was_killed_save_and_stop(tmp_path):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from bossnas import spaces
+from bossnas.config import load
 from bossnas.engines import make
 from bossnas.errors import ConfigError
 from bossnas.heads import predictor
@@ -226,6 +227,12 @@ def test_under_the_deepspeed_launcher(tmp_path):
     code, output = ranks.start("deepspeed", 2, "engine_worker.py", json.dumps([spec]))
     assert code == 0, output
     assert difference(torch.load(tmp_path / "out.pt")[0], plain_training(range(3))) <= LIMIT
+
+
+def test_the_fsdp_config_is_the_deepspeed_config_but_for_the_engine(project_root):
+    ours, theirs = (load(project_root / "configs" / name).model_dump() for name in ("hytra_fsdp.yaml", "hytra_ds.json"))
+    assert ours.pop("engine")["name"] == "fsdp2" and theirs.pop("engine")["name"] == "deepspeed"
+    assert ours.pop("out") != theirs.pop("out") and ours == theirs
 
 
 class OwnLayer(nn.Module):

@@ -149,12 +149,14 @@ def test_multiply_adds_are_those_of_the_networks(tiny):
         assert (macs[1] - macs[0]) * 8 * 2 == counter.get_total_flops()
 
 
-def test_a_backward_pass_is_about_two_forward_passes(tiny):
+def test_a_backward_pass_is_two_forward_passes(tiny):
+    """But for the first convolution, as images have no gradient, and attention, which multiplies once more."""
     phases = tiny.micro(0, [], 3, 8).phases
-    ratio = phases["backward"][:, :2].sum() / phases["online"][:, :2].sum()
-    assert 1.5 < ratio < 2.3  # images have no gradient: at 32 px the stem weighs much
-    bf16 = counts("train.precision=bf16").micro(0, [], 3, 8).phases["backward"]
-    assert bf16[:, 0].sum() > 0.99 * phases["backward"][:, :2].sum()
+    stem = 8 * 8 * 2 * tiny.table.stem.cost.macs  # of 8 images, 8 views
+    twice = 2 * phases["online"][:, :2].sum() - stem
+    assert twice <= phases["backward"][:, :2].sum() < 1.001 * twice
+    half = counts("train.precision=bf16").micro(0, [], 3, 8).phases["backward"]
+    assert half[:, 0].sum() > 0.99 * phases["backward"][:, :2].sum()
 
 
 def test_the_largest_draw_is_the_largest(tiny):
@@ -195,7 +197,7 @@ def test_what_a_rank_receives(tiny):
     assert received("fsdp2") == pytest.approx(4 * 3 / 4 * 4 * micro.used)
     assert task("ddp", 1, 1, block, micro).shuffle() == (0, 0)
     maps = 8 * 8 * math.prod(block.input_shape) * 4  # views x images x values x bytes
-    assert task("ddp", 4, 2, block, micro).shuffle()[0] == 2 * 3 * (maps + 8 * 8 * 8 * 4)
+    assert task("ddp", 4, 2, block, micro).shuffle()[0] == 2 * 3 / 4 * (maps + 8 * 8 * 8 * 4)
 
 
 def test_synchronised_batch_norms_are_counted(tiny):
@@ -231,7 +233,7 @@ def test_memory_of_the_engines(tiny):
     assert zero["activations"] == 10**9 + 500
     for pieces in (plain, sharded, zero):
         assert pieces["total"] == sum(size for name, size in pieces.items() if name != "total")
-    assert held("ddp", peak=1)["activations"] == max(trained, 2 * 4 * 8 * block.largest_input_bytes)
+    assert held("ddp", peak=1)["activations"] == trained
 
 
 @pytest.mark.parametrize(("gpus", "schedule", "expected"), [

@@ -7,14 +7,15 @@ import json
 import pytest
 import ranks
 
-DEEPSPEED = [{"engine": "deepspeed", "space": "hytra", "section": {"zero_optimization": {"stage": stage}}}
-             for stage in (0, 2)]
-OWN = [{"engine": engine, "space": space, "recompute": recompute}
-       for space in ("hytra", "mbconv", "nats")
-       for engine, recompute in (("ddp", False), ("ddp", True), ("fsdp2", False), ("fsdp2", True))]
+DEEPSPEED = [{"engine": "deepspeed", "space": "hytra", "section": {"zero_optimization": {"stage": stage}},
+              "rate": stage == 2} for stage in (0, 2)]
+OWN = [{"engine": engine, "space": space, "recompute": recompute} for engine, space, recompute in (
+    ("ddp", "hytra", False), ("ddp", "mbconv", True), ("ddp", "nats", False), ("fsdp2", "hytra", False),
+    ("fsdp2", "hytra", True), ("fsdp2", "mbconv", False), ("fsdp2", "mbconv", True), ("fsdp2", "nats", False),
+    ("fsdp2", "nats", True))]
 SYNC = [{"engine": engine, "space": space, "sync": True, "own_group": own, "recompute": recompute}
-        for engine, space, own, recompute in (("ddp", "nats", False, False), ("fsdp2", "nats", True, False),
-                                              ("ddp", "hytra", True, False), ("fsdp2", "mbconv", False, True))]
+        for engine, space, own, recompute in (("ddp", "hytra", True, False), ("fsdp2", "mbconv", False, True),
+                                              ("fsdp2", "nats", True, False))]
 
 
 def start(cases):

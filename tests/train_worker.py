@@ -1,7 +1,7 @@
 """One rank of test_train_ranks.py: training steps and a rating on several ranks against one process doing it all.
 
-Arguments: JSON list of cases: engine, space, and optionally section, recompute, sync, own_group. With engine deepspeed
-in float32 and a rating after it, otherwise in float64.
+Arguments: JSON list of cases: engine, space, and optionally section, recompute, sync, own_group, rate (afterwards).
+In float64, with engine deepspeed in float32.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ def views_of(space, rank: int, micro: int, dtype: torch.dtype) -> list[torch.Ten
 
 
 @cache
-def by_hand(world: int, name: str, dtype: torch.dtype, shuffled: bool = True) -> tuple[nn.ModuleDict, Supernet, float]:
-    """METHOD 3.3 and 3.4 for all ranks in one process; the engine and the loop have no part in it."""
+def by_hand(world: int, name: str, dtype: torch.dtype, shuffled: bool = True) -> tuple[list, list, float]:
+    """METHOD 3.3 and 3.4 for all ranks in one process; the engine and the loop have no part in it. -> parameters of the
+    trained modules, of the target network, loss of the last step."""
     space, online, target, predictor = build(name, dtype)
     trained = nn.ModuleDict({**online.part(0), "predictor": predictor})
     optimizer = LARS(parameter_groups(trained), LR)
@@ -80,7 +81,7 @@ def by_hand(world: int, name: str, dtype: torch.dtype, shuffled: bool = True) ->
         m = ema_momentum(micro, EPOCHS * STEPS_PER_EPOCH * ACCUMULATE)
         for t, o in zip(target.part(0).parameters(), online.part(0).parameters(), strict=True):
             t.data.mul_(m).add_(o.data, alpha=1 - m)
-    return trained, target, float(np.mean(logged))
+    return tensors(trained), tensors(target), float(np.mean(logged))
 
 
 def train(case: dict, dtype: torch.dtype, batches: list[list[torch.Tensor]], group: object = None) -> tuple:
@@ -109,8 +110,12 @@ def train(case: dict, dtype: torch.dtype, batches: list[list[torch.Tensor]], gro
     return space, online, target, predictor, trained, step
 
 
-def difference(a: nn.Module, b: nn.Module) -> float:
-    return max((p - q).abs().max().item() for p, q in zip(a.parameters(), b.parameters(), strict=True))
+def tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [p.detach() for p in module.parameters()]
+
+
+def difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    return max((p - q).abs().max().item() for p, q in zip(a, b, strict=True))
 
 
 def check(case: dict) -> None:
@@ -120,24 +125,23 @@ def check(case: dict) -> None:
     space = build(case["space"], dtype)[0]
     mine = [views_of(space, rank, micro, dtype) for micro in range(STEPS * ACCUMULATE)]
     group = torch.distributed.new_group(list(range(world))) if case.get("own_group") else None
+    expected = dist.from_main(lambda: by_hand(world, case["space"], dtype))
     if case.get("sync"):  # as one process with the whole batch, in which no group has more than one rank
         alone = [torch.distributed.new_group([r]) for r in range(world)][rank]
         views = [[views_of(space, r, micro, dtype) for r in range(world)] for micro in range(STEPS * ACCUMULATE)]
         whole = [[torch.cat(parts) for parts in zip(*ranks, strict=True)] for ranks in views]
-        _, _, truth_target, _, truth, last = train({"engine": "ddp", "space": case["space"]}, dtype, whole, alone)
-        loss = last.loss
-        unsynchronised = by_hand(world, case["space"], dtype)[0]
-        assert difference(truth, unsynchronised) > 1e-4, f"{case}: this check would not notice norms of one rank"
+        *_, truth_target, _, truth, last = train({"engine": "ddp", "space": case["space"]}, dtype, whole, alone)
+        other, expected = expected, (tensors(truth), tensors(truth_target), last.loss)
+        what = "norms of one rank"
     else:
-        truth, truth_target, loss = by_hand(world, case["space"], dtype)
+        other, what = dist.from_main(lambda: by_hand(world, case["space"], dtype, shuffled=False)), "a missing shuffle"
     space, online, target, predictor, trained, step = train(case, dtype, mine, group)
-    assert abs(step.loss - loss) < 1e-5, (case, step.loss, loss)
-    off = difference(trained, truth), difference(target, truth_target)
+    assert abs(step.loss - expected[2]) < 1e-5, (case, step.loss, expected[2])
+    off = difference(tensors(trained), expected[0]), difference(tensors(target), expected[1])
     assert max(off) < limit, f"{case}: parameters differ by {off}"
-    if not case.get("sync"):
-        unshuffled = difference(trained, by_hand(world, case["space"], dtype, shuffled=False)[0])
-        assert unshuffled > 10 * limit, f"{case}: this check would not notice a missing shuffle: {unshuffled}"
-    if not double:
+    seen = difference(tensors(trained), other[0])
+    assert seen > 1e-4, f"{case}: this check would not notice {what}: {seen}"
+    if case.get("rate"):
         check_rating(space, online, target, predictor)
     if rank == 0:
         print(f"{case}: equal within {max(off):.1e}", flush=True)

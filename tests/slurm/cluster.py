@@ -48,8 +48,10 @@ SelectTypeParameters=CR_CPU
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait={kill_wait}
-ReturnToService=2
-SlurmdTimeout=60
+# A node that was down stays so until it is resumed.
+ReturnToService=0
+# Seconds until a node that does not answer is down.
+SlurmdTimeout=30
 SchedulerParameters=sched_interval=2,bf_interval=2
 SlurmdParameters=config_overrides
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs=2 State=UNKNOWN
@@ -127,6 +129,20 @@ class Cluster:
                 if env.get("SLURM_JOB_ID") == number and env.get("SLURM_PROCID") == str(rank)
                 and b"launch/train.py" in Path(f"/proc/{process}/cmdline").read_bytes() and "SLURM_STEP_ID" in env]
 
+    def start_node(self, node: str) -> None:
+        self._daemon("slurmd", "-D", "-f", str(self.conf), "-N", node)
+
+    def crash_node(self, node: str, number: str, rank: int) -> None:
+        """Kills the node's daemon, and what it runs of a job: one rank and SLURM's keeper of it."""
+        daemon = next(d for d in self.daemons if d.args[-1] == node)
+        victims = self.tasks(number, rank)
+        keepers = [int(Path(f"/proc/{victim}/stat").read_text().rpartition(")")[2].split()[1]) for victim in victims]
+        self.daemons.remove(daemon)
+        daemon.kill()
+        daemon.wait()
+        for process in keepers + victims:
+            os.kill(process, signal.SIGKILL)
+
     def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         key = self.folder / "munge.key"
@@ -142,7 +158,7 @@ class Cluster:
         until("munged's socket", (self.folder / "munge.socket").exists, 20)
         self._daemon("slurmctld", "-D", "-i", "-c", "-f", str(self.conf))
         for node in NODES:
-            self._daemon("slurmd", "-D", "-f", str(self.conf), "-N", node)
+            self.start_node(node)
         until("both nodes are idle", self._idle, 60)
 
     def _daemon(self, name: str, *arguments: str) -> None:
