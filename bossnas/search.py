@@ -36,9 +36,9 @@ def search(config: Config, resume: str | None = None, trace: Trace | None = None
     where = restore(run, folder)
     announce(run, folder, "search")
     with (closing(log.Metrics(folder if main else None, lambda line: _is_past(run, line))) as metrics,
+          Guard(config.engine.timeout_minutes) as guard,
           closing(checkpoint.Saver(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous)
-                  ) as saver,
-          Guard(config.engine.timeout_minutes) as guard):
+                  ) as saver):
         job = Job(run, folder, metrics, saver, guard, trace or Trace())
         if config.schedule == "sequential":
             sequential(job, where)

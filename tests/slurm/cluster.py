@@ -132,6 +132,15 @@ class Cluster:
     def start_node(self, node: str) -> None:
         self._daemon("slurmd", "-D", "-f", str(self.conf), "-N", node)
 
+    def resume(self, node: str) -> None:
+        """Takes a node that was down into service again, once it answers."""
+        def is_up() -> bool:
+            self.command("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+            state = self.command("sinfo", "--noheader", "--partition=main", f"--nodes={node}", "--format=%T")
+            return state in ("idle", "mixed")
+
+        until(f"{node} is up", is_up, 60)
+
     def crash_node(self, node: str, number: str, rank: int) -> None:
         """Kills the node's daemon, and what it runs of a job: one rank and SLURM's keeper of it."""
         daemon = next(d for d in self.daemons if d.args[-1] == node)

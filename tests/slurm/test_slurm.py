@@ -53,7 +53,7 @@ def cluster():
 def table():
     rows: list[str] = []
     yield rows
-    print("\n\n| SLURM's fault | steps lost | until it was saved, s | in the queue, s | until the next step, s |"
+    print("\n\n| SLURM's fault | steps lost | until it had ended, s | in the queue, s | until it went on, s |"
           " ratings equal |\n|---|---|---|---|---|---|")
     print("\n".join(rows))
 
@@ -182,7 +182,7 @@ def node_down(search: Search) -> None:
     """The job needs both nodes, so it waits until the node is back."""
     search.cluster.command("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
     search.wait("its return to the queue", lambda: search.restarts() > 0)
-    search.cluster.command("scontrol", "update", "NodeName=n2", "State=RESUME")
+    search.cluster.resume("n2")
 
 
 def node_crash(search: Search) -> None:
@@ -190,8 +190,7 @@ def node_crash(search: Search) -> None:
     search.cluster.crash_node("n2", search.number, rank=1)
     search.wait("its return to the queue", lambda: search.restarts() > 0)
     search.cluster.start_node("n2")
-    search.wait("the node's return", lambda: "down" == search.cluster.command("sinfo", "-hN", "-nn2", "-pmain", "-o%T"))
-    search.cluster.command("scontrol", "update", "NodeName=n2", "State=RESUME")
+    search.cluster.resume("n2")
 
 
 @pytest.mark.parametrize(("fault", "name"), [
