@@ -233,7 +233,7 @@ def plan_command(config: ConfigFile, overrides: Overrides = None,
                  gpu: Annotated[str, typer.Option(help="v100 | a100-40 | a100 | h100 | h200 | b200 | mi300x")] = "h100",
                  architecture: Annotated[str | None, typer.Option(help="Winners to assume; default: average.")] = None,
                  train_images: Annotated[int | None, typer.Option(
-                     min=1, help="Training images; default: ImageNet's or CIFAR's, by data.recipe, or the sample's.")] = None,
+                     min=1, help="Training images; default: of ImageNet, CIFAR or the sample.")] = None,
                  val_images: Annotated[int | None, typer.Option(
                      min=1, help="Validation images; default: as above.")] = None,
                  kernel_rates: Annotated[list[Path] | None, typer.Option(
