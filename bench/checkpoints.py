@@ -21,11 +21,14 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
+root = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(root), str(root / "kernels")]
 
-from bossnas import checkpoint, dist, spaces
-from bossnas.heads import predictor
-from bossnas.supernet import Supernet
+import torch  # noqa: E402
+
+from bossnas import checkpoint, dist, spaces  # noqa: E402
+from bossnas.heads import predictor  # noqa: E402
+from bossnas.supernet import Supernet  # noqa: E402
 
 HIDDEN, OUT = 1024, 256
 

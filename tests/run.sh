@@ -49,17 +49,18 @@ run_pytest() { # name of the report, selection; then the script's own arguments
 
 ruff check . || failed=1
 # The kernels' tests have a process of their own: Triton's interpreter is chosen before anything imports it. They and
-# the benchmarks' run beside the others, on a core each; what they print comes at the end.
+# whole searches run beside the others, about half of the time on a core each; what they print comes at the end.
+searches=(tests/test_bench.py tests/test_search.py)
 {
     run_pytest kernels tests/kernels "$@"
-    run_pytest bench tests/test_bench.py "$@"
+    run_pytest searches "${searches[@]}" "$@"
 } >"$reports/beside.txt" 2>&1 &
 beside=$!
-run_pytest rest tests --ignore=tests/kernels --ignore=tests/test_bench.py "$@"
+run_pytest rest tests --ignore=tests/kernels "${searches[@]/#/--ignore=}" "$@"
 wait $beside
 beside=
 cat "$reports/beside.txt"
-for report in kernels bench rest; do
+for report in kernels searches rest; do
     code=$(cat "$reports/$report.code")
     # 5, no test selected, is a failure unless arguments selected some of the tests.
     if [ "$code" != 0 ] && ! { [ "$code" = 5 ] && [ ${#arguments[@]} -gt 0 ]; }; then
@@ -67,7 +68,7 @@ for report in kernels bench rest; do
     fi
 done
 
-python - "$failed" "$reports/kernels.xml" "$reports/bench.xml" "$reports/rest.xml" <<'PY'
+python - "$failed" "$reports/kernels.xml" "$reports/searches.xml" "$reports/rest.xml" <<'PY'
 import sys
 import xml.etree.ElementTree as ET
 
