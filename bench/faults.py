@@ -237,6 +237,13 @@ def _kill_all(search: Search) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def _kill_rank_itself(search: Search) -> None:
+    """Rank 1 alone: its loader processes have to notice."""
+    own = search.pids(1)
+    parents = {pid: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in own}
+    os.kill(next(pid for pid in own if parents[pid] == search.process.pid), signal.SIGKILL)
+
+
 def _fill(search: Search) -> None:
     with open(search.folder / "filler", "wb", buffering=0) as file:
         try:
@@ -262,6 +269,8 @@ FAULTS = [
     Fault("kill_rank_0", "kill -9 of rank 0", _by_signal(signal.SIGKILL, 0), code=0),
     Fault("kill_rank_1_async", "kill -9 of rank 1, asynchronous checkpoints", _by_signal(signal.SIGKILL, 1),
           sets=("checkpoint.asynchronous=true",), lost=6, code=0),
+    Fault("kill_rank_1_loader", "kill -9 of rank 1, which has a loader process", _kill_rank_itself,
+          sets=("data.workers=1",), code=0),
     Fault("kill_rank_1_fsdp2", "kill -9 of rank 1, FSDP2", _by_signal(signal.SIGKILL, 1), engine="fsdp2", code=0),
     Fault("kill_agent", "kill -9 of torchrun", _by_signal(signal.SIGKILL), lost=0, says=STOPPED.format("SIGHUP")),
     Fault("kill_everything", "kill -9 of all processes (a node's power)", _kill_all),

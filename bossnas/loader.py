@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -78,7 +80,14 @@ def _here(dataset: Dataset) -> Iterator[Item]:
 def _start_worker(worker: int) -> None:
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     one_thread()
+
+
+def _end_with_parent() -> None:
+    """A run that was killed leaves no workers: torch's look at the server that forked them, which they keep alive."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 @contextmanager
@@ -111,8 +120,18 @@ def _from_workers(dataset: Dataset, workers: int, device: torch.device) -> Itera
                         worker_init_fn=_start_worker, generator=torch.Generator(),
                         multiprocessing_context=_context(dataset), pin_memory=device.type == "cuda")
     handler = signal.getsignal(signal.SIGCHLD)
+    others = set(multiprocessing.active_children())
     with _held_back():
         iterator = iter(loader)
+    workers = set(multiprocessing.active_children()) - others
+
+    def end() -> None:
+        for worker in workers:
+            worker.kill()
+
+    # a generator that an exception holds is not closed at the interpreter's exit, which would wait for the workers
+    # after a SIGTERM that they ignore
+    atexit.register(end)
     if threading.current_thread() is threading.main_thread():
         # torch's handler would raise for a dead worker wherever the run is just then, say while it saves its
         # state; without it, the next batch raises
@@ -124,3 +143,5 @@ def _from_workers(dataset: Dataset, workers: int, device: torch.device) -> Itera
             raise
         raise ConfigError("data.workers", f"a loader process died ({error})", "use fewer, or give the "
                           "machine more memory and shared memory (/dev/shm)") from error
+    finally:
+        atexit.unregister(end)

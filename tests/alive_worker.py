@@ -1,6 +1,7 @@
 """One rank of test_alive.py: counts steps under a guard until what the test asks for happens.
 
     alive_worker.py HOW TIMEOUT_MINUTES
+    alive_worker.py served|streamed killed|stopped      (a loader process and how the run leaves it)
 """
 
 from __future__ import annotations
@@ -11,9 +12,26 @@ import sys
 import time
 
 import torch
+from torch.utils.data import Dataset, IterableDataset
 
-from bossnas import dist
+from bossnas import dist, loader
 from bossnas.alive import Guard
+
+
+class Served(Dataset):
+    """Its loader process is forked by the run; the other's by a server."""
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, i: int) -> int:
+        return i
+
+
+class Streamed(IterableDataset):
+    def __iter__(self):
+        return iter(range(1000))
+
 
 LAST, HIT = 400, 5  # steps; the one at which rank 1 meets its fate
 
@@ -61,8 +79,21 @@ def survive() -> None:
     print(f"rank {rank} got through in start {start}\n", end="", flush=True)
 
 
+def load(dataset: Dataset, end: str) -> None:
+    """Ends while a loader process is at work and its generator is part of a cycle that nobody clears up."""
+    held: list = [loader._from_workers(dataset, 1, torch.device("cpu"))]
+    held.append(held)
+    next(held[0])
+    print("loading", flush=True)
+    if end == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise SystemExit(75)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if sys.argv[-2] in ("served", "streamed"):
+        load(Served() if sys.argv[-2] == "served" else Streamed(), sys.argv[-1])
     if sys.argv[-2] == "survive":
         sys.exit(dist.run(survive, timeout_minutes=1))
     sys.exit(dist.run(lambda: count(sys.argv[-2], float(sys.argv[-1])), timeout_minutes=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -169,6 +170,29 @@ def test_processes_started_by_a_loader_never_get_the_signals():
         signal.signal(signal.SIGUSR1, handler)
         child.kill()
         child.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize("end", ["killed", "stopped"])
+@pytest.mark.parametrize("kind", ["served", "streamed"])
+def test_no_loader_process_outlives_the_run_or_holds_it_up(kind, end):
+    mark = f"alive-{os.getpid()}-{time.monotonic_ns()}"
+
+    def left() -> list[str]:
+        found = []
+        for place in alive.Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if f"MARK={mark}" in (place / "environ").read_text(errors="replace"):
+                    found.append(place.name)
+        return found
+
+    program = [sys.executable, str(ranks.ROOT / "tests/alive_worker.py"), kind, end]
+    done = subprocess.run(program, env=ranks.environment() | {"MARK": mark}, stdout=subprocess.PIPE, timeout=60)
+    assert done.stdout == b"loading\n" and done.returncode == (-signal.SIGKILL if end == "killed" else 75)
+    deadline = time.monotonic() + 30
+    while left():
+        assert time.monotonic() < deadline, left()
+        time.sleep(0.1)
 
 
 def test_ranks_whose_launcher_was_killed_save_and_stop(tmp_path):
