@@ -106,7 +106,7 @@ class Guard:
     def stopped(self) -> Stopped:
         """What to raise when `should_stop` is true and everything is saved."""
         return Stopped(f"stopped on {self.reason} at {self.place}; everything is saved; go on with --resume auto",
-                       self._voted)
+                       self._voted, self._parent)
 
     def _count_votes(self, lag: int) -> None:
         while len(self._votes) > lag:

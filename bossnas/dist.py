@@ -387,8 +387,9 @@ def run(function: Callable[[], Any], timeout_minutes: float = 30) -> int:
 def _tell_elastic_agent(stop: Stopped) -> None:
     """torchrun with restarts takes exit code 75 for a failure and would start the ranks again; its agent stops on
     SIGTERM. Where the agent was asked first, it passed SIGTERM or SIGINT on and need not be told."""
-    if stop.signal == signal.SIGUSR1 and _env_int("TORCHELASTIC_MAX_RESTARTS", 0) > 0 and local_rank() == 0:
-        os.kill(os.getppid(), signal.SIGTERM)
+    restarts = _env_int("TORCHELASTIC_MAX_RESTARTS", 0)
+    if stop.signal == signal.SIGUSR1 and restarts > 0 and local_rank() == 0 and os.getppid() == stop.parent:
+        os.kill(stop.parent, signal.SIGTERM)
 
 
 def _unexpected() -> int:

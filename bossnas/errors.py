@@ -12,8 +12,9 @@ class ConfigError(ValueError):
 
 
 class Stopped(Exception):
-    """The run was asked to stop by ``signal`` (its number) and its state is saved."""
+    """The run was asked to stop by ``signal`` (its number) and its state is saved. ``parent``: the process that had
+    started this one."""
 
-    def __init__(self, message: str, signal: int = 0):
+    def __init__(self, message: str, signal: int = 0, parent: int = 0):
         super().__init__(message)
-        self.signal = signal
+        self.signal, self.parent = signal, parent
