@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bossnas.bossnet import head
+from bossnas.standalone import head
 from bossnas.cost import CostTable, Shape
 from bossnas.paths import Path
 

@@ -1,4 +1,9 @@
-"""The networks of a search space on their own: only what an architecture uses, with fresh weights and a classifier."""
+"""BossNet: the retraining network of HyTra architectures (METHOD 6; BossNAS, section 4 and appendix). torch alone.
+
+`bossnas export` copies this file into stand-alone network files, so it imports nothing of this project. Names in the
+state dict are those of the released checkpoints. Modules are registered in the order in which a forward pass calls
+them, shortcuts first.
+"""
 
 from __future__ import annotations
 
@@ -6,88 +11,229 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from bossnas.cost import call_stem
-from bossnas.ops import GroupedBatchNorm, SlimConv
-from bossnas.paths import Path
-from bossnas.spaces import Space
-from bossnas.spaces.nats import Nats
+T0 = ((1,), (1,), (1, 1, 1, 0, 1), (0, 0, 0, 1, 0, 0, 0, 0, 0))  # 1 CONV, 0 ATT; also T1's
+HEAD_WIDTH = 64
+ACTIVATIONS = {"silu": nn.SiLU, "relu": nn.ReLU}
 
 
-class Standalone(nn.Module):
-    """Stem, the layers of one architecture, classifier. [N, 3, S, S] -> logits [N, classes].
+class BossNet(nn.Module):
+    """[N, in_chans, S, S] -> logits [N, num_classes].
 
-    Batch norms use the batch's own statistics in training mode and their buffers in evaluation mode.
+    ``encoding``: of each of the four stages its blocks, 1 convolution, 0 attention; a stage may be empty. ``width``:
+    channels of the stem; stage i (from 0) works inside with width * 2**i and hands on four times as many.
+    ``act``: silu | relu. ``se``: squeeze-and-excitation in convolution blocks. ``last_stride``: of stage 4, 2 or 1 (T1).
+    ``drop_path_rate``: stochastic depth of the last block, linear from 0 at the first; convolution blocks alone have
+    it. ``num_classes`` 0: no classifier. Raises ValueError for an impossible value.
     """
 
-    def __init__(self, stem: nn.Module, layers: Sequence[nn.Module], choices: Sequence[int], head: nn.Module):
+    def __init__(self, encoding: Sequence[Sequence[int]] = T0, width: int = 64, act: str = "silu", se: bool = True,
+                 last_stride: int = 2, num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0,
+                 drop_path_rate: float = 0.0, global_pool: str = "avg"):
         super().__init__()
-        self.stem, self.layers, self.head = stem, nn.ModuleList(layers), head
-        self.choices = tuple(choices)
+        _check(encoding, act, last_stride, global_pool)
+        self.encoding = tuple(tuple(int(kind) for kind in stage) for stage in encoding)
+        self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
+        self.global_pool_type, self.grad_checkpointing = global_pool, False
+        self.conv1 = nn.Conv2d(in_chans, width, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.act1 = ACTIVATIONS[act]()
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.feature_info = [{"num_chs": width, "reduction": 2, "module": "act1"}]
+        total, number, channels, reduction = sum(map(len, self.encoding)), 0, width, 4
+        for stage, kinds in enumerate(self.encoding):
+            inner, stride = width * 2**stage, (1, 2, 2, last_stride)[stage]
+            blocks: list[nn.Module] = []
+            for kind in kinds:
+                rate = drop_path_rate * number / max(total - 1, 1)
+                blocks.append(ConvBlock(channels, inner, stride, act, se, rate) if kind
+                              else AttentionBlock(channels, inner, stride, act))
+                number, channels = number + 1, 4 * inner
+                reduction, stride = reduction * stride, 1
+            if not kinds:
+                blocks += [nn.Conv2d(channels, 4 * inner, 3, stride, 1, bias=False), nn.BatchNorm2d(4 * inner),
+                           ACTIVATIONS[act]()]
+                channels, reduction = 4 * inner, reduction * stride
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+            self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"layer{stage + 1}"})
+        self.num_features = self.head_hidden_size = channels
+        self.global_pool: nn.Module = nn.Identity()
+        self.fc: nn.Module = nn.Identity()
+        self.reset_classifier(num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Convolutions: Kaiming normal, fan-out, groups not counted; the last norm of every branch: zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, ConvBlock):
+                nn.init.zeros_(module.bn3.weight)
+            elif isinstance(module, AttentionBlock):
+                nn.init.zeros_(module.net[5].weight)
+
+    def stages(self) -> list[nn.Sequential]:
+        return [self.layer1, self.layer2, self.layer3, self.layer4]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """[N, in_chans, S, S] -> the last map [N, C, H, W]."""
+        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        for stage in self.stages():
+            for block in stage:
+                if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
+                    x = checkpoint(block, x, use_reentrant=False)
+                else:
+                    x = block(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if self.global_pool_type == "avg":
+            x = x.mean((2, 3))
+        if self.drop_rate > 0:
+            x = F.dropout(x, self.drop_rate, self.training)
+        return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = call_stem(self.stem, x)
-        for layer, choice in zip(self.layers, self.choices, strict=True):
-            x = layer(x, choice, 1, None)
-        return self.head(x)
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh classifier; 0 classes: none. ``global_pool``: avg, or "" for maps."""
+        if global_pool is not None:
+            _check(self.encoding, "relu", 2, global_pool)
+            self.global_pool_type = global_pool
+        self.num_classes = num_classes
+        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keeps no map within a block in training, and computes it again in the backward pass."""
+        self.grad_checkpointing = enable
 
 
-def standalone(space: Space, architecture: Sequence[Path], classes: int) -> Standalone:
-    """The network of an architecture, one path per block, with the initial weights that it would have by itself.
+class ConvBlock(nn.Module):
+    """1x1 convolution, PEG with the stride, 3x3 and 1x1 convolution; squeeze-and-excitation; shortcut."""
 
-    Works for every space that follows the `Space` protocol. The layers are built one at a time and lose at once what
-    the architecture does not use, so the whole supernet never is in memory; convolutions that would run on a slice of
-    their weights are made anew in the slice's size.
-    """
-    stem = space.stem()
-    with torch.no_grad():
-        x = call_stem(stem, torch.randn(2, 3, space.stride, space.stride))
-    layers, choices = [], []
-    for block, path in enumerate(architecture):
-        for position, choice in enumerate(path):
-            layer = space.layer(block, position)
-            x = _keep_used(layer, choice, x)
-            layers.append(layer)
-            choices.append(choice)
-    return Standalone(stem, layers, choices, head(space, x.shape[1], classes))
+    is_unit = True  # sharded as one
 
+    def __init__(self, channels: int, inner: int, stride: int, act: str, se: bool, drop_path: float):
+        super().__init__()
+        outer = 4 * inner
+        self.downsample = _shortcut(channels, outer, stride)
+        self.conv1 = nn.Conv2d(channels, inner, 1, bias=False)
+        self.peg = PEG(inner, stride)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.act1 = ACTIVATIONS[act]()
+        self.conv2 = nn.Conv2d(inner, inner, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.act2 = ACTIVATIONS[act]()
+        self.conv3 = nn.Conv2d(inner, outer, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outer)
+        self.se = SqueezeExcite(outer, max(1, outer // 16)) if se else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.act3 = ACTIVATIONS[act]()
 
-def head(space: Space, channels: int, classes: int) -> nn.Sequential:
-    """Global average pool and linear classifier; NATS-Bench's networks normalise and rectify the map before."""
-    last = [GroupedBatchNorm(channels, "relu")] if isinstance(space, Nats) else []
-    return nn.Sequential(*last, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
-
-
-def _keep_used(layer: nn.Module, choice: int, x: Tensor) -> Tensor:
-    """Cuts a layer down to one candidate on inputs of x's shape, in place; returns the layer's output.
-
-    A parameter is used if the output depends on it, that is, if autograd reaches it.
-    """
-    sizes: dict[nn.Module, tuple[int, int]] = {}
-
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        sizes[module] = (inputs[0].shape[1], output.shape[1])
-
-    handles = [m.register_forward_hook(note) for m in layer.modules() if isinstance(m, SlimConv)]
-    try:
-        y = layer(x, choice, 1, None)
-    finally:
-        for handle in handles:
-            handle.remove()
-    parameters = list(layer.parameters())
-    gradients = torch.autograd.grad(y.sum(), parameters, allow_unused=True) if y.requires_grad else ()
-    used = {id(p) for p, g in zip(parameters, gradients, strict=False) if g is not None}
-    _cut(layer, used, sizes)
-    return y.detach()
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.downsample(x)
+        x = self.act1(self.bn1(self.peg(self.conv1(x))))
+        x = self.act2(self.bn2(self.conv2(x)))
+        x = self.drop_path(self.se(self.bn3(self.conv3(x))))
+        return self.act3(x + shortcut)
 
 
-def _cut(module: nn.Module, used: set[int], sizes: dict[nn.Module, tuple[int, int]]) -> None:
-    for name, child in module.named_children():
-        parameters = list(child.parameters())
-        if parameters and not any(id(p) in used for p in parameters):
-            setattr(module, name, nn.Identity())
-        elif child in sizes:
-            c_in, c_out = sizes[child]
-            setattr(module, name, SlimConv(c_in, c_out, child.kernel_size[0], child.stride[0]))
-        else:
-            _cut(child, used, sizes)
+class AttentionBlock(nn.Module):
+    """1x1 convolution, PEG with the stride, self-attention over the positions, 1x1 convolution; shortcut."""
+
+    is_unit = True
+
+    def __init__(self, channels: int, inner: int, stride: int, act: str):
+        super().__init__()
+        outer = 4 * inner
+        self.shortcut = _shortcut(channels, outer, stride)
+        self.proj = nn.Sequential(nn.Conv2d(channels, inner, 1, bias=False), PEG(inner, stride),
+                                  nn.BatchNorm2d(inner))
+        self.net = nn.Sequential(ACTIVATIONS[act](), SelfAttention(inner), nn.BatchNorm2d(inner), ACTIVATIONS[act](),
+                                 nn.Conv2d(inner, outer, 1, bias=False), nn.BatchNorm2d(outer))
+        self.act = ACTIVATIONS[act]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.shortcut(x)
+        return self.act(self.net(self.proj(x)) + shortcut)
+
+
+class PEG(nn.Module):
+    """Position encoding generator: a depthwise 3x3 convolution with bias that replaces its input."""
+
+    def __init__(self, channels: int, stride: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride, 1, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class SelfAttention(nn.Module):
+    """out_i = sum_j softmax_j(q_i . k_j / sqrt(d)) v_j over the positions of a map [N, C, H, W], without positional
+    term. Heads of 64 channels, or of the next width that divides C."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        wanted = max(1, channels // HEAD_WIDTH)
+        self.heads = next(heads for heads in range(wanted, 0, -1) if channels % heads == 0)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        q, k, v = self.to_qkv(x).view(n, 3, self.heads, c // self.heads, h * w).mT.unbind(1)
+        return F.scaled_dot_product_attention(q, k, v).mT.reshape(n, c, h, w)
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gate: pool, 1x1 convolution to ``reduced``, ReLU, 1x1 convolution back, sigmoid."""
+
+    def __init__(self, channels: int, reduced: int):
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, reduced, 1)
+        self.act = nn.ReLU()
+        self.fc2 = nn.Conv2d(reduced, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: leaves the branch of an image out with probability ``rate`` in training."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        keep = 1 - self.rate
+        return x * (x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep) / keep)
+
+
+def _shortcut(channels: int, outer: int, stride: int) -> nn.Module:
+    if stride == 1 and channels == outer:
+        return nn.Identity()
+    pool = nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False) if stride == 2 else nn.Identity()
+    return nn.Sequential(pool, nn.Conv2d(channels, outer, 1, bias=False), nn.BatchNorm2d(outer))
+
+
+def _check(encoding: Sequence[Sequence[int]], act: str, last_stride: int, global_pool: str) -> None:
+    if len(encoding) != 4 or any(kind not in (0, 1) for stage in encoding for kind in stage):
+        raise ValueError(f"encoding: expected four lists of 0 (attention) and 1 (convolution), got {encoding}")
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act: expected silu or relu, got {act!r}")
+    if last_stride not in (1, 2):
+        raise ValueError(f"last_stride: expected 1 or 2, got {last_stride!r}")
+    if global_pool not in ("avg", ""):
+        raise ValueError(f"global_pool: expected 'avg' or '', got {global_pool!r}")

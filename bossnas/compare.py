@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from bossnas import baselines, log, proxies, rank, runfolder, spaces, tables
-from bossnas.bossnet import standalone
+from bossnas.standalone import standalone
 from bossnas.cost import CostTable
 from bossnas.errors import ConfigError
 from bossnas.paths import Path, decode

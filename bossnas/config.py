@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from bossnas.errors import ConfigError
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class SpaceConfig(_Section):
+class SpaceConfig(Section):
     name: str = Field("hytra", description="hytra | mbconv | nats | path/to/file.py:ClassName (an own space)")
     width: float = Field(1.0, gt=0, le=4, description="multiplier of all channel numbers")
     image_size: int = Field(224, ge=1, description="side of the square views, pixels")
@@ -26,22 +26,18 @@ class SpaceConfig(_Section):
     split: Literal["cifar10", "cifar100"] = Field("cifar10", description="nats: layers per block 2-2-1 or 2-1-2")
 
 
-class HeadsConfig(_Section):
+class HeadsConfig(Section):
     hidden: int = Field(4096, ge=1, description="hidden units of the projectors and predictors")
     out: int = Field(256, ge=2, description="dimension of the embedding space")
 
 
-class DataConfig(_Section):
+class ReaderConfig(Section):
     train: str | list[str] | None = Field(None, description="training shards: glob, brace pattern or list of tars")
     val: str | list[str] | None = Field(None, description="validation shards, for the rating; null: see train")
-    recipe: Literal["imagenet", "cifar"] = Field("imagenet", description="augmentation of the views")
     reader: Literal["auto", "index", "stream"] = Field(
         "auto", description="index: random access to local shards, any ranks and workers; stream: shards of object "
         "stores and web servers, from beginning to end; auto: stream where a URL is given")
     workers: int = Field(2, ge=0, description="loader processes per rank; 0 loads in the training process")
-    views_on: Literal["auto", "device", "worker_crops", "worker"] = Field(
-        "auto", description="where views are made: worker: in the loader processes; worker_crops: crops there, the "
-        "rest on the device; device: all there, loaders only decode; auto: device on a GPU, worker elsewhere")
     shuffle_block: int | None = Field(
         None, ge=1, description="index: shuffle the shards and within blocks of n images, for storage that is slow at "
         "random access (8192 is a good start); null: all images")
@@ -53,7 +49,14 @@ class DataConfig(_Section):
     max_bad: float = Field(0.001, ge=0, lt=1, description="share of unreadable images above which the run stops")
 
 
-class TrainConfig(_Section):
+class DataConfig(ReaderConfig):
+    recipe: Literal["imagenet", "cifar"] = Field("imagenet", description="augmentation of the views")
+    views_on: Literal["auto", "device", "worker_crops", "worker"] = Field(
+        "auto", description="where views are made: worker: in the loader processes; worker_crops: crops there, the "
+        "rest on the device; device: all there, loaders only decode; auto: device on a GPU, worker elsewhere")
+
+
+class TrainConfig(Section):
     batch: int = Field(4096, ge=2, description="images per optimizer step, over all ranks")
     micro_batch: int = Field(64, ge=2, description="images per rank and forward pass")
     epochs: int = Field(6, ge=1, description="epochs per block")
@@ -77,7 +80,7 @@ class TrainConfig(_Section):
     collapse_below: float = Field(0.05, ge=0, le=1, description="warn when the embeddings' spread is less")
 
 
-class RatingConfig(_Section):
+class RatingConfig(Section):
     score: Literal["population_centre", "instance_discrimination", "view_agreement", "effective_rank"] = Field(
         "population_centre", description="which score chooses the winners; the ratings hold all of them")
     embedding: Literal["projection", "pooled"] = Field(
@@ -92,25 +95,40 @@ class RatingConfig(_Section):
     calibration_batches: int = Field(1, ge=1, description="batches whose batch-norm statistics are averaged")
 
 
-class EngineConfig(_Section):
+class WorkersConfig(Section):
     name: Literal["single", "ddp", "fsdp2", "deepspeed"] = Field(
         "single", description="single: one process; ddp: all of it on every rank; fsdp2: a share of the trained "
         "block's weights, gradients and optimizer on each; deepspeed: ZeRO 0, 1, 2")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_minutes: float = Field(30.0, gt=0, description="a rank that waits longer than this for another "
                                    "ends the run")
-    queue: int = Field(2, ge=1, description="block_parallel: micro-batches that may be under way to the next block")
-    check_paths: bool = Field(False, description="compare the sampled paths over the ranks at every step")
     deepspeed: dict[str, Any] = Field({}, description="what DeepSpeed alone knows: ZeRO, offload, communication")
 
 
-class CheckpointConfig(_Section):
+class EngineConfig(WorkersConfig):
+    queue: int = Field(2, ge=1, description="block_parallel: micro-batches that may be under way to the next block")
+    check_paths: bool = Field(False, description="compare the sampled paths over the ranks at every step")
+
+
+class CheckpointConfig(Section):
     every_steps: int = Field(100, ge=1, description="optimizer steps between checkpoints within a block")
     keep: int = Field(2, ge=1, description="checkpoints kept")
     asynchronous: bool = Field(True, description="go on training while a checkpoint is written")
 
 
-class Config(_Section):
+class RunConfig(Section):
+    """What every kind of run has; ``kind`` says in a run folder which it is."""
+
+    kind: ClassVar[str]
+
+    def check(self) -> None:
+        """Raises ConfigError for values that do not go together."""
+        raise NotImplementedError
+
+
+class Config(RunConfig):
+    kind: ClassVar[str] = "search"
+
     out: str = Field("runs/search", min_length=1, description="run folder; every result goes there")
     seed: int = Field(0, ge=0)
     kernels: Literal["auto", "triton", "reference"] = Field(
@@ -126,48 +144,66 @@ class Config(_Section):
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    def check(self) -> None:
+        """Raises ConfigError for values that do not go together."""
+        if self.engine.name == "deepspeed" and self.schedule == "block_parallel":
+            raise ConfigError("engine.name", "is deepspeed, which trains one block at a time, but schedule is "
+                              "block_parallel", "set engine.name to ddp or fsdp2, or schedule to sequential")
+        check_engine(self.engine)
+        check_batch(self.train)
 
-def load(path: str | Path | None, overrides: list[str] | None = None) -> Config:
+
+C = TypeVar("C", bound="RunConfig")
+
+
+def load(path: str | Path | None, overrides: list[str] | None = None, schema: type[C] = Config) -> C:
     """Reads a JSON or YAML config, applies ``a.b=value`` overrides (values are YAML) and validates.
 
-    Raises ConfigError that names the field and the fix. ``path=None`` starts from the defaults.
+    Raises ConfigError that names the field and the fix. ``path=None`` starts from the defaults. ``schema``: of a search,
+    or RetrainConfig.
     """
     values = {} if path is None else _read(Path(path))
     for override in overrides or []:
         _apply(values, override)
-    return validate(values)
+    return validate(values, schema)
 
 
-def override(config: Config, overrides: Sequence[str]) -> Config:
+def override(config: C, overrides: Sequence[str]) -> C:
     """The config with ``a.b=value`` overrides applied and validated."""
     values = config.model_dump(mode="json")
     for text in overrides:
         _apply(values, text)
-    return validate(values)
+    return validate(values, type(config))
 
 
-def validate(values: dict) -> Config:
+def validate(values: dict, schema: type[C] = Config) -> C:
     """Validates plain values. Raises ConfigError on the first mistake."""
     try:
-        config = Config.model_validate(values)
+        config = schema.model_validate(values)
     except ValidationError as error:
-        raise _explain(error.errors()[0]) from None
-    if config.engine.name == "deepspeed" and config.schedule == "block_parallel":
-        raise ConfigError("engine.name", "is deepspeed, which trains one block at a time, but schedule is "
-                          "block_parallel", "set engine.name to ddp or fsdp2, or schedule to sequential")
-    if config.engine.name != "deepspeed" and config.engine.deepspeed:
-        raise ConfigError("engine.deepspeed", f"is set, but engine.name is {config.engine.name!r}",
-                          "set engine.name to deepspeed or remove the section")
-    if config.train.batch % config.train.micro_batch:
-        raise ConfigError("train.batch", f"{config.train.batch} is not a multiple of train.micro_batch "
-                          f"{config.train.micro_batch}", "choose a multiple")
-    if config.train.warmup_epochs > config.train.epochs:
-        raise ConfigError("train.warmup_epochs", f"{config.train.warmup_epochs:g} is more than train.epochs "
-                          f"{config.train.epochs}, so the learning rate never reaches train.lr", "lower it")
+        raise _explain(error.errors()[0], schema) from None
+    config.check()
     return config
 
 
-def accumulation(config: Config, world_size: int) -> int:
+def check_batch(train: TrainConfig | Any) -> None:
+    """Raises ConfigError where a train section's numbers do not fit together."""
+    if train.batch % train.micro_batch:
+        raise ConfigError("train.batch", f"{train.batch} is not a multiple of train.micro_batch {train.micro_batch}",
+                          "choose a multiple")
+    if train.warmup_epochs > train.epochs:
+        raise ConfigError("train.warmup_epochs", f"{train.warmup_epochs:g} is more than train.epochs {train.epochs}, "
+                          "so the learning rate never reaches train.lr", "lower it")
+
+
+def check_engine(engine: WorkersConfig) -> None:
+    """Raises ConfigError for an engine's section that its engine does not read."""
+    if engine.name != "deepspeed" and engine.deepspeed:
+        raise ConfigError("engine.deepspeed", f"is set, but engine.name is {engine.name!r}",
+                          "set engine.name to deepspeed or remove the section")
+
+
+def accumulation(config: Any, world_size: int) -> int:
     """Micro-batches per optimizer step on each rank, so that the batch is the same on any number of ranks."""
     per_pass = config.train.micro_batch * world_size
     if config.train.batch % per_pass:
@@ -179,7 +215,7 @@ def accumulation(config: Config, world_size: int) -> int:
     return config.train.batch // per_pass
 
 
-def dump(config: Config) -> str:
+def dump(config: RunConfig) -> str:
     """The resolved config as JSON, every default written out."""
     return json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
 
@@ -218,10 +254,10 @@ def _apply(values: dict, override: str) -> None:
         raise ConfigError(key, f"cannot read the value {text!r}", "quote it as YAML") from None
 
 
-def _explain(error: dict) -> ConfigError:
+def _explain(error: dict, schema: type[RunConfig]) -> ConfigError:
     where = ".".join(str(part) for part in error["loc"] if part not in ("str", "list[str]"))
     if error["type"] == "extra_forbidden":
-        section: Any = Config
+        section: Any = schema
         for part in error["loc"][:-1]:
             section = section.model_fields[part].annotation
         names = list(section.model_fields)

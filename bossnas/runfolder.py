@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import bossnas
-from bossnas.config import Config, dump, validate
+from bossnas.config import C, Config, RunConfig, dump, validate
 from bossnas.errors import ConfigError
 
 LARGEST = 1e300  # scores below it add up to a finite number
@@ -21,7 +21,7 @@ FREE = ("data.workers", "data.retries", "data.timeout_s", "data.allow_pipe", "tr
         "rating.max_gib", "engine.", "checkpoint.", "out")
 
 
-def claim(config: Config, resume: bool) -> Path:
+def claim(config: RunConfig, resume: bool) -> Path:
     """Makes the folder ready for this run and returns it. Raises ConfigError if it holds another run."""
     folder = Path(config.out)
     if folder.exists() and not folder.is_dir():
@@ -36,33 +36,34 @@ def claim(config: Config, resume: bool) -> Path:
     return folder
 
 
-def check_same(folder: Path, config: Config, field: str = "out") -> None:
-    """Raises ConfigError unless ``folder`` holds a search with this config, but for what may change (FREE)."""
+def check_same(folder: Path, config: RunConfig, field: str = "out") -> None:
+    """Raises ConfigError unless ``folder`` holds a run of this kind with this config, but for what may change (FREE)."""
     fix = "choose another folder with --set out=FOLDER" if field == "out" else "give it the config of that run"
-    old = read_config(folder)
+    if (kind := kind_of(folder)) != config.kind:
+        raise ConfigError(field, f"{folder} holds a {kind}", fix)
+    old = read_config(folder, type(config))
     changed = _differences(old, config)
     if changed == ["schedule"]:
         raise ConfigError("schedule", f"is {config.schedule}, but the run in {folder} began with {old.schedule}, and "
                           "what it has trained depends on it", f"set it to {old.schedule}, or {fix}")
     if changed:
         raise ConfigError(field, f"{folder} holds another run ({', '.join(changed)} differ)", fix)
-    if (kind := _kind(folder)) != "search":
-        raise ConfigError(field, f"{folder} holds a {kind}", fix)
 
 
-def prepare(folder: Path, config: Config, kind: str = "search") -> None:
-    """Writes the resolved config, the versions and the kind of run into the claimed folder."""
+def prepare(folder: Path, config: RunConfig, kind: str | None = None) -> None:
+    """Writes the resolved config, the versions and the kind of run (None: the config's) into the claimed folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError("out", f"cannot make {folder} ({error.strerror})", "choose another folder") from None
     write_text(folder / "config.json", dump(config))
-    (folder / "ratings").mkdir(exist_ok=True)
-    write_json(folder / "versions.json", {"kind": kind, **_versions()})
+    if isinstance(config, Config):
+        (folder / "ratings").mkdir(exist_ok=True)
+    write_json(folder / "versions.json", {"kind": kind or config.kind, **_versions()})
 
 
-def read_config(folder: Path) -> Config:
-    """The config of the run in ``folder``. Raises ConfigError when there is none."""
+def read_config(folder: Path, schema: type[C] = Config) -> C:
+    """The config of the run in ``folder``. Raises ConfigError when there is none, or one of another kind."""
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -71,7 +72,9 @@ def read_config(folder: Path) -> Config:
         raise ConfigError("--run", f"cannot read {folder}/config.json ({error.strerror})", "restore it") from None
     except (ValueError, RecursionError) as error:  # ValueError: of json and of Unicode
         raise ConfigError("--run", f"{folder}/config.json is damaged ({error})", "restore it") from None
-    return validate(values)
+    if (schema.kind == "retraining") != ((kind := kind_of(folder)) == "retraining"):
+        raise ConfigError("--run", f"{folder} holds a {kind}", f"name the folder of a {schema.kind}")
+    return validate(values, schema)
 
 
 @dataclass(frozen=True)
@@ -148,14 +151,15 @@ def write_text(path: Path, text: str) -> None:
     os.replace(draft, path)
 
 
-def _kind(folder: Path) -> str:
+def kind_of(folder: Path) -> str:
+    """What the run in ``folder`` is: search, retraining, or another kind that `prepare` was told."""
     try:
         return json.loads((folder / "versions.json").read_text(encoding="utf-8")).get("kind", "search")
     except (OSError, json.JSONDecodeError):
         return "search"
 
 
-def _differences(old: Config, new: Config) -> list[str]:
+def _differences(old: RunConfig, new: RunConfig) -> list[str]:
     a, b = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     changed = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
     return [key for key in changed if key not in FREE and f"{key.partition('.')[0]}." not in FREE]

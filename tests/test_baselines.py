@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bossnas import bossnet, cost, spaces
+from bossnas import cost, spaces, standalone
 from bossnas.baselines import DEFINITIONS, size_baselines
 from bossnas.paths import decode
 
@@ -23,7 +23,7 @@ def test_params_and_macs_are_those_of_the_whole_network(name, texts):
     space, architectures, found = sizes(name, texts, classes=7, width=0.25)
     assert set(found) == set(DEFINITIONS)
     for i, architecture in enumerate(architectures):
-        net = bossnet.standalone(space, architecture, 7).eval()
+        net = standalone.standalone(space, architecture, 7).eval()
         assert found["params"][i] == sum(p.numel() for p in net.parameters())
         assert found["macs"][i] == cost.count([net], lambda net=net: net(torch.zeros(1, 3, 32, 32)))["macs"]
 

@@ -14,11 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # Within a level, too, only what stands earlier may be imported. A new module gets its place here.
 LEVELS: dict[int, tuple[str, ...]] = {
     0: ("",),
-    1: ("errors", "config", "paths", "dist", "runfolder", "log", "tables", "intervals"),
-    2: ("ops", "heads", "optim", "images", "tars", "shards", "stream", "views", "pareto",
+    1: ("errors", "config", "retrain_config", "paths", "dist", "runfolder", "log", "tables", "intervals"),
+    2: ("ops", "heads", "optim", "optimizers", "images", "tars", "shards", "stream", "views", "pareto",
         "sources", "imagenet", "cifar", "pack", "verify", "machine", "alive", "pipe", "engines.protocol"),
     3: ("spaces.hytra", "spaces.mbconv", "spaces.nats", "spaces", "cost", "latency", "supernet", "collate",
-        "loader", "data", "bossnet"),
+        "loader", "data", "labelled", "standalone", "bossnet", "mbconv_net", "nats_net", "timm_models", "networks",
+        "kernel_layers", "fusing", "pretrained"),
     4: (
         "bootstrap", "scores", "units", "engines.single", "engines.ddp", "engines.fsdp2", "engines.deepspeed",
         "engines", "tensorfiles", "checkpoint", "weights",
@@ -27,14 +28,14 @@ LEVELS: dict[int, tuple[str, ...]] = {
     6: (
         "workload", "sharding", "plan", "plan_tables",
         "graph", "select", "resume", "run", "rating", "stage", "schedule", "search",
-        "retrain", "rank", "compare", "report", "sample", "sample.make",
+        "inherit", "evaluate", "retrain", "export", "rank", "compare", "report", "sample", "sample.make",
     ),
-    7: ("cli",),
+    7: ("cli_networks", "cli"),
 }
 ORDER = [module for level in sorted(LEVELS) for module in LEVELS[level]]
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}
 READERS_OF_RUN_FILES = ("rank", "report")  # these import levels 0 and 1 only
-KERNEL_USERS = ("ops", "optim", "bootstrap", "views")
+KERNEL_USERS = ("ops", "optim", "bootstrap", "views", "kernel_layers")
 DISTRIBUTED_USERS = ("dist", "alive", "pipe", "checkpoint", "tensorfiles", "engines")  # and all of engines/
 ONLY = "only " + ", ".join(DISTRIBUTED_USERS) + " may"
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bossnas import bossnet, cost, proxies, spaces
+from bossnas import cost, proxies, spaces, standalone
 from bossnas.errors import ConfigError
 from bossnas.ops import Attention, GroupedBatchNorm, SlimConv
 from bossnas.paths import decode
@@ -24,7 +24,7 @@ def make(name, width=0.125):
 def network(name="nats", width=0.125, seed=0, classes=10):
     torch.manual_seed(seed)
     paths = [decode(part) for part in ARCHITECTURES[name].split("|")]
-    return bossnet.standalone(make(name, width), paths, classes)
+    return standalone.standalone(make(name, width), paths, classes)
 
 
 def small():
@@ -246,7 +246,7 @@ def test_standalone_of_an_own_space(tmp_path, project_root):
     (tmp_path / "my_space.py").write_text(text)
     space = spaces.make(f"{tmp_path / 'my_space.py'}:TinyRes", width=0.5, image_size=16, restricted=True,
                         split="cifar10")
-    net = bossnet.standalone(space, [decode("03"), decode("21")], 7)
+    net = standalone.standalone(space, [decode("03"), decode("21")], 7)
     net.eval()
     x = torch.zeros(1, 3, 16, 16)
     assert net(x).shape == (1, 7)
