@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bossnas.standalone import head
 from bossnas.cost import CostTable, Shape
 from bossnas.paths import Path
+from bossnas.standalone import head
 
 DEFINITIONS = {
     "params": "parameters of the stand-alone network: stem, searched layers, classifier",

@@ -24,9 +24,9 @@ class BossNet(nn.Module):
 
     ``encoding``: of each of the four stages its blocks, 1 convolution, 0 attention; a stage may be empty. ``width``:
     channels of the stem; stage i (from 0) works inside with width * 2**i and hands on four times as many.
-    ``act``: silu | relu. ``se``: squeeze-and-excitation in convolution blocks. ``last_stride``: of stage 4, 2 or 1 (T1).
-    ``drop_path_rate``: stochastic depth of the last block, linear from 0 at the first; convolution blocks alone have
-    it. ``num_classes`` 0: no classifier. Raises ValueError for an impossible value.
+    ``act``: silu | relu. ``se``: squeeze-and-excitation in convolution blocks. ``last_stride``: of stage 4, 2 or
+    1 (T1). ``drop_path_rate``: stochastic depth of the last block, linear from 0 at the first; convolution blocks alone
+    have it. ``num_classes`` 0: no classifier. Raises ValueError for an impossible value.
     """
 
     def __init__(self, encoding: Sequence[Sequence[int]] = T0, width: int = 64, act: str = "silu", se: bool = True,

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from bossnas import baselines, log, proxies, rank, runfolder, spaces, tables
-from bossnas.standalone import standalone
 from bossnas.cost import CostTable
 from bossnas.errors import ConfigError
 from bossnas.paths import Path, decode
 from bossnas.spaces import Space
+from bossnas.standalone import standalone
 
 IMAGE_SIZES = {"nats": 32, "mbconv": 224, "hytra": 224}  # pixels, as the spaces' public accuracies were measured
 CLASSES = {"nats": 10}  # otherwise ImageNet's 1000

@@ -159,8 +159,8 @@ C = TypeVar("C", bound="RunConfig")
 def load(path: str | Path | None, overrides: list[str] | None = None, schema: type[C] = Config) -> C:
     """Reads a JSON or YAML config, applies ``a.b=value`` overrides (values are YAML) and validates.
 
-    Raises ConfigError that names the field and the fix. ``path=None`` starts from the defaults. ``schema``: of a search,
-    or RetrainConfig.
+    Raises ConfigError that names the field and the fix. ``path=None`` starts from the defaults. ``schema``: of a
+    search, or RetrainConfig.
     """
     values = {} if path is None else _read(Path(path))
     for override in overrides or []:

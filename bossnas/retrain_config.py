@@ -40,9 +40,9 @@ class AugmentConfig(Section):
     ratio: tuple[float, float] = Field((0.75, 4 / 3), description="random_resized: width by height of the crop")
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
     jitter: float = Field(0.4, ge=0, le=1, description="colour jitter; RandAugment and its like replace it")
-    auto: str | None = Field("rand-m9-mstd0.5-inc1", description="timm's RandAugment, AutoAugment or AugMix; null: none")
+    auto: str | None = Field("rand-m9-mstd0.5-inc1", description="timm's RandAugment or AutoAugment; null: none")
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
-    repeats: int = Field(3, ge=1, description="times that an image comes in an epoch, which holds as many images fewer")
+    repeats: int = Field(3, ge=1, description="times that an image comes in an epoch, which has as many fewer")
     erasing: float = Field(0.25, ge=0, le=1, description="probability of random erasing")
     erasing_mode: Literal["pixel", "rand", "const"] = "pixel"
     mixup: float = Field(0.8, ge=0, description="alpha; 0: none")

@@ -37,7 +37,7 @@ def claim(config: RunConfig, resume: bool) -> Path:
 
 
 def check_same(folder: Path, config: RunConfig, field: str = "out") -> None:
-    """Raises ConfigError unless ``folder`` holds a run of this kind with this config, but for what may change (FREE)."""
+    """Raises ConfigError unless ``folder`` holds such a run with this config, but for what may change (FREE)."""
     fix = "choose another folder with --set out=FOLDER" if field == "out" else "give it the config of that run"
     if (kind := kind_of(folder)) != config.kind:
         raise ConfigError(field, f"{folder} holds a {kind}", fix)
