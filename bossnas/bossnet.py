@@ -7,7 +7,8 @@ them, shortcuts first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +34,12 @@ class BossNet(nn.Module):
                  last_stride: int = 2, num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0,
                  drop_path_rate: float = 0.0, global_pool: str = "avg"):
         super().__init__()
-        _check(encoding, act, last_stride, global_pool)
+        _check(encoding, act, last_stride)
         self.encoding = tuple(tuple(int(kind) for kind in stage) for stage in encoding)
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
-        self.global_pool_type, self.grad_checkpointing = global_pool, False
+        self.grad_checkpointing = False
+        self.arguments = {"encoding": self.encoding, "width": width, "act": act, "se": se, "last_stride": last_stride,
+                          "num_classes": num_classes, "in_chans": in_chans, "global_pool": global_pool}  # see export.py
         self.conv1 = nn.Conv2d(in_chans, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.act1 = ACTIVATIONS[act]()
@@ -59,9 +62,8 @@ class BossNet(nn.Module):
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
             self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"layer{stage + 1}"})
         self.num_features = self.head_hidden_size = channels
-        self.global_pool: nn.Module = nn.Identity()
         self.fc: nn.Module = nn.Identity()
-        self.reset_classifier(num_classes)
+        self.reset_classifier(num_classes, global_pool)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -84,11 +86,11 @@ class BossNet(nn.Module):
         """[N, in_chans, S, S] -> the last map [N, C, H, W]."""
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         for stage in self.stages():
-            for block in stage:
-                if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
-                    x = checkpoint(block, x, use_reentrant=False)
-                else:
-                    x = block(x)
+            if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
+                for block in stage:
+                    x = _checkpointed(block, x)
+            else:
+                x = stage(x)
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -105,10 +107,11 @@ class BossNet(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier; 0 classes: none. ``global_pool``: avg, or "" for maps."""
-        if global_pool is not None:
-            _check(self.encoding, "relu", 2, global_pool)
-            self.global_pool_type = global_pool
+        """A fresh classifier; 0 classes: none. ``global_pool``: avg, or with 0 classes "" for maps; None: as it is."""
+        pool = self.global_pool_type if global_pool is None else global_pool
+        if pool != "avg" and (pool or num_classes):
+            raise ValueError(f"global_pool: expected 'avg', or '' with num_classes 0, got {pool!r}")
+        self.global_pool_type = pool
         self.num_classes = num_classes
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
@@ -228,12 +231,32 @@ def _shortcut(channels: int, outer: int, stride: int) -> nn.Module:
     return nn.Sequential(pool, nn.Conv2d(channels, outer, 1, bias=False), nn.BatchNorm2d(outer))
 
 
-def _check(encoding: Sequence[Sequence[int]], act: str, last_stride: int, global_pool: str) -> None:
+def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+    """``block(x)``, of which the backward pass computes the inner maps again; compiled code cannot take a context."""
+    if torch.compiler.is_compiling():
+        return checkpoint(block, x, use_reentrant=False)
+    return checkpoint(block, x, use_reentrant=False,
+                      context_fn=lambda: (contextlib.nullcontext(), _second_pass(block)))
+
+
+@contextlib.contextmanager
+def _second_pass(block: nn.Module) -> Iterator[None]:
+    """Batch norms keep the running statistics that the first pass on the same images has left."""
+    norms = [m for m in block.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, torch.zeros_like(norm.num_batches_tracked)
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, batches
+
+
+def _check(encoding: Sequence[Sequence[int]], act: str, last_stride: int) -> None:
     if len(encoding) != 4 or any(kind not in (0, 1) for stage in encoding for kind in stage):
         raise ValueError(f"encoding: expected four lists of 0 (attention) and 1 (convolution), got {encoding}")
     if act not in ACTIVATIONS:
         raise ValueError(f"act: expected silu or relu, got {act!r}")
     if last_stride not in (1, 2):
         raise ValueError(f"last_stride: expected 1 or 2, got {last_stride!r}")
-    if global_pool not in ("avg", ""):
-        raise ValueError(f"global_pool: expected 'avg' or '', got {global_pool!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from decimal import Decimal
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from bossnas import __version__, dist
+from bossnas import __version__, cli_networks, dist
+from bossnas.cli_options import ConfigFile, LocalRank, Overrides, Resume, check_writable
 from bossnas.config import load
 from bossnas.errors import ConfigError
 
@@ -18,17 +18,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
                   context_settings={"help_option_names": ["-h", "--help"]},
                   help="Block-wise self-supervised neural architecture search for hybrid CNN-transformers.")
 
-ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="JSON or YAML config file.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE",
-                                                     help="Override a key of the config; may be repeated.")]
-Resume = Annotated[str, typer.Option(
-    metavar="auto|never|PATH", help="never: begin; auto: begin, or go on with the run that the folder holds; PATH: "
-    "go on from that run, or from its RUN/checkpoints/NAME.")]
-
-
 @app.command(name="search", epilog="Example: bossnas search --config configs/quickstart_ds.json --set out=runs/a")
 def search_command(config: ConfigFile, overrides: Overrides = None, resume: Resume = "never",
-                   local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0) -> None:
+                   local_rank: LocalRank = 0) -> None:
     """Search an architecture: train, rate and select block by block. Results go to the config's `out` folder."""
     from bossnas.search import search
 
@@ -80,7 +72,7 @@ def select(run: Annotated[Path, typer.Argument(help="Folder of a finished run.")
     given = {"macs": ("--max-macs", max_macs, 1), "params": ("--max-params", max_params, 1),
              "latency_ns": ("--max-latency-ms", max_latency_ms, 10 ** 6)}
     limits = {cost: _amount(*value) for cost, value in given.items() if value[1] is not None}
-    _check_writable(json)
+    check_writable(json)
     result = selection.select(run, score=score, limits=limits, top=top, latencies=latency,
                               front_cost=None if front is None else costs[front])
     typer.echo("\n".join(selection.lines(result)))
@@ -103,7 +95,7 @@ def cost(config: ConfigFile, overrides: Overrides = None,
     if measure and (architecture is not None or json is None):
         raise ConfigError("--measure", "makes a table of the whole space for bossnas select",
                           "leave out --architecture and name a file with --json")
-    _check_writable(json)
+    check_writable(json)
     result = latency.report(load(config, overrides).space, architecture, measured=measure, batch=batch,
                             repeats=repeats, threads=threads)
     typer.echo("\n".join(latency.lines(result)))
@@ -138,12 +130,6 @@ def _amount(field: str, text: str, scale: int) -> int:
     return int(value)
 
 
-def _check_writable(file: Path | None, field: str = "--json") -> None:
-    """Before the work, not after it."""
-    if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
-        raise ConfigError(field, f"cannot write {file}", "name a file in a folder that exists and can be written")
-
-
 @app.command(name="rank", epilog="Example: bossnas rank runs/nats --accuracy nats_cifar10.csv --json rank.json "
                                  "--plot rank.png --proxies synflow,naswot")
 def rank_command(ratings: Annotated[list[Path], typer.Argument(
@@ -172,8 +158,8 @@ def rank_command(ratings: Annotated[list[Path], typer.Argument(
     if better not in ("higher", "lower"):
         raise ConfigError("--better", f"{better!r} is not known", "use higher or lower")
     names = [] if proxies is None else chosen(proxies)
-    _check_writable(json)
-    _check_writable(plot, "--plot")
+    check_writable(json)
+    check_writable(plot, "--plot")
     if plot is not None:
         rank.check_picture(plot)
     log.setup(None)
@@ -247,7 +233,7 @@ def plan_command(config: ConfigFile, overrides: Overrides = None,
     from bossnas import log, plan, plan_tables
     from bossnas.runfolder import write_json
 
-    _check_writable(json)
+    check_writable(json)
     log.setup(None)
     result = plan.plan(load(config, overrides), plan.read_gpus(gpus), gpu, architecture=architecture,
                        train_images=train_images, val_images=val_images, measured=kernel_rates or [], tflops=tflops,
@@ -255,6 +241,9 @@ def plan_command(config: ConfigFile, overrides: Overrides = None,
     plan_tables.show(result, Console(width=None if sys.stdout.isatty() else 175))
     if json is not None:
         write_json(json, result)
+
+
+app.add_typer(cli_networks.app)  # retrain, evaluate, export
 
 
 def _version(show: bool) -> None:

@@ -7,6 +7,7 @@ makes the same views (to a few tenths of a grey level, see docs/data.md).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,17 @@ def place(views_on: str, device: torch.device) -> str:
     return views_on if views_on != "auto" else "device" if device.type == "cuda" else "worker"
 
 
+class Batcher(Protocol):
+    """Makes batches of an epoch: begun in a loader process, to which it travels, and completed on the device."""
+
+    seed: int
+    epoch: int
+
+    def begin(self, pictures: list[np.ndarray], samples: list[int], labels: list[int | None]) -> dict[str, Tensor]: ...
+
+    def complete(self, parts: dict[str, Tensor], device: torch.device) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Collate:
     """The views ``views`` (numbers, see Recipe.draw) of pictures. ``place``: device | worker_crops | worker."""
@@ -32,7 +44,7 @@ class Collate:
     epoch: int
     place: str
 
-    def begin(self, pictures: list[np.ndarray], samples: list[int]) -> dict[str, Tensor]:
+    def begin(self, pictures: list[np.ndarray], samples: list[int], labels: list[int | None]) -> dict[str, Tensor]:
         """What the loader does: tensors that travel to the run. pictures: uint8 [H, W, 3]; samples: their numbers."""
         sizes = np.array([picture.shape[:2] for picture in pictures])
         looks = self.recipe.draw(sizes, samples, self.views, self.view_pairs, seed=self.seed, epoch=self.epoch)

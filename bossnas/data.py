@@ -1,9 +1,10 @@
-"""From shards to batches of views: an order that no number of ranks or workers changes.
+"""From shards to batches: an order that no number of ranks or workers changes.
 
 Indexed shards: the global batch i of an epoch is a slice of one permutation seeded by (seed, epoch); a rank takes its
 part of every global batch. A view's randomness is seeded by (seed, epoch, sample, view). So the same images and pixels
 come for any ranks and workers of the same global batch, and a run may go on anywhere: its place is two numbers, the
-epoch and the micro-batch.
+epoch and the micro-batch. `batches` and `fixed_batches` give views; `epoch_batches` and `same_batches`, on which they
+stand, what any batcher makes of the pictures and their labels.
 
 Streamed shards: the shards of an epoch, in an order seeded by (seed, epoch), are dealt out to the readers, which are
 the workers of all ranks; the same place is exact as long as there are as many readers.
@@ -16,14 +17,15 @@ from dataclasses import dataclass
 from itertools import count as count_up
 from itertools import islice
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from bossnas.collate import Collate, place
-from bossnas.config import DataConfig
+from bossnas.collate import Batcher, Collate, place
+from bossnas.config import DataConfig, ReaderConfig
 from bossnas.errors import ConfigError
 from bossnas.images import BadImage, decode
 from bossnas.loader import Item, load
@@ -46,7 +48,7 @@ class Data:
     is_sample: bool
 
 
-def open_data(settings: DataConfig, train_images: int | None = None) -> Data:
+def open_data(settings: ReaderConfig, train_images: int | None = None) -> Data:
     """Opens the shards of both sets, or the packaged sample (Fashion-MNIST) when neither is named.
 
     ``train_images``: images of a training epoch, where the config says it; streams whose number of images is not known
@@ -57,14 +59,22 @@ def open_data(settings: DataConfig, train_images: int | None = None) -> Data:
         unset, is_set = ("train", "val") if train is None else ("val", "train")
         raise ConfigError(f"data.{unset}", f"is not set, but data.{is_set} is",
                           "set both, or neither for the packaged sample")
-    is_sample = train is None
-    if is_sample:
-        train, val = [str(SAMPLE / "train-000000.tar.gz")], [str(SAMPLE / "val-000000.tar.gz")]
-    return Data(_open(train, "data.train", settings, train_images, "train.steps_per_epoch"),
-                _open(val, "data.val", settings, settings.val_images, "data.val_images"), is_sample)
+    return Data(open_set(settings, "train", train_images), open_set(settings, "val"), train is None)
 
 
-def _open(pattern: str | list[str], field: str, settings: DataConfig, images: int | None, key: str) -> Source:
+def open_set(settings: ReaderConfig, name: Literal["train", "val"], train_images: int | None = None) -> Source:
+    """Opens the shards of one set, or the packaged sample's when neither set is named. Else as `open_data`."""
+    pattern = settings.train if name == "train" else settings.val
+    if pattern is None:
+        if settings.train is not None or settings.val is not None:
+            raise ConfigError(f"data.{name}", "is not set", "name its shards")
+        pattern = [str(SAMPLE / f"{name}-000000.tar.gz")]
+    images, key = ((train_images, "train.steps_per_epoch") if name == "train"
+                   else (settings.val_images, "data.val_images"))
+    return _open(pattern, f"data.{name}", settings, images, key)
+
+
+def _open(pattern: str | list[str], field: str, settings: ReaderConfig, images: int | None, key: str) -> Source:
     remote = [is_remote(text) for text in ([pattern] if isinstance(pattern, str) else pattern)]
     if not (any(remote) if settings.reader == "auto" else settings.reader == "stream"):
         return ShardIndex.open(pattern, field)
@@ -76,7 +86,7 @@ def _open(pattern: str | list[str], field: str, settings: DataConfig, images: in
     return stream
 
 
-def readers(source: Source, settings: DataConfig, world: int) -> int | None:
+def readers(source: Source, settings: ReaderConfig, world: int) -> int | None:
     """How many readers share the shards of a stream; None for an index, whose order has nothing to do with it."""
     return world * max(settings.workers, 1) if isinstance(source, ShardStream) else None
 
@@ -97,22 +107,38 @@ def batches(source: Source, recipe: Recipe, views: Sequence[int], view_pairs: in
     max_bad = 0, at the first. Raises ConfigError at once when there are too few images for the epoch, or shards for
     the readers.
     """
+    collate = Collate(recipe, tuple(views), view_pairs, seed, epoch, place(settings.views_on, device))
+    return epoch_batches(source, collate, settings, start=start, steps=steps, batch=batch, rank=rank, world=world,
+                         device=device, bad=bad)
+
+
+def epoch_batches(source: Source, collate: Batcher, settings: ReaderConfig, *, start: int, steps: int, batch: int,
+                  rank: int = 0, world: int = 1, copies: int = 1, device: torch.device = CPU,
+                  bad: dict[str, str] | None = None) -> Iterator[Any]:
+    """As batches(), of whatever ``collate`` makes, in the order of its seed and epoch.
+
+    ``copies``, of an index: how often a sample comes, on different ranks if there are as many, so that the epoch has as
+    many fewer samples. The collate gets the numbers sample * copies + copy in place of the samples'.
+    """
     need = steps * batch * world
     if need > len(source):
         raise ConfigError(source.field, f"holds {len(source)} images, but an epoch of {steps} micro-batches of "
                           f"{batch} on {world} ranks takes {need}", "give more images or ask for fewer steps")
     if not 0 <= start <= steps:
         raise ValueError(f"start {start}: expected 0..{steps}")
-    collate = Collate(recipe, tuple(views), view_pairs, seed, epoch, place(settings.views_on, device))
     if isinstance(source, ShardStream):
-        order, workers = source.order(seed, epoch), max(settings.workers, 1)
+        order, workers = source.order(collate.seed, collate.epoch), max(settings.workers, 1)
         parts = [share(order, rank * workers + worker, world * workers) for worker in range(workers)]
         dataset = _Streamed(source, collate, _allowed(settings.max_bad, steps * batch), parts, settings.buffer,
                             range(start, steps), steps * batch, batch, is_endless=True)
     else:
-        order = _order(source, seed, epoch, settings.shuffle_block)
-        chunks = order[:need].reshape(steps, world, batch)[start:, rank]
-        dataset = _Indexed(source, collate, _allowed(settings.max_bad, len(source) // world), list(chunks))
+        order = _order(source, collate.seed, collate.epoch, settings.shuffle_block)
+        if copies == 1:
+            chunks = order[:need].reshape(steps, world, batch)[start:, rank]
+        else:
+            numbers = (order[:, None] * copies + np.arange(copies)).reshape(-1)
+            chunks = numbers[:need].reshape(steps, batch, world)[start:, :, rank]
+        dataset = _Indexed(source, collate, _allowed(settings.max_bad, len(source) // world), list(chunks), copies)
     return load(dataset, collate, dataset.allowed, settings.workers, device, {} if bad is None else bad)
 
 
@@ -126,18 +152,27 @@ def fixed_batches(source: Source, recipe: Recipe, views: Sequence[int], view_pai
     one process, from its beginning to the last batch asked for, and gives batches in ascending order alone.
     Views, device, workers and unreadable images as in batches().
     """
+    collate = Collate(recipe, tuple(views), view_pairs, seed, FIXED_EPOCH, place(settings.views_on, device))
+    return same_batches(source, collate, settings, count=count, batch=batch, shuffle=shuffle, only=only, device=device,
+                        bad=bad)
+
+
+def same_batches(source: Source, collate: Batcher, settings: ReaderConfig, *, count: int | None, batch: int,
+                 shuffle: bool, only: Sequence[int] | None = None, device: torch.device = CPU,
+                 bad: dict[str, str] | None = None) -> Iterator[Any]:
+    """As fixed_batches(), of whatever ``collate`` makes, in the order of its seed."""
     count = len(source) if count is None else min(count, len(source))
     firsts = range(0, count, batch)
     chosen = range(len(firsts)) if only is None else only
-    collate = Collate(recipe, tuple(views), view_pairs, seed, FIXED_EPOCH, place(settings.views_on, device))
     allowed, workers = _allowed(settings.max_bad, len(source)), settings.workers
     if isinstance(source, ShardStream):
-        shards = source.order(seed, FIXED_EPOCH) if shuffle else np.arange(len(source.urls))
+        shards = source.order(collate.seed, FIXED_EPOCH) if shuffle else np.arange(len(source.urls))
         dataset = _Streamed(source, collate, allowed, [shards], settings.buffer if shuffle else 0, chosen, count, batch,
                             is_endless=False)
         workers = min(workers, 1)
     else:
-        order = _order(source, seed, FIXED_EPOCH, settings.shuffle_block) if shuffle else np.arange(len(source))
+        order = (_order(source, collate.seed, FIXED_EPOCH, settings.shuffle_block) if shuffle
+                 else np.arange(len(source)))
         dataset = _Indexed(source, collate, allowed, [order[:count][firsts[i]:firsts[i] + batch] for i in chosen])
     return load(dataset, collate, allowed, workers, device, {} if bad is None else bad)
 
@@ -163,32 +198,35 @@ def _allowed(share_bad: float, images: int) -> int:
 
 @dataclass
 class _Indexed(Dataset):
-    """Batch i is made of the samples ``chunks[i]``. Travels to worker processes."""
+    """Batch i is made of the numbers ``chunks[i]``, each sample * copies + copy. Travels to worker processes."""
 
     index: ShardIndex
-    collate: Collate
+    collate: Batcher
     allowed: int
     chunks: list[np.ndarray]
+    copies: int = 1
 
     def __len__(self) -> int:
         return len(self.chunks)
 
     def __getitem__(self, i: int) -> Item:
         bad: dict[str, str] = {}
-        samples = self.chunks[i].tolist()
+        numbers = self.chunks[i].tolist()
         try:
-            pictures = [self._good_picture(sample, bad) for sample in samples]
-            return Item(self.collate.begin(pictures, samples), bad)
+            good = [self._good_picture(number // self.copies, bad) for number in numbers]
+            pictures, labels = [picture for picture, _ in good], [label for _, label in good]
+            return Item(self.collate.begin(pictures, numbers, labels), bad)
         except ConfigError as error:
             return Item.failed(error, bad)
 
-    def _good_picture(self, sample: int, bad: dict[str, str]) -> np.ndarray:
-        """The sample or the next good one; an error when more are bad than is allowed."""
+    def _good_picture(self, sample: int, bad: dict[str, str]) -> tuple[np.ndarray, int | None]:
+        """The sample, with its label, or the next good one; an error when more are bad than is allowed."""
         for _ in range(len(self.index)):
             if len(bad) > self.allowed:
                 break
+            data, _, label = self.index.read(sample)
             try:
-                return decode(self.index.read(sample)[0])
+                return decode(data), label
             except BadImage as error:
                 bad[self.index.name(sample)] = str(error)
                 sample = (sample + 1) % len(self.index)
@@ -200,7 +238,7 @@ class _Streamed(IterableDataset):
     """Batches of a stream. ``parts``: the shards of each worker; batch i is made by worker i % len(parts)."""
 
     stream: ShardStream
-    collate: Collate
+    collate: Batcher
     allowed: int
     parts: list[np.ndarray]
     buffer: int
@@ -243,17 +281,17 @@ class _Streamed(IterableDataset):
 
     def _item(self, chunk: list[Sample], notes: list[str]) -> Item:
         bad: dict[str, str] = {}
-        pictures: list[np.ndarray | None] = []
+        good: list[tuple[np.ndarray, int | None] | None] = []
         for sample in chunk:
             try:
-                pictures.append(decode(sample.data))
+                good.append((decode(sample.data), sample.label))
             except BadImage as error:
                 bad[sample.name] = str(error)
-                pictures.append(pictures[-1] if pictures else None)
-        good = next((picture for picture in pictures if picture is not None), None)
-        if good is None:
+                good.append(good[-1] if good else None)
+        first = next((pair for pair in good if pair is not None), None)
+        if first is None:
             return Item.failed(ConfigError("data.max_bad", f"none of the {len(chunk)} images of a batch can be read",
                                            "pack the images again"), bad)
         said, notes[:] = list(notes), []
-        pictures = [good if picture is None else picture for picture in pictures]
-        return Item(self.collate.begin(pictures, [sample.id for sample in chunk]), bad, said)
+        pictures, labels = zip(*(first if pair is None else pair for pair in good), strict=True)
+        return Item(self.collate.begin(list(pictures), [sample.id for sample in chunk], list(labels)), bad, said)

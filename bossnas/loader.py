@@ -11,14 +11,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from multiprocessing import resource_tracker
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from bossnas import dist
-from bossnas.collate import Collate
+from bossnas.collate import Batcher
 from bossnas.errors import ConfigError
 from bossnas.views import one_thread
 
@@ -30,7 +30,7 @@ IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Item(NamedTuple):
-    """What a worker hands over: a batch that Collate began, the unreadable images met (name -> problem), things to be
+    """What a worker hands over: a batch that a collate began, the unreadable images met (name -> problem), things to be
     logged, and a ConfigError's parts (the whole would not travel)."""
 
     parts: dict[str, Tensor]
@@ -43,8 +43,8 @@ class Item(NamedTuple):
         return cls({}, bad, [], (error.field, error.problem, error.fix))
 
 
-def load(dataset: Dataset, collate: Collate, allowed: int, workers: int, device: torch.device,
-         known: dict[str, str]) -> Iterator[list[Tensor]]:
+def load(dataset: Dataset, collate: Batcher, allowed: int, workers: int, device: torch.device,
+         known: dict[str, str]) -> Iterator[Any]:
     """The batches of a dataset of Items, completed on ``device``. ``known``: unreadable images that were met before.
 
     Raises the ConfigErrors that the workers met, and one (data.max_bad) for more than ``allowed`` unreadable images.
@@ -110,7 +110,7 @@ def _context(dataset: Dataset) -> multiprocessing.context.BaseContext:
     if dist.world_size() == 1 and not isinstance(dataset, IterableDataset):
         return multiprocessing.get_context("fork")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bossnas.data"])
+    context.set_forkserver_preload(["bossnas.data", type(dataset.collate).__module__])
     return context
 
 

@@ -62,17 +62,20 @@ class Metrics:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(str(folder / "tensorboard"))
 
-    def write(self, kind: str, block: int, step: int, **values: Any) -> None:
-        """``step`` counts optimizer steps within the block. Values that are not finite become null."""
+    def write(self, kind: str, block: int | None, step: int, **values: Any) -> None:
+        """``step`` counts optimizer steps within the block; None: of a run without blocks. Values that are not finite
+        become null."""
         if self.file is None:
             return
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self.file.write(json.dumps({"kind": kind, "block": block, "step": step, **values}) + "\n")
+        place = {} if block is None else {"block": block}
+        self.file.write(json.dumps({"kind": kind, **place, "step": step, **values}) + "\n")
         self.file.flush()
         if self.board is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
-                    self.board.add_scalar(f"block_{block}/{kind}_{name}", value, step)
+                    self.board.add_scalar(f"{kind}/{name}" if block is None else f"block_{block}/{kind}_{name}", value,
+                                          step)
 
     def close(self) -> None:
         if self.file is not None:

@@ -79,8 +79,11 @@ class GroupedBatchNorm(nn.Module):
     """Batch norm with exact per-group statistics: eps 1e-5, affine. Input [groups*N, C, H, W] or [groups*N, C].
 
     Statistics: ``stats`` recording -> the batch's own, and recorded; ``stats`` recorded -> those; no ``stats`` ->
-    the batch's own in training mode, the buffers in evaluation mode. Training never touches the buffers: the rating
-    recalibrates every path, and a finished block's winner gets its calibrated statistics written once.
+    the batch's own in training mode, the buffers in evaluation mode.
+
+    ``momentum``: None in a supernet, whose training never touches the buffers: the rating recalibrates every path, and
+    a finished block's winner gets its calibrated statistics written once. A number, for a network trained by itself:
+    the buffers follow the batches as `nn.BatchNorm2d`'s do.
     """
 
     grouped = True
@@ -94,6 +97,7 @@ class GroupedBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
         self.act = act
         self.average: Average | None = None
+        self.momentum: float | None = None
 
     def forward(self, x: Tensor, groups: int = 1, stats: Statistics | None = None, residual: Tensor | None = None,
                 partial_stats: Tensor | None = None) -> Tensor:
@@ -105,7 +109,15 @@ class GroupedBatchNorm(nn.Module):
                                running_mean=mean, running_var=var, partial_stats=partial_stats)
         if stats is not None and stats.recording:
             _record(self, stats, mean, var)
+        elif own and stats is None:
+            self.follow(mean, var)
         return y
+
+    def follow(self, mean: Tensor, var: Tensor) -> None:
+        """Moves the buffers by ``momentum`` towards a batch's mean and unbiased variance, each [groups, C]."""
+        if self.momentum is not None:
+            self.running_mean.lerp_(mean.detach().mean(0).to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(var.detach().mean(0).to(self.running_var.dtype), self.momentum)
 
     def _synchronised(self, x: Tensor, groups: int, residual: Tensor | None) -> Tensor:
         """Normalised by the statistics of the group's images on all ranks, in plain PyTorch."""
@@ -115,6 +127,9 @@ class GroupedBatchNorm(nn.Module):
             mean = self.average(rows.mean(inner, keepdim=True))
             centered = rows - mean
             var = self.average(centered.square().mean(inner, keepdim=True))
+            if self.momentum is not None:
+                count = rows[0, :, 0].numel()  # of this rank; those of all would change the variance by 1 / count
+                self.follow(mean.flatten(1), var.flatten(1) * (count / max(count - 1, 1)))
             shape = (1, 1, -1) + (1,) * (rows.ndim - 3)
             y = centered * torch.rsqrt(var + 1e-5) * self.weight.view(shape) + self.bias.view(shape)
             y = y.flatten(0, 1)
@@ -173,6 +188,8 @@ class PooledPointwise(nn.Module):
             biased = (torch.bmm(weight.expand(groups, -1, -1), covariance) * weight).sum(2)
             if stats is not None:
                 _record(norm, stats, mean, biased * (count / max(count - 1, 1)))
+            elif norm.momentum is not None:
+                norm.follow(mean, biased * (count / max(count - 1, 1)))
         else:
             biased = var
         y = (x.mean((2, 3)) @ weight.T).view(groups, -1, weight.shape[0])
@@ -242,7 +259,8 @@ class WideConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         height, width = ((size + 2 * p - k) // s + 1 for size, p, k, s in
                          zip(x.shape[2:], self.padding, self.kernel_size, self.stride, strict=True))
-        if x.device.type != "cpu" or 2 * x.shape[0] * height * width > self.out_channels:
+        exported = torch.jit.is_tracing() or torch.compiler.is_exporting()  # must work for any number of images
+        if x.device.type != "cpu" or exported or 2 * x.shape[0] * height * width > self.out_channels:
             return super().forward(x)
         patches = F.unfold(x, self.kernel_size, padding=self.padding, stride=self.stride)  # [N, C*k*k, positions]
         y = F.linear(patches.mT.flatten(0, 1), self.weight.flatten(1), self.bias)  # one product, not one per image

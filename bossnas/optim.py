@@ -85,7 +85,7 @@ class LARS(torch.optim.Optimizer):
         self.ends = list(itertools.accumulate(shape.numel() for shape in self.shapes))
         self.momentum, self.weight_decay, self.trust = momentum, weight_decay, trust
         self.norm_group, self.sharded, self.clip = norm_group, sharded, clip
-        self.by_rows = _is_dtensor(groups[0]["params"][0])
+        self.by_rows = is_dtensor(groups[0]["params"][0])
         if self.by_rows:
             self.norm_group = groups[0]["params"][0].device_mesh.get_group()
         self.loss_scale, self.applied = 1.0, True
@@ -188,10 +188,7 @@ class LARS(torch.optim.Optimizer):
     def _bounds(self, i: int) -> tuple[int, int, int]:
         """Parameter ``i`` in this rank's share: start and stop there, and its first element there."""
         size = self.param_groups[0]["params"][0].numel()
-        origin = dist.rank(self.norm_group) * size
-        first = self.ends[i] - self.shapes[i].numel() - origin
-        start = min(max(first, 0), size)
-        return start, min(max(self.ends[i] - origin, 0), size), start - first
+        return in_share(self.ends[i] - self.shapes[i].numel(), self.ends[i], size, dist.rank(self.norm_group))
 
     def _pieces(self) -> list[tuple[int, Tensor, Tensor | None, Tensor]]:
         """(number, weight, gradient, momentum) of what this rank updates; views of the share if sharded, the rows that
@@ -251,21 +248,30 @@ def ema_update(target_params: Iterable[Tensor], online_params: Iterable[Tensor],
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: some rows of a DTensor, perhaps none, all of another. For no_grad."""
-    return tensor.to_local() if _is_dtensor(tensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def shard(tensor: Tensor, like: Tensor) -> Tensor:
     """What this rank holds of ``tensor``, whole or a DTensor, when it is laid out as ``like``."""
-    if not _is_dtensor(like):
-        return tensor.full_tensor() if _is_dtensor(tensor) else tensor
-    if _is_dtensor(tensor):
+    if not is_dtensor(like):
+        return tensor.full_tensor() if is_dtensor(tensor) else tensor
+    if is_dtensor(tensor):
         return tensor.to_local()
     mesh = like.device_mesh
     rows = -(-tensor.shape[0] // mesh.size())
     return tensor[rows * mesh.get_local_rank() :][:rows]
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
+def in_share(first: int, end: int, size: int, rank: int) -> tuple[int, int, int]:
+    """Elements first..end-1 of one vector of which every rank has a share of ``size`` elements: start and stop in the
+    share of ``rank``, and which of the elements is the first there."""
+    first, end = first - rank * size, end - rank * size
+    start = min(max(first, 0), size)
+    return start, min(max(end, 0), size), start - first
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether ranks share the tensor."""
     return hasattr(tensor, "to_local")
 
 

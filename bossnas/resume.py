@@ -7,14 +7,14 @@ import shutil
 from pathlib import Path
 
 from bossnas import checkpoint, runfolder
-from bossnas.config import Config
+from bossnas.config import Config, RunConfig
 from bossnas.errors import ConfigError
 from bossnas.log import logger
 
 FIX = "give auto, the folder RUN of a run, or RUN/checkpoints/NAME"
 
 
-def claim(config: Config, resume: str | None) -> Path | None:
+def claim(config: RunConfig, resume: str | None) -> Path | None:
     """Checks that the run may be in its folder, and changes nothing. Returns the checkpoint from which `begin_at` has
     to make it begin, None if it begins anew or at its own last one.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from bossnas.config import (
     CheckpointConfig,
@@ -101,6 +101,11 @@ class RetrainConfig(RunConfig):
     evaluate: EvaluateConfig = EvaluateConfig()
     engine: WorkersConfig = WorkersConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @field_validator("kernels", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads the word as false
 
     def check(self) -> None:
         """Raises ConfigError for values that do not go together."""

@@ -152,7 +152,7 @@ def restore(run: Run, folder: Folder, training: bool = True) -> Folder | None:
 def _load(run: Run, where: Folder, training: bool) -> None:
     values, state = checkpoint.read_state(where), run.state
     if training:
-        _check_data(values["data"], _data_state(run), bool(values["step"]))
+        check_data(values["data"], _data_state(run), bool(values["step"]))
     checkpoint.load(where, _weights(run, range(run.space.blocks)))
     state.block, state.step, state.images_seen = values["block"], values["step"], values["images_seen"]
     state.bad_steps, state.bad_by_block[:] = values["bad_steps"], values["bad_by_block"]
@@ -180,7 +180,7 @@ def _data_state(run: Run) -> dict:
     return {"images": len(run.train_set), "readers": data.readers(run.train_set, run.config.data, run.mesh.shards)}
 
 
-def _check_data(saved: dict, now: dict, within_block: bool) -> None:
+def check_data(saved: dict, now: dict, within_block: bool) -> None:
     """Raises ConfigError where the images would not go on in the order in which the run began."""
     if saved["images"] != now["images"]:
         raise ConfigError("data.train", f"has {now['images']} images, but the run began with {saved['images']}",

@@ -18,7 +18,8 @@ from bossnas.errors import ConfigError
 LARGEST = 1e300  # scores below it add up to a finite number
 # What may change between a run and its continuation, since results do not depend on it; "engine.": all of that section.
 FREE = ("data.workers", "data.retries", "data.timeout_s", "data.allow_pipe", "train.activation_checkpointing",
-        "rating.max_gib", "engine.", "checkpoint.", "out")
+        "train.channels_last", "train.compile", "train.fused", "rating.max_gib", "evaluate.batch", "engine.",
+        "checkpoint.", "out")
 
 
 def claim(config: RunConfig, resume: bool) -> Path:

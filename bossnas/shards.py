@@ -82,6 +82,11 @@ class ShardIndex:
         """Of every shard the number after its last sample's."""
         return self._ends
 
+    @property
+    def labels(self) -> np.ndarray:
+        """Of every sample its label, -1 where there is none: int64."""
+        return np.concatenate([table["label"] for table in self._tables])
+
     def read(self, i: int) -> tuple[bytes, str, int | None]:
         """Sample i: the image's bytes, its extension and its label (None where there is no ``.cls``).
 

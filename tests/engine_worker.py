@@ -1,8 +1,8 @@
 """One rank of the engine tests; started by test_engines.py through torchrun, deepspeed or plain python.
 
 Arguments: JSON list of specs: engine, out, and optionally section, clip, precision, steps (their numbers), blocks,
-split, bad, save, load. Each trains the reference task; rank 0 writes for every block the parameters, the target's,
-the momentum and what every rank saw.
+split, bad, save, load, optimizer (its kind; every step then goes through all branches). Each trains the reference
+task; rank 0 writes for every block the parameters, the target's, the momentum and what every rank saw.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bossnas import dist, engines
+from bossnas import dist, engines, optimizers
 from bossnas.optim import LARS, parameter_groups
 
 ACCUMULATE, ROWS, BRANCHES, EMA = 2, 12, 5, 0.9  # rows of a micro-batch over all ranks
 SAMPLED = [[(0, 1), (1, 2)], [(2, 0), (0, 2)], [(1, 3), (3, 1)], [(3, 0), (2, 3)]]  # branch 4 never
+ALL = [[(i, i) for i in range(BRANCHES)]] * 4
 
 
 class Branches(nn.Module):
@@ -73,7 +74,7 @@ def target_of(module):
     return nn.ModuleDict({"layers": copy.deepcopy(module.layers).requires_grad_(False)})
 
 
-def train(engine, module, steps, split=False, bad=None, look=lambda: None):
+def train(engine, module, steps, split=False, bad=None, look=lambda: None, sampled=SAMPLED):
     """``split``: one backward per path instead of one per micro-batch. ``bad``: {step, rank, factor}: there the loss is
     multiplied by factor. Returns of every step the outcome, the loss scale after it, and whether what ``look`` shows
     was left alone."""
@@ -82,7 +83,7 @@ def train(engine, module, steps, split=False, bad=None, look=lambda: None):
         before = look()
         for micro in range(ACCUMULATE):
             x = batch(step, micro)[dist.rank() * per_rank :][:per_rank]
-            paths = SAMPLED[(step + micro) % 4]
+            paths = sampled[(step + micro) % 4]
             parts = [[path] for path in paths] if split else [paths]
             for part in parts:
                 with engine.autocast():
@@ -106,15 +107,17 @@ def make(spec, module, target=None):
         precision=spec.get("precision", "fp32"),
         section=spec.get("section", {}),
     )
-    trained, _ = engine.wrap(
-        module,
-        target,
-        lambda module, followers, sharded: LARS(
-            parameter_groups(module, followers), lr=1.0, weight_decay=1e-2, trust=0.1, sharded=sharded,
-            clip=spec.get("clip", 0.0)
-        ),
-    )
+    def lars(module, followers, sharded):
+        return LARS(parameter_groups(module, followers), lr=1.0, weight_decay=1e-2, trust=0.1, sharded=sharded,
+                    clip=spec.get("clip", 0.0))
+
+    trained, _ = engine.wrap(module, target, library(spec)[0] if "optimizer" in spec else lars)
     return engine, trained
+
+
+def library(spec):
+    return optimizers.choose(spec["optimizer"], spec.get("fused", "auto"), torch.device("cpu"), weight_decay=0.1,
+                             momentum=0.9, beta2=0.95, eps=1e-3, clip=spec.get("clip", 0.0))
 
 
 def everything(engine, module, target):
@@ -144,7 +147,8 @@ def run(spec):
             return everything(engine, module, target) if "bad" in spec else None
 
         steps = spec.get("steps", [0, 1, 2])
-        seen = train(engine, trained, steps, spec.get("split", False), spec.get("bad"), look)
+        seen = train(engine, trained, steps, spec.get("split", False), spec.get("bad"), look,
+                     ALL if "optimizer" in spec else SAMPLED)
         tensors = everything(engine, module, target)
         if spec.get("save") and dist.rank() == 0:
             torch.save(tensors, Path(spec["save"]) / "half.pt")

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from bossnas import spaces
+from bossnas.bossnet import BossNet
 from bossnas.config import load
 from bossnas.engines import make
 from bossnas.errors import ConfigError
@@ -264,6 +265,15 @@ def test_units_are_candidates_heads_and_the_rest_of_layers(name, expected):
     found = list(units(part))
     assert Counter(re.sub(r"\d+$", "#", names[unit]) for unit in found) == expected
     assert {p for unit in found for p in unit.parameters()} == set(part.parameters())
+
+
+def test_units_of_a_network_are_its_blocks_and_the_rest():
+    from bossnas.engines.fsdp2 import units
+
+    model = BossNet(((1,), (), (0, 1), (1,)), width=8)
+    assert list(units(model)) == [model.layer1[0], model.layer3[0], model.layer3[1], model.layer4[0], model]
+    model.layer4[0].conv3.weight = model.layer1[0].conv3.weight  # of two blocks
+    assert list(units(model)) == [model]
 
 
 def test_candidates_that_share_weights_are_one_unit():

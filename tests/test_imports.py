@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS: dict[int, tuple[str, ...]] = {
     0: ("",),
     1: ("errors", "config", "retrain_config", "paths", "dist", "runfolder", "log", "tables", "intervals"),
-    2: ("ops", "heads", "optim", "optimizers", "images", "tars", "shards", "stream", "views", "pareto",
-        "sources", "imagenet", "cifar", "pack", "verify", "machine", "alive", "pipe", "engines.protocol"),
+    2: ("ops", "heads", "optim", "engines.protocol", "optimizers", "images", "tars", "shards", "stream", "views",
+        "pareto", "sources", "imagenet", "cifar", "pack", "verify", "machine", "alive", "pipe"),
     3: ("spaces.hytra", "spaces.mbconv", "spaces.nats", "spaces", "cost", "latency", "supernet", "collate",
         "loader", "data", "labelled", "standalone", "bossnet", "mbconv_net", "nats_net", "timm_models", "networks",
-        "kernel_layers", "fusing", "pretrained"),
+        "fusing", "kernel_layers", "pretrained"),
     4: (
         "bootstrap", "scores", "units", "engines.single", "engines.ddp", "engines.fsdp2", "engines.deepspeed",
         "engines", "tensorfiles", "checkpoint", "weights",
@@ -28,9 +28,10 @@ LEVELS: dict[int, tuple[str, ...]] = {
     6: (
         "workload", "sharding", "plan", "plan_tables",
         "graph", "select", "resume", "run", "rating", "stage", "schedule", "search",
-        "inherit", "evaluate", "retrain", "export", "rank", "compare", "report", "sample", "sample.make",
+        "inherit", "evaluate", "retraining", "retrain", "card", "standalone_file", "export", "rank", "compare",
+        "report", "sample", "sample.make",
     ),
-    7: ("cli_networks", "cli"),
+    7: ("cli_options", "cli_networks", "cli"),
 }
 ORDER = [module for level in sorted(LEVELS) for module in LEVELS[level]]
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}

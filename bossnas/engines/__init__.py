@@ -1,4 +1,4 @@
-"""Engines: how the training of a block runs on one or many devices."""
+"""Engines: how the training of a block or a network runs on one or many devices."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ def make(
     precision: str = "fp32",
     section: dict | None = None,
     group: Any = None,
+    optimizer: str = "lars",
 ) -> Engine:
-    """A fresh engine for one block.
+    """A fresh engine for one block, or for one network.
 
     ``name``: single | ddp | fsdp2 | deepspeed; ``accumulate``: micro-batches per update; ``micro_batch``: images per
     rank and micro-batch; ``precision``: fp32 | bf16 | fp16; ``section``: the config's ``engine.deepspeed``; ``group``:
-    the ranks that share a batch (None: all). Raises ConfigError on an impossible combination.
+    the ranks that share a batch (None: all); ``optimizer``: its kind, which ``section`` may repeat. Raises ConfigError
+    on an impossible combination.
     """
     if name == "single" and dist.world_size() > 1:
         raise ConfigError(
@@ -47,5 +49,5 @@ def make(
                 "is deepspeed, which trains one block at a time on all ranks, but schedule is block_parallel",
                 "set engine.name to ddp or fsdp2, or schedule to sequential",
             )
-        return DeepSpeedEngine(accumulate, micro_batch, precision, section or {})
+        return DeepSpeedEngine(accumulate, micro_batch, precision, section or {}, optimizer)
     raise ConfigError("engine.name", f"there is no engine {name!r}", "choose single, ddp, fsdp2 or deepspeed")

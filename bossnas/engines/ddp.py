@@ -22,6 +22,8 @@ class DDPEngine:
     update, not during it: with accumulation that is once in many micro-batches.
     """
 
+    sharded = False
+
     def __init__(self, accumulate: int, precision: str, group: Any = None):
         self.accumulate, self.precision, self.group = accumulate, precision, group
 

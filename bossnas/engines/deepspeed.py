@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO 0, 1 and 2, exact for a supernet in which most parameters have no gradient in a step.
 
 ZeRO fills missing gradients with zeros; LARS leaves all-zero gradients alone, which makes that a true skip.
-ZeRO 1 and 2 flatten all parameters into one vector and give each rank an equal share; LARS knows the
+ZeRO 1 and 2 flatten all parameters into one vector and give each rank an equal share; our optimizers know the
 parameters in it. ZeRO 3 applies stale gradients to parameters that a step did not use and is refused, as is
 optimizer offload.
 """
@@ -55,8 +55,8 @@ ZERO_KEYS = {
 }
 ZERO_FIXED = {  # key: the one value that works here, why
     "ignore_unused_parameters": (True, "a step uses only the sampled paths"),
-    "round_robin_gradients": (False, "LARS reads the parameters in their own order"),
-    "parameter_alignment": (False, "LARS reads the parameters end to end"),
+    "round_robin_gradients": (False, "the optimizer reads the parameters in their own order"),
+    "parameter_alignment": (False, "the optimizer reads the parameters end to end"),
     "elastic_checkpoint": (False, "bossnas writes the optimizer state itself, for any number of ranks"),
     "offload_optimizer": (None, "it applies stale gradients to paths that a step did not sample"),
     "offload_param": (None, "it belongs to ZeRO 3, which is refused"),
@@ -64,9 +64,9 @@ ZERO_FIXED = {  # key: the one value that works here, why
 
 
 def deepspeed_config(
-    section: dict, micro_batch: int, accumulate: int, precision: str, world_size: int
+    section: dict, micro_batch: int, accumulate: int, precision: str, world_size: int, optimizer: str = "lars"
 ) -> dict:
-    """The config given to DeepSpeed: ``section`` plus what our own config says.
+    """The config given to DeepSpeed: ``section`` plus what our own config says. ``optimizer``: whose it is.
 
     ``section`` may repeat our values (or say "auto"). Raises ConfigError, naming
     ``engine.deepspeed.<key>``, for a contradiction, an unknown key, ZeRO 3 and offload.
@@ -74,7 +74,7 @@ def deepspeed_config(
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulate,
-        "gradient_clipping": 0.0,  # LARS clips
+        "gradient_clipping": 0.0,  # our optimizers clip
         "zero_allow_untested_optimizer": True,
     }
     batch = micro_batch * accumulate * world_size
@@ -100,11 +100,12 @@ def deepspeed_config(
             _check_precision(key, value, precision)
         elif key == "optimizer":
             kind = value.get("type", "") if isinstance(value, dict) else value
-            if str(kind).lower() != "lars" or isinstance(value, dict) and value.get("params"):
+            if str(kind).lower() != optimizer or isinstance(value, dict) and value.get("params"):
                 raise ConfigError(
                     f"{FIELD}.optimizer",
-                    "the optimizer is LARS with the values of the train section",
-                    "remove it and set train.lr, train.momentum, train.weight_decay, train.trust",
+                    f"the optimizer is {optimizer.upper()} with the values of the train section",
+                    "remove it and set train.lr, train.momentum, train.weight_decay"
+                    + (", train.trust" if optimizer == "lars" else ", train.optimizer"),
                 )
         elif key == "scheduler":
             if value is not None:
@@ -185,9 +186,9 @@ class DeepSpeedEngine:
     | fp16 (autocast); ``section``: see ``deepspeed_config``, which also says what is refused.
     """
 
-    def __init__(self, accumulate: int, micro_batch: int, precision: str, section: dict):
+    def __init__(self, accumulate: int, micro_batch: int, precision: str, section: dict, optimizer: str = "lars"):
         self.accumulate, self.precision = accumulate, precision
-        self.config = deepspeed_config(section, micro_batch, accumulate, precision, dist.world_size())
+        self.config = deepspeed_config(section, micro_batch, accumulate, precision, dist.world_size(), optimizer)
         self.sharded = self.config["zero_optimization"]["stage"] > 0
 
     def check(self, kind: str) -> None:
@@ -204,7 +205,7 @@ class DeepSpeedEngine:
             if "compute_grad_norm" in fields:  # otherwise a norm that nobody reads costs a copy per parameter
                 self.config["zero_optimization"].setdefault("compute_grad_norm", False)
         dist.ensure_group()
-        self._lars = make_optimizer(module, followers, self.sharded)
+        self._client = make_optimizer(module, followers, self.sharded)
         self._scale = LossScale(self.precision)
         index = next(module.parameters()).device.index
         logger = logging.getLogger("DeepSpeed")
@@ -213,14 +214,14 @@ class DeepSpeedEngine:
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 args=SimpleNamespace(**({} if index is None else {"device_rank": index})),
                 model=_Shell(module),
-                optimizer=self._lars,
+                optimizer=self._client,
                 config=self.config,
                 dist_init_required=False if _has_backend() else None,
             )
         finally:
             logger.setLevel(logging.WARNING)
         if self.sharded:
-            self._lars.create_state()
+            self._client.create_state()
             self._check_layout(module)
         return module, followers
 
@@ -232,9 +233,9 @@ class DeepSpeedEngine:
         self._engine.backward(self._engine(loss * self._scale.value))
 
     def step(self, lr: float, ema: float = 1.0) -> Outcome:
-        outcome = self._scale.run(self._lars, self._engine.step, lr, ema)
+        outcome = self._scale.run(self._client, self._engine.step, lr, ema)
         if self.sharded and outcome == "applied":
-            self._lars.follow()
+            self._client.follow()
         return outcome
 
     @property
@@ -245,23 +246,23 @@ class DeepSpeedEngine:
         pass  # after a step the weights are whole on every rank
 
     def state(self) -> dict[str, Tensor]:
-        return self._scale.add_to(self._lars.full_state())
+        return self._scale.add_to(self._client.full_state())
 
     def load(self, state: dict[str, Tensor]) -> None:
-        self._lars.load_full_state(self._scale.take_from(state))
+        self._client.load_full_state(self._scale.take_from(state))
         if self.sharded:
             self._optimizer.refresh_fp32_params()
 
     def close(self) -> None:
         self._engine.zero_grad()
         self._engine.destroy()
-        del self._engine, self._optimizer, self._lars
+        del self._engine, self._optimizer, self._client
 
     def _check_layout(self, module: nn.Module) -> None:
-        """Fails loudly should a version of DeepSpeed lay the parameters out differently than LARS assumes."""
+        """Fails loudly should a version of DeepSpeed lay the parameters out differently than the optimizer assumes."""
         names = dict(module.named_parameters())
-        flat = torch.cat([names[name].detach().flatten() for name in self._lars.names])
-        share = self._lars.param_groups[0]["params"][0].detach()
+        flat = torch.cat([names[name].detach().flatten() for name in self._client.names])
+        share = self._client.param_groups[0]["params"][0].detach()
         mine = flat[dist.rank() * share.numel() :][: share.numel()]
         fits = torch.equal(share[: len(mine)], mine)
         if dist.any_rank(not fits):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -39,6 +39,8 @@ class FSDP2Engine:
     activation checkpointing does without.
     """
 
+    sharded = True
+
     def __init__(self, accumulate: int, precision: str, group: Any = None):
         self.accumulate, self.precision, self.group = accumulate, precision, group
 
@@ -58,7 +60,8 @@ class FSDP2Engine:
         for home in (module, followers):
             if home is None:
                 continue
-            copied = copy.deepcopy(home, {id(self.group): self.group})  # batch norms may hold the group; it stays one
+            # batch norms may hold the group, which stays one; their running statistics are those of the home
+            copied = copy.deepcopy(home, {id(part): part for part in (self.group, *home.buffers())})
             self._roots.append(_sharded(copied, mesh))
             self._pairs += [pair for pair in zip(home.parameters(), copied.parameters(), strict=True)
                             if isinstance(pair[1], DTensor)]
@@ -147,18 +150,48 @@ def _sharded(part: nn.Module, mesh: DeviceMesh) -> _Root:
 def units(module: nn.Module) -> Iterator[nn.Module]:
     """What is sharded as one, inner units first: every module that forward passes call, that is, which has a `forward`
     and is not inside of one that has; and in it the elements of its lists (ModuleList, ModuleDict), of which a pass
-    calls but some, unless they share weights with other parts of it."""
+    calls but some, and the modules that say ``is_unit = True``, unless they share weights with other parts of it."""
     for called in _called([module]):
-        elements = list(_called(child for child in called.children() if not _has_forward(child)))
-        owners = [*elements, *(child for child in called.children() if _has_forward(child))]
-        held = Counter(id(p) for owner in owners for p in owner.parameters())
-        held.update(id(p) for p in called.parameters(recurse=False))
-        if max(held.values(), default=0) > 1:
+        elements = list(_elements(called))
+        owners: dict[int, set[nn.Module]] = defaultdict(set)
+        for element in elements:
+            for p in element.parameters():
+                owners[id(p)].add(element)
+        for rest in _outside(called, set(elements)):
+            for p in rest.parameters(recurse=False):
+                owners[id(p)].add(called)
+        if any(len(found) > 1 for found in owners.values()):
             elements = []
         yield from (element for element in elements if any(True for _ in element.parameters()))
         inside = {id(p) for element in elements for p in element.parameters()}
         if any(id(p) not in inside for p in called.parameters()):
             yield called
+
+
+def _elements(called: nn.Module) -> Iterator[nn.Module]:
+    for child in called.children():
+        if not _has_forward(child):
+            yield from _called([child])
+        elif getattr(child, "is_unit", False):
+            yield child
+        else:
+            yield from _marked(child)
+
+
+def _marked(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if getattr(child, "is_unit", False):
+            yield child
+        else:
+            yield from _marked(child)
+
+
+def _outside(module: nn.Module, elements: set[nn.Module]) -> Iterator[nn.Module]:
+    """``module`` and what is in it, but for the elements."""
+    yield module
+    for child in module.children():
+        if child not in elements:
+            yield from _outside(child, elements)
 
 
 def _called(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:

@@ -4,26 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from bossnas.errors import ConfigError
-from bossnas.optim import LARS
 
 # applied; overflow: gradients beyond fp16, the loss scale is halved; bad: not finite for another reason. The last two
 # leave weights, momentum and targets as they were.
 Outcome = Literal["applied", "overflow", "bad"]
-MakeOptimizer = Callable[[nn.Module, nn.Module | None, bool], LARS]  # module, followers, sharded
 SCALE = "loss_scale"
 
 
+class GroupOptimizer(Protocol):
+    """What engines need of an optimizer (`bossnas.optim.LARS`, `bossnas.optimizers`). It divides the gradients by the
+    loss scale, clips them by their norm over all ranks, and applies nothing where they are not finite."""
+
+    names: list[str]  # of the parameters, in the order in which a flat share has them
+    applied: bool  # whether the last step changed anything; the same on all ranks
+    param_groups: list[dict[str, Any]]
+
+    def prepare(self, lr: float, ema: float = 1.0, loss_scale: float = 1.0) -> None:
+        """Says how the next step is to be taken."""
+
+    def step(self) -> None:
+        """One update with the gradients of the parameters; followers move, too, unless it is sharded."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Lets the gradients go."""
+
+    def create_state(self) -> None:
+        """Fresh state, for the parameters that the engine has put in place."""
+
+    def follow(self) -> None:
+        """Moves the followers; sharded: the engine calls it after a step, when the weights are whole again."""
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Its state by name, whole or as DTensors; all ranks call it."""
+
+    def load_full_state(self, state: dict[str, Tensor]) -> None:
+        """Takes over what `full_state` gave on any engine. Raises ValueError if it is another model's."""
+
+
+MakeOptimizer = Callable[[nn.Module, nn.Module | None, bool], GroupOptimizer]  # module, followers, sharded
+
+
 class Engine(Protocol):
-    """One engine per trained block. Forward passes call the submodules of what `wrap` returned, never the engine.
+    """One engine per trained block or network. Forward passes call what `wrap` returned or its submodules, never the
+    engine.
 
     All ranks of a data-parallel group sample the same paths and call every method at the same time.
     """
+
+    sharded: bool  # whether a rank's optimizer sees parts of parameters
 
     def check(self, kind: str) -> None:
         """Raises ConfigError if the settings cannot work on devices of type ``kind`` (cpu | cuda)."""
@@ -32,8 +66,9 @@ class Engine(Protocol):
              ) -> tuple[nn.Module, nn.Module | None]:
         """Takes over ``module``, which is on its device, and ``followers``, the part of the target network that
         follows it by name. Returns what the training's forward passes go through in their place: the same modules, or
-        copies of which each rank holds a share. ``make_optimizer(module, followers, sharded)`` builds their optimizer;
-        ``sharded``: for LARS over one flat share of all parameters."""
+        copies of which each rank holds a share; buffers are the same tensors in both.
+        ``make_optimizer(module, followers, sharded)`` builds their optimizer; ``sharded``: for one flat share of all
+        parameters."""
 
     def autocast(self) -> AbstractContextManager:
         """Context of a forward pass in the run's precision."""
@@ -75,7 +110,7 @@ class LossScale:
         self.dynamic = precision == "fp16"
         self.value, self.good, self.patience = start if self.dynamic else 1.0, 0, patience
 
-    def run(self, optimizer: LARS, step: Callable[[], object], lr: float, ema: float) -> Outcome:
+    def run(self, optimizer: GroupOptimizer, step: Callable[[], object], lr: float, ema: float) -> Outcome:
         """Has ``step`` make ``optimizer`` take its step, and judges it."""
         optimizer.prepare(lr, ema, self.value)
         step()

@@ -1,0 +1,25 @@
+"""Options that several commands share, and checks of what they are given."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bossnas.errors import ConfigError
+
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="JSON or YAML config file.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE",
+                                                     help="Override a key of the config; may be repeated.")]
+Resume = Annotated[str, typer.Option(
+    metavar="auto|never|PATH", help="never: begin; auto: begin, or go on with the run that the folder holds; PATH: "
+    "go on from that run, or from its RUN/checkpoints/NAME.")]
+LocalRank = Annotated[int, typer.Option("--local_rank", hidden=True)]  # DeepSpeed's launcher gives it
+
+
+def check_writable(file: Path | None, field: str = "--json") -> None:
+    """Before the work, not after it."""
+    if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
+        raise ConfigError(field, f"cannot write {file}", "name a file in a folder that exists and can be written")

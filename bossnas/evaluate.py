@@ -1,0 +1,108 @@
+"""Top-1 and top-5 accuracy of a network on labelled images, each counted once on any number of ranks."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+from bossnas import data, dist, kernel_layers, labelled, log, networks, pretrained
+from bossnas.config import ReaderConfig
+from bossnas.engines import protocol
+from bossnas.fusing import fuse_bn
+
+LEAST_CLASSES = 6  # for a top-5
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of an evaluation: shares of the images in 0..1, top5 None where there are fewer than 6 classes; the mean
+    cross-entropy; wall-clock seconds."""
+
+    images: int
+    top1: float
+    top5: float | None
+    loss: float
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def line(result: Result) -> str:
+    """The result in words."""
+    top5 = "" if result.top5 is None else f"top-5 {result.top5:.2%}, "
+    return (f"top-1 {result.top1:.2%}, {top5}loss {result.loss:.4f} on {result.images} images in "
+            f"{result.seconds:.1f} s")
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: int, *, precision: str = "fp32",
+             device: torch.device, advance: Callable[[int], None] = lambda images: None) -> Result:
+    """``batches``: this rank's images [n, 3, S, S] and labels [n] on ``device``; ranks may have different numbers of
+    them, or none. All ranks get the same result. ``advance`` hears of every batch.
+
+    The model takes no part in communication: it is whole on every rank. Its mode is put back afterwards.
+    """
+    started, was_training = time.perf_counter(), model.training
+    metrics = [MulticlassAccuracy(classes, average="micro", top_k=k).to(device)
+               for k in ((1, 5) if classes >= LEAST_CLASSES else (1,))]
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # of losses, of images
+    model.eval()
+    try:
+        for images, labels in batches:
+            with protocol.autocast(device.type, precision):
+                logits = model(images).float()
+            for metric in metrics:
+                metric.update(logits, labels)
+            sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum").double(),
+                                 sums.new_tensor(len(labels))])
+            advance(len(labels))
+    finally:
+        model.train(was_training)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*compute.* method .* was called before")  # a rank without batches
+        top1, *top5 = [metric.compute().item() for metric in metrics]
+    loss, images = dist.all_reduce_sum(sums).tolist()
+    return Result(int(images), top1, top5[0] if top5 else None, loss / images, time.perf_counter() - started)
+
+
+def evaluate_network(network: networks.Network, settings: ReaderConfig, *, batch: int, precision: str = "fp32",
+                     device: str = "auto", kernels: str = "off", fuse: bool = False) -> Result:
+    """Evaluates a network on ``settings.val``, of which ``settings.val_images`` are taken, on all ranks.
+
+    ``batch``: images per rank and batch; ``kernels``: as in `kernel_layers.use_kernels`, or off; ``fuse``: fold batch
+    norms into convolutions. Raises ConfigError for what the user can mend.
+    """
+    where = dist.device(device)
+    protocol.check_precision(where.type, precision)
+    model, source = dist.together(lambda: _prepare(network, settings, where, kernels, fuse))
+    transform, classes = labelled.eval_transform(network.spec), network.spec.classes
+    count = min(settings.val_images or len(source), len(source))
+    batches = labelled.eval_batches(source, transform, settings, count=count, batch=batch, classes=classes,
+                                    rank=dist.rank(), world=dist.world_size(), device=where)
+    own = len(range(dist.rank(), -(-count // batch), dist.world_size()))
+    with log.progress("evaluate", own, show=dist.rank() == 0) as task:
+        return evaluate(model, batches, classes, precision=precision, device=where, advance=lambda _: task.advance())
+
+
+def _prepare(network: networks.Network, settings: ReaderConfig, device: torch.device, kernels: str,
+             fuse: bool) -> tuple[nn.Module, data.Source]:
+    source = data.open_set(settings, "val")
+    labelled.check_labels(source, network.spec.classes)
+    model = networks.build(network.spec)
+    pretrained.fit(model, network.weights, "the network's weights")
+    model = model.to(device).eval()
+    if fuse:
+        spec = network.spec
+        model = fuse_bn(model, torch.randn(2, spec.model_args.get("in_chans", 3), spec.image_size, spec.image_size))
+    if kernels != "off":
+        kernel_layers.use_kernels(model, kernels, device)
+    return model, source

@@ -1,0 +1,17 @@
+"""Trains a network on one or many workers:
+
+    python launch/retrain.py --config configs/bossnet_cifar10.yaml
+    torchrun --nproc-per-node 8 launch/retrain.py --config configs/bossnet_t0_imagenet.yaml
+    deepspeed launch/retrain.py --config configs/bossnet_t0_imagenet.yaml --set engine.name=deepspeed
+"""
+
+import sys
+from pathlib import Path
+
+root = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(root), str(root / "kernels")]  # launchers put only this folder on the path
+
+from bossnas.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    main(["retrain", *sys.argv[1:]])
