@@ -31,6 +31,7 @@ setup(
         "simplejpeg",
         "opencv-python-headless",
         "timm",
+        "torchmetrics",
         "pyyaml",
         "numpy",
         "scipy",
@@ -45,7 +46,8 @@ setup(
         "s3": ["s3fs"],
         "gs": ["gcsfs"],
         "gpu": ["nvidia-ml-py"],  # what torch.cuda.utilization and temperature need
+        "export": ["onnx", "onnxruntime", "onnxscript"],  # bossnas export --formats onnx
         "report": ["matplotlib", "tensorboard"],
-        "dev": ["aiohttp", "matplotlib", "pytest", "pytest-timeout", "ruff", "fvcore"],
+        "dev": ["aiohttp", "matplotlib", "onnx", "onnxruntime", "onnxscript", "pytest", "pytest-timeout", "ruff", "fvcore"],
     },
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -33,7 +34,8 @@ class Result:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values; a loss that is not finite is None."""
+        return asdict(self) | {"loss": self.loss if math.isfinite(self.loss) else None}
 
 
 def line(result: Result) -> str:
@@ -71,6 +73,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes
         warnings.filterwarnings("ignore", message=".*compute.* method .* was called before")  # a rank without batches
         top1, *top5 = [metric.compute().item() for metric in metrics]
     loss, images = dist.all_reduce_sum(sums).tolist()
+    top1, *top5 = [round(share * images) / images for share in (top1, *top5)]  # which torchmetrics gives in float32
     return Result(int(images), top1, top5[0] if top5 else None, loss / images, time.perf_counter() - started)
 
 
@@ -95,10 +98,10 @@ def evaluate_network(network: networks.Network, settings: ReaderConfig, *, batch
 
 def _prepare(network: networks.Network, settings: ReaderConfig, device: torch.device, kernels: str,
              fuse: bool) -> tuple[nn.Module, data.Source]:
+    model = networks.build(network.spec)
+    pretrained.fit(model, network.weights, "the checkpoint")
     source = data.open_set(settings, "val")
     labelled.check_labels(source, network.spec.classes)
-    model = networks.build(network.spec)
-    pretrained.fit(model, network.weights, "the network's weights")
     model = model.to(device).eval()
     if fuse:
         spec = network.spec

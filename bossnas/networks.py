@@ -18,6 +18,9 @@ from bossnas import timm_models  # noqa: F401  (registers the networks in timm)
 from bossnas.errors import ConfigError
 
 FORMAT = "bossnas-network-1"
+# Arguments by which timm's create_model would read or fetch weights: a description says what a network is, no more.
+REFUSED = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "scriptable",
+           "exportable", "no_jit", "num_classes")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,10 @@ def build(spec: Spec, **training: Any) -> nn.Module:
         near = timm.list_models(f"*{spec.architecture}*")[:3]
         raise ConfigError("model.name", f"timm knows no {spec.architecture!r}",
                           f"choose for example {', '.join(near or ['bossnet_t0', 'resnet50'])}")
+    refused = [key for key in spec.model_args if key in REFUSED]
+    if refused:
+        raise ConfigError("model.options", f"{refused[0]} is no argument of a network", "remove it; weights come from "
+                          "model.checkpoint, the number of classes from model.classes")
     try:
         return timm.create_model(spec.architecture, num_classes=spec.classes, **spec.model_args, **training)
     except (TypeError, ValueError, AssertionError) as error:

@@ -222,8 +222,8 @@ def _write_weights(run: Retraining, file: Path, kind: str, result: evaluate.Resu
     """By rank 0: the network's weights, or their average's (``kind``), with what was measured with them."""
     home = run.model if kind == "model" else run.average
     about = {"run": file.absolute().parent.name, "step": run.state.step,
-             "epoch": run.state.step // run.steps_per_epoch, "ema": kind == "ema", "top1": result.top1,
-             "top5": result.top5, "loss": result.loss, "images": result.images, "bossnas": __version__}
+             "epoch": run.state.step // run.steps_per_epoch, "ema": kind == "ema", "bossnas": __version__,
+             **result.to_json()}
 
     def write() -> None:
         try:
@@ -243,14 +243,14 @@ def _finish(run: Retraining, folder: Path, results: dict[str, evaluate.Result]) 
         return
     state = run.state
     result: dict[str, Any] = {
-        "architecture": run.spec.architecture, "top1": last.top1, "top5": last.top5, "loss": last.loss,
+        "architecture": run.spec.architecture, "top1": last.top1, "top5": last.top5, "loss": last.to_json()["loss"],
         "ema": kind == "ema", "best": state.best, "val_images": last.images, "epochs": run.config.train.epochs,
         "steps": state.step, "images": state.images_seen, **run.price, "optimizer": run.optimizer,
         "ranks": dist.world_size(), "seconds": round(state.seconds, 3),
         "evaluation_seconds": round(state.evaluation_seconds, 3),
         "images_per_second": round(state.images_seen / max(state.seconds, 1e-9), 2)}
     runfolder.write_json(folder / "result.json", result)
-    logger.info("top-1 %.2f %% at the end, %.2f %% at best (epoch %d)", 100 * last.top1, 100 * state.best["top1"],
+    logger.info("top-1 %s at the end, %s at best (epoch %d)", f"{last.top1:.2%}", f"{state.best['top1']:.2%}",
                 state.best["epoch"])
     logger.info("everything lies in %s", folder)
     runfolder.write_json(folder / "done", {"steps": state.step, "images": state.images_seen})

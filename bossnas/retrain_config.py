@@ -28,7 +28,8 @@ class ModelConfig(Section):
     options: dict[str, Any] = Field({}, description="further arguments of the network, such as {se: false}")
     classes: int | None = Field(None, ge=2, description="null: as many as the training images have")
     image_size: int | None = Field(None, ge=1, description="side of the images, pixels; null: the run's, or 224")
-    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth of the last block, 0 at the first")
+    drop_path: float | None = Field(None, ge=0, lt=1, description="stochastic depth of the last block, 0 at the first; "
+                                    "null: 0.1, in networks of own spaces 0")
     drop: float = Field(0.0, ge=0, lt=1, description="dropout before the classifier")
     checkpoint: str | None = Field(None, description="weights to begin with: .pth, .pt or .safetensors")
 

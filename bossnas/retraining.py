@@ -38,6 +38,7 @@ from bossnas.run import check_data
 from bossnas.views import MEAN, STD
 
 NETWORK = "network.json"  # the file of a run folder that describes its network
+DROP_PATH = 0.1  # stochastic depth unless the config says it (METHOD 6)
 RESULTS = ("done", "result.json", "last.safetensors")  # of a finished run
 
 
@@ -189,7 +190,10 @@ def build(config: RetrainConfig, start: Beginning) -> Retraining:
 def _network(config: RetrainConfig, start: Beginning) -> tuple[nn.Module, dict[str, int], inherit.Report | None]:
     """The network with the weights that it begins with, its cost, and what came from a supernet."""
     spec, model_config, inherited = start.spec, config.model, None
-    rates = {"drop_rate": model_config.drop, "drop_path_rate": model_config.drop_path}
+    depth = model_config.drop_path
+    if depth is None:
+        depth = 0.0 if spec.architecture == "bossnas_own" else DROP_PATH
+    rates = {"drop_rate": model_config.drop, "drop_path_rate": depth}
     torch.manual_seed(config.seed)
     model = networks.build(spec, **{name: rate for name, rate in rates.items() if rate})
     x = torch.zeros(1, 3, spec.image_size, spec.image_size)
