@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from bossnas.config import accumulation, dump, load, validate
+from bossnas.config import Config, accumulation, dump, load, validate
 from bossnas.errors import ConfigError
 from bossnas.retrain_config import RetrainConfig
 
