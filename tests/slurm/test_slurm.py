@@ -38,6 +38,12 @@ CONFIG = {
     "engine": {"name": "fsdp2", "device": "cpu"}, "checkpoint": {"every_steps": 4},
 }
 STEPS = 12  # of a block
+RETRAINING = {
+    "model": {"name": "bossnet", "options": {"width": 8, "encoding": [[1], [1], [0], [1]]}, "image_size": 32},
+    "data": {"workers": 0, "val_images": 48}, "augment": {"repeats": 1},
+    "train": {"batch": 32, "micro_batch": 16, "epochs": 3, "steps_per_epoch": 40, "warmup_epochs": 1, "ema": 0.9},
+    "engine": {"name": "ddp", "device": "cpu"}, "checkpoint": {"every_steps": 10},
+}
 ONE_TASK = ("--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
 
 
@@ -62,10 +68,10 @@ class Search:
     """A submitted search. ``place``: a folder that looks like the root of the checkout, where its files land."""
 
     def __init__(self, cluster: Cluster, place: Path, *options: str, script: str = "search.sbatch",
-                 sets: tuple[str, ...] = (), env: dict[str, str] | None = None):
+                 sets: tuple[str, ...] = (), env: dict[str, str] | None = None, config: dict = CONFIG):
         for name in ("launch", "bossnas", "kernels"):
             (place / name).symlink_to(ROOT / name)
-        (place / "config.json").write_text(json.dumps(CONFIG | {"out": "runs/a"}))
+        (place / "config.json").write_text(json.dumps(config | {"out": "runs/a"}))
         self.cluster, self.place, self.run = cluster, place, place / "runs/a"
         self.number = cluster.command(
             "sbatch", "--parsable", f"--chdir={place}", *ONE_TASK, *options, str(place / "launch/slurm" / script),
@@ -92,7 +98,7 @@ class Search:
         file = self.run / "metrics.jsonl"
         lines = file.read_text().rpartition("\n")[0].splitlines() if file.exists() else []
         last = json.loads(lines[-1]) if lines else {"block": 0, "step": 0}
-        return last["block"], last["step"]
+        return last.get("block", 0), last["step"]  # a retraining has no blocks
 
     def reaches(self, block: int, step: int) -> None:
         self.wait(f"block {block} step {step}", lambda: self.position() >= (block, step))
@@ -278,3 +284,22 @@ def test_an_array_searches_with_several_seeds(cluster, tmp_path):
     assert all((run / "done").exists() for run in runs)
     assert [json.loads((run / "config.json").read_text())["seed"] for run in runs] == [3, 4]
     assert ratings(runs[0]) != ratings(runs[1])
+
+
+def test_a_retraining_goes_on_where_it_was(cluster, tmp_path):
+    def retraining(name: str) -> Search:
+        (tmp_path / name).mkdir()
+        return Search(cluster, tmp_path / name, "--nodes=2", script="retrain.sbatch", config=RETRAINING)
+
+    found = []
+    for name in ("undisturbed", "requeued"):
+        job = retraining(name)
+        if name == "requeued":
+            job.reaches(0, 50)
+            requeue(job)
+            job.returns()
+        assert job.ends() == "COMPLETED" and (job.run / "done").exists(), job.said()
+        result = json.loads((job.run / "result.json").read_text())
+        found.append([result[key] for key in ("top1", "loss", "steps", "best", "ranks")])
+        assert ("going on at step" in (job.run / "log.txt").read_text()) == (name == "requeued")
+    assert found[0] == found[1] and found[0][4] == 2
