@@ -48,6 +48,7 @@ setup(
         "gpu": ["nvidia-ml-py"],  # what torch.cuda.utilization and temperature need
         "export": ["onnx", "onnxruntime", "onnxscript"],  # bossnas export --formats onnx
         "report": ["matplotlib", "tensorboard"],
-        "dev": ["aiohttp", "matplotlib", "onnx", "onnxruntime", "onnxscript", "pytest", "pytest-timeout", "ruff", "fvcore"],
+        "dev": ["aiohttp", "fvcore", "matplotlib", "onnx", "onnxruntime", "onnxscript", "pytest", "pytest-timeout",
+                "ruff"],
     },
 )

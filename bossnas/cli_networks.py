@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,10 +41,10 @@ def retrain(config: ConfigFile, overrides: Overrides = None, resume: Resume = "n
 
     given = list(overrides or [])
     if from_run is not None:
-        given += [f"model.run={from_run}", "model.inherit=true", "model.name=null", "model.architecture=null",
+        given += [f"model.run={_quoted(from_run)}", "model.inherit=true", "model.name=null", "model.architecture=null",
                   "model.space=null"]
     if checkpoint is not None:
-        given.append(f"model.checkpoint={checkpoint}")
+        given.append(f"model.checkpoint={_quoted(checkpoint)}")
     run(load(config, given, RetrainConfig), None if resume == "never" else resume)
 
 
@@ -54,7 +55,7 @@ def evaluate(network: Source, model: Model = None, options: Options = None, clas
              val: Annotated[str | None, typer.Option(metavar="SHARDS", help="Labelled images: glob, brace pattern or "
                                                      "URL; default: those of the retraining.")] = None,
              batch: Annotated[int, typer.Option(min=1, help="Images per rank and batch.")] = 256,
-             images: Annotated[int | None, typer.Option(min=1, help="Only the first n images.")] = None,
+             images: Annotated[int | None, typer.Option(min=2, help="Only the first n images.")] = None,
              workers: Annotated[int, typer.Option(min=0, help="Loader processes per rank.")] = 2,
              precision: Annotated[str, typer.Option(help="fp32 | bf16 | fp16 (autocast).")] = "fp32",
              device: Annotated[str, typer.Option(help="auto | cpu | cuda.")] = "auto",
@@ -125,6 +126,11 @@ def _mapping(text: str | None) -> dict[str, Any] | None:
     if not isinstance(values, dict):
         raise ConfigError("--options", f"{text!r} is no mapping", "write for example '{act: relu, se: false}'")
     return values
+
+
+def _quoted(path: Path) -> str:
+    """As a value of YAML, which would read 007, "a #1" or "a: b" otherwise."""
+    return yaml.safe_dump(str(path), default_style="'", width=math.inf, allow_unicode=True).strip()
 
 
 def _one_of(field: str, value: str, known: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -259,7 +259,8 @@ def _explain(error: dict, schema: type[RunConfig]) -> ConfigError:
     if error["type"] == "extra_forbidden":
         section: Any = schema
         for part in error["loc"][:-1]:
-            section = section.model_fields[part].annotation
+            kind = section.model_fields[part].annotation
+            section = next((of for of in get_args(kind) if of is not type(None)), kind)  # of one that may be null
         names = list(section.model_fields)
         near = difflib.get_close_matches(str(error["loc"][-1]), names, n=1)
         return ConfigError(where, "unknown key", f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}")

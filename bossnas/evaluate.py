@@ -103,6 +103,11 @@ def _prepare(network: networks.Network, settings: ReaderConfig, device: torch.de
     source = data.open_set(settings, "val")
     labelled.check_labels(source, network.spec.classes)
     model = model.to(device).eval()
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, network.spec.image_size, network.spec.image_size, device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise networks.refused_images(network.spec, error) from None
     if fuse:
         spec = network.spec
         model = fuse_bn(model, torch.randn(2, spec.model_args.get("in_chans", 3), spec.image_size, spec.image_size))

@@ -139,8 +139,11 @@ def _subject(network: Network, model: nn.Module, fuse: bool, batch: int | None) 
     spec, generator = network.spec, torch.Generator().manual_seed(0)
     shape = (spec.model_args.get("in_chans", 3), spec.image_size, spec.image_size)
     images = [torch.randn(count, *shape, generator=generator) for count in ((batch, batch) if batch else BATCHES)]
-    with torch.no_grad():
-        logits = [model(one) for one in images]
+    try:
+        with torch.no_grad():
+            logits = [model(one) for one in images]
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise networks.refused_images(spec, error) from None
     if not all(bool(torch.isfinite(one).all()) for one in logits):
         raise ConfigError("checkpoint", "the network's logits are not finite", "train it again, or take another one")
     fused = fuse_bn(model, images[-1]) if fuse else model
@@ -262,7 +265,7 @@ def _description(subject: _Subject) -> str:
 
 def _publish(draft: Path, out: Path) -> None:
     """Moves what is in the draft to ``out``, at once where nothing is there yet."""
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists():
         os.replace(draft, out)
         return
     for new in sorted(draft.iterdir()):

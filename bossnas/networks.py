@@ -7,9 +7,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from bossnas.errors import ConfigError
 FORMAT = "bossnas-network-1"
 # Arguments by which timm's create_model would read or fetch weights: a description says what a network is, no more.
 REFUSED = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "scriptable",
-           "exportable", "no_jit", "num_classes")
+           "exportable", "no_jit", "num_classes", "features_only")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Spec:
     arguments, such as an encoding; ``mean``, ``std``: by channel, of pixels in 0..1; ``crop``: the share of the resized
     picture's side that an evaluation sees.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     architecture: str
     model_args: dict[str, Any] = field(default_factory=dict)
@@ -48,15 +51,18 @@ class Spec:
     def from_json(cls, values: Mapping[str, Any]) -> Spec:
         """Raises ValueError for what `to_json` does not give."""
         try:
-            return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"not the description of a network ({error})") from None
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"not the description of a network ({where}: {first['msg']})") from None
 
 
 def build(spec: Spec, **training: Any) -> nn.Module:
     """The network with fresh weights, drawn from torch's random numbers. ``training``: drop_rate, drop_path_rate.
 
-    Raises ConfigError for a name that timm does not know and for arguments that its network does not take.
+    A network of an own space runs the Python file that the description names. Raises ConfigError for a name that timm
+    does not know and for arguments that its network does not take.
     """
     if not timm.is_model(spec.architecture):
         near = timm.list_models(f"*{spec.architecture}*")[:3]
@@ -68,9 +74,18 @@ def build(spec: Spec, **training: Any) -> nn.Module:
                           "model.checkpoint, the number of classes from model.classes")
     try:
         return timm.create_model(spec.architecture, num_classes=spec.classes, **spec.model_args, **training)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ConfigError("model.options", f"{spec.architecture} does not take {spec.model_args | training} ({error})",
-                          "mend or remove them") from None
+    except Exception as error:  # a network's own code raises what it makes of the arguments
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        zero = [f"model.{name.removesuffix('_rate')} to 0" for name in training]
+        raise ConfigError("model.options", f"{spec.architecture} does not take {spec.model_args | training} ({words})",
+                          f"mend or remove them{', or set ' if zero else ''}{' and '.join(zero)}") from None
+
+
+def refused_images(spec: Spec, error: Exception) -> ConfigError:
+    """What to raise where the network of ``spec`` has failed with ``error`` on images of its size."""
+    words = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ConfigError("model.image_size", f"{spec.architecture} does not take images of {spec.image_size} pixels "
+                       f"({words})", "set another, or set model.options to what the network needs for it")
 
 
 @dataclass(frozen=True)
@@ -86,7 +101,8 @@ def save(path: Path, spec: Spec, weights: Mapping[str, Tensor], about: Mapping[s
     """Writes a network to a safetensors file, which is there whole or not at all. Raises OSError."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        # copies, as safetensors refuses weights that share memory
+        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
         save_file(tensors, draft, {"format": FORMAT, "spec": json.dumps(spec.to_json()), "about": json.dumps(about)})
         with open(draft, "rb") as file:
             os.fsync(file.fileno())
@@ -105,9 +121,9 @@ def load(path: Path) -> Network:
             if metadata.get("format") != FORMAT:
                 raise ConfigError("checkpoint", f"{path} does not say which network it is of",
                                   "name that with --model, or give a file of bossnas retrain or bossnas export")
-            spec, about = Spec.from_json(json.loads(metadata["spec"])), json.loads(metadata["about"])
+            spec, about = Spec.from_json(json.loads(metadata["spec"])), dict(json.loads(metadata["about"]))
             return Network(spec, {name: file.get_tensor(name) for name in file.keys()}, about)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError("checkpoint", f"cannot read {path} ({getattr(error, 'strerror', None) or error})",

@@ -28,11 +28,13 @@ EMA_KEYS = ("model_ema", "state_dict_ema")
 KEYS = ("model", "state_dict", "module")  # under which training scripts keep the weights
 PREFIXES = ("module.", "model.", "_orig_mod.")  # of DataParallel and EMA wrappers, Lightning, torch.compile
 AVERAGES = "n_averaged"  # a counter that torch's AveragedModel keeps beside the weights
+DEEPEST = 4  # dictionaries around the weights; a pickle can hold itself
 SHOWN = 3  # weights that an error names
 # what training scripts store beside the weights: their arguments, and scores as NumPy scalars
 _SCALARS = [type(np.dtype(name)) for name in ("bool", "int32", "int64", "float16", "float32", "float64")]
-SAFE = [argparse.Namespace, np.dtype, np._core.multiarray.scalar,
-        (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"), *_SCALARS]  # that name: of NumPy 1
+_scalar = np.float64().__reduce__()[0]  # the function that makes one, which NumPy 1 and 2 have in other places
+SAFE = [argparse.Namespace, np.dtype, (_scalar, "numpy._core.multiarray.scalar"),
+        (_scalar, "numpy.core.multiarray.scalar"), *_SCALARS]
 
 
 def read(path: Path, ema: bool = True) -> dict[str, Tensor]:
@@ -106,14 +108,14 @@ def _check_zip(path: Path) -> None:
 
 
 def _weights(loaded: Any, keys: tuple[str, ...]) -> dict[str, Tensor]:
-    while isinstance(loaded, Mapping):
+    for _ in range(DEEPEST):
+        if not isinstance(loaded, Mapping):
+            return {}
         inner = next((loaded[key] for key in keys if isinstance(loaded.get(key), Mapping) and loaded[key]), None)
         if inner is None:
             break
         loaded = inner
-    if not isinstance(loaded, Mapping):
-        return {}
-    state = {name: value for name, value in loaded.items() if isinstance(value, Tensor) and isinstance(name, str)}
+    state = {name: value for name, value in loaded.items() if isinstance(name, str) and _is_weight(value)}
     while state:
         names = state.keys() - {AVERAGES}
         prefix = next((prefix for prefix in PREFIXES if names and all(name.startswith(prefix) for name in names)), None)
@@ -121,6 +123,12 @@ def _weights(loaded: Any, keys: tuple[str, ...]) -> dict[str, Tensor]:
             break
         state = {name.removeprefix(prefix): state[name] for name in state if name in names}
     return state
+
+
+def _is_weight(value: Any) -> bool:
+    """Whether a network's weight can be a copy of it."""
+    return (isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"  # not meta
+            and not value.is_quantized and not value.is_complex())
 
 
 def fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -133,7 +141,9 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
         model.load_state_dict(state, strict=True)
         return
     classifier = _classifier(model)
-    if reshaped and not (missing or surplus) and all(name.rpartition(".")[0] in classifier for name in reshaped):
+    if reshaped and not (missing or surplus) and all(
+            name.rpartition(".")[0] in classifier and state[name].ndim and state[name].shape[1:] == own[name].shape[1:]
+            for name in reshaped):
         has, wants = len(state[reshaped[0]]), len(own[reshaped[0]])
         raise ConfigError("checkpoint", f"{source} has {has} classes, the network {wants}",
                           f"set model.classes={has}, or give weights of {wants} classes")
@@ -185,7 +195,8 @@ def open_network(source: Path, *, model: str | None = None, options: Mapping[str
         raise ConfigError("--model", f"timm knows no {model!r}", "choose one of timm.list_models(), or bossnet_t0")
     about = timm.get_pretrained_cfg(model) or PretrainedCfg()
     heads = [about.classifier] if isinstance(about.classifier, str) else list(about.classifier or ())
-    rows = next((len(state[f"{head}.weight"]) for head in heads if f"{head}.weight" in state), None)
+    weights = [state[f"{head}.weight"] for head in heads if f"{head}.weight" in state]
+    rows = next((len(weight) for weight in weights if weight.ndim), None)
     spec = Spec(model, dict(options or {}), classes or rows or about.num_classes, image_size or about.input_size[-1],
                 tuple(about.mean), tuple(about.std), about.interpolation, about.crop_pct)
     return Network(spec, state, {"weights": source.name})

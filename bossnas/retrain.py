@@ -91,6 +91,10 @@ def _train(run: Retraining, folder: Path, metrics: log.Metrics, guard: Guard,
         while True:
             if _evaluation_due(run):
                 results = _evaluate(run, folder, metrics, guard)
+                if state.step < total and guard.should_stop():
+                    save(run, saver)
+                    saver.wait()
+                    raise guard.stopped()
             if state.step == total:
                 break
             started = time.perf_counter()

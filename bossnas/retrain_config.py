@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -121,6 +122,10 @@ class RetrainConfig(RunConfig):
         if model.inherit and (model.run is None or model.checkpoint is not None):
             raise ConfigError("model.inherit", "takes the weights of model.run and nothing else",
                               "set model.run and unset model.checkpoint, or unset model.inherit")
+        for name, (low, high), most in (("scale", self.augment.scale, 1), ("ratio", self.augment.ratio, math.inf)):
+            if not 0 < low <= high <= most:
+                raise ConfigError(f"augment.{name}", f"is from {low:g} to {high:g}", "set two numbers above 0"
+                                  f"{' and at most 1' if name == 'scale' else ''}, the smaller one first")
         check_engine(self.engine)
         check_batch(self.train)
         if self.train.sync_batch_norm and self.kernels != "off":

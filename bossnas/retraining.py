@@ -173,6 +173,9 @@ def build(config: RetrainConfig, start: Beginning) -> Retraining:
             raise ConfigError("train.sync_batch_norm", "is on, but torch has synchronised batch norms for GPUs alone",
                               "set it to false")
         model = convert_sync_batchnorm(model)
+        if not any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+            raise ConfigError("train.sync_batch_norm", f"is on, but {spec.architecture} has no batch norm that torch "
+                              "can synchronise", "set it to false")
     kernels = "off" if config.kernels == "off" else kernel_layers.use_kernels(model, config.kernels, device)
     if train.activation_checkpointing:
         try:
@@ -201,9 +204,7 @@ def _network(config: RetrainConfig, start: Beginning) -> tuple[nn.Module, dict[s
     try:
         price = cost.count([model], lambda: model(x))
     except (RuntimeError, AssertionError, ValueError) as error:
-        words = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError("model.image_size", f"{spec.architecture} does not take images of {spec.image_size} pixels "
-                          f"({words})", "set another, or set model.options to what the network needs for it") from None
+        raise networks.refused_images(spec, error) from None
     if start.where is None and model_config.checkpoint is not None:
         file = Path(model_config.checkpoint)
         try:
@@ -261,6 +262,11 @@ def restore(run: Retraining) -> None:
     check_data(values["data"], _data_state(run), bool(values["step"] % run.steps_per_epoch))
     checkpoint.load(run.where, weights(run))
     run.state = Position(**{name: values[name] for name in asdict(run.state)})
+    best, file = run.state.best, Path(run.config.out) / "best.safetensors"
+    if best is not None and (not file.exists() or networks.load(file).about.get("step") != best["step"]):
+        logger.info("%s is not of the best evaluation so far, step %d: the next one counts as the best", file,
+                    best["step"])  # it was written after the checkpoint, and what follows may come out otherwise
+        run.state.best = None
 
 
 def _data_state(run: Retraining) -> dict[str, Any]:

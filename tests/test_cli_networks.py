@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,8 +73,10 @@ def test_retrain_evaluate_export(trained, tmp_path, capfd):
 
 def test_another_training_begins_with_the_weights(trained, tmp_path):
     folder, config, sets = trained
+    start = tmp_path / "a: b #1.safetensors"  # no YAML
+    shutil.copy(folder / "last.safetensors", start)
     assert call("retrain", "--config", config, *sets, "--set", f"out={tmp_path / 'b'}", "--set", "train.lr=1e-12",
-                "--set", "train.min_lr=0", "--checkpoint", folder / "last.safetensors") in (0, None)
+                "--set", "train.min_lr=0", "--checkpoint", start) in (0, None)
     before, after = load_file(folder / "last.safetensors"), load_file(tmp_path / "b/last.safetensors")
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before if "running" not in name
                and "num_batches" not in name)
@@ -133,6 +136,9 @@ def test_other_mistakes_are_refused_in_one_line(tmp_path, capfd, trained):
     assert "model" in refused(capfd, "retrain", "--config", config, "--set", f"out={tmp_path / 'a'}")
     assert "did you mean" in refused(capfd, "retrain", "--config", config, "--set", "train.epoch=3")
     assert "holds no config.json" in refused(capfd, "retrain", "--config", config, "--from-run", tmp_path)
+    odd = "it's 1: #2"  # no YAML
+    assert f"{odd} holds no config.json" in refused(capfd, "retrain", "--config", config, "--from-run", odd)
+    assert call("evaluate", folder, "--images", 1) == 2
     assert "retraining" in refused(capfd, "select", folder)
     assert "--formats" in refused(capfd, "export", folder, tmp_path / "b", "--formats", "onx")
     assert "--precision" in refused(capfd, "evaluate", folder, "--precision", "fp8")

@@ -43,6 +43,18 @@ def test_mistakes_name_the_field_and_the_fix(override, field, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("overrides, field, words", [
+    (["model.space.nam=nats", "model.architecture=a"], "model.space.nam", "did you mean 'name'"),
+    (["augment.scale=[0.5, 0.1]"], "augment.scale", "smaller one first"),
+    (["augment.scale=[0.1, 1.5]"], "augment.scale", "at most 1"),
+    (["augment.ratio=[0, 1]"], "augment.ratio", "above 0"),
+])
+def test_mistakes_in_the_config_of_a_retraining(overrides, field, words):
+    with pytest.raises(ConfigError) as caught:
+        load(None, ["model.name=bossnet_t0", *overrides], RetrainConfig)
+    assert caught.value.field == field and words in str(caught.value)
+
+
 @pytest.mark.parametrize("name, text", [("a.json", "{"), ("a.yaml", "a: [1"), ("a.yaml", "- 1"), ("b.json", None)])
 def test_unreadable_config_files(tmp_path, name, text):
     if text is not None:

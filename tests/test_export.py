@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import timm
@@ -171,7 +172,8 @@ def test_other_logits_fail_and_leave_nothing(tmp_path, monkeypatch):
 def test_a_folder_with_files_needs_force(tmp_path, monkeypatch):
     out, given = tmp_path / "out", network(NATS)
     out.mkdir()
-    export.export_network(given, out, ["safetensors"])  # an empty folder is as good as none
+    monkeypatch.chdir(out)
+    export.export_network(given, Path("."), ["safetensors"])  # an empty folder is as good as none
     (out / "notes.txt").write_text("mine")
     (out / "hub").mkdir()
     with pytest.raises(ConfigError, match="is not empty; choose another folder, or add --force"):
@@ -248,6 +250,9 @@ def test_a_file_is_opened_and_exported(tmp_path):
     result = export.export(tmp_path / "other.pth", tmp_path / "again", ["safetensors"], model="bossnas_nats",
                            options={"widths": [8] * 5}, image_size=16)
     assert (result["network"]["image_size"], result["network"]["classes"]) == (16, 10)
+    vit = network(Spec("vit_tiny_patch16_224", {"depth": 1, "embed_dim": 48, "num_heads": 1}, 10, 96))
+    with pytest.raises(ConfigError, match=r"model.image_size: vit_.* does not take images of 96 pixels \(Input height"):
+        export.export_network(vit, tmp_path / "vit", ["safetensors"])
     given.weights.pop("fc.bias")
     torch.save(given.weights, tmp_path / "short.pth")
     with pytest.raises(ConfigError, match="fc.bias"):

@@ -314,11 +314,23 @@ def test_a_network_comes_back_from_its_file(name, tmp_path):
     assert torch.equal(again(x), net(x))
 
 
+def test_weights_that_share_memory_are_saved_each(tmp_path):
+    weight = torch.arange(6.0)
+    networks.save(tmp_path / "a.safetensors", networks.Spec("any"), {"a": weight, "b": weight, "c": weight[1:]}, {})
+    assert {name: t.tolist() for name, t in networks.load(tmp_path / "a.safetensors").weights.items()} == {
+        "a": [0, 1, 2, 3, 4, 5], "b": [0, 1, 2, 3, 4, 5], "c": [1, 2, 3, 4, 5]}
+
+
 @pytest.mark.parametrize("spec, training, text", [
     (networks.Spec("bossnet_t9"), {}, "model.name: timm knows no 'bossnet_t9'"),
     (networks.Spec("bossnas_nats", {"widths": [8]}), {}, "model.options: bossnas_nats does not take"),
     (networks.Spec("bossnet_t0", {"depth": 3}), {}, "model.options: bossnet_t0 does not take .*depth"),
-    (networks.Spec(*MODELS["own"]), {"drop_path_rate": 0.1}, "no stochastic depth")])
+    (networks.Spec(*MODELS["own"]), {"drop_path_rate": 0.1}, "no stochastic depth"),
+    (networks.Spec("vgg11"), {"drop_path_rate": 0.1}, "vgg11 does not take .*or set model.drop_path to 0"),
+    (networks.Spec("bossnet_t0", {"width": -8}), {}, "model.options: bossnet_t0 does not take"),
+    (networks.Spec("resnet18", {"norm_layer": "nope"}), {}, "model.options: .*KeyError: 'nope'"),
+    (networks.Spec("bossnet_t0.none"), {}, "Invalid pretrained tag"),
+    (networks.Spec("bossnet_t0", {"features_only": True}), {}, "features_only is no argument")])
 def test_a_description_of_no_network(spec, training, text):
     with pytest.raises(ConfigError, match=text):
         networks.build(spec, **training)
@@ -327,6 +339,16 @@ def test_a_description_of_no_network(spec, training, text):
 def test_a_file_of_something_else(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "plain.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "plain.safetensors").read_bytes()[:-3])
-    for name, text in (("plain", "does not say which network"), ("cut", "cannot read"), ("none", "cannot read")):
+    good, names = networks.Spec("bossnet").to_json(), {"plain": "does not say which network", "cut": "cannot read",
+                                                       "none": "cannot read"}
+    for key, value in {"image_size": "large", "classes": None, "mean": [0.5], "model_args": [1], "architecture": 3,
+                       "crop": "x", "colour": 1}.items():
+        save_file({"a": torch.zeros(2)}, tmp_path / f"{key}.safetensors",
+                  {"format": networks.FORMAT, "spec": json.dumps(good | {key: value}), "about": "{}"})
+        names[key] = rf"not the description of a network \({key}"
+    save_file({"a": torch.zeros(2)}, tmp_path / "about.safetensors",
+              {"format": networks.FORMAT, "spec": json.dumps(good), "about": "3"})
+    names["about"] = "cannot read"
+    for name, text in names.items():
         with pytest.raises(ConfigError, match=text):
             networks.load(tmp_path / f"{name}.safetensors")

@@ -97,8 +97,11 @@ def test_damaged_and_foreign_files_give_one_clear_line_each(tmp_path):
 
 
 def test_files_without_weights_say_what_they_hold(tmp_path):
+    deep = {"weight": torch.zeros(1)}  # a pickle can hold itself, so looking into it has to end somewhere
+    for _ in range(9):
+        deep = {"model": deep}
     for content, found in (({"net": {"w": torch.zeros(1)}, "epoch": 3}, "only net, epoch"), ([1, 2], "a list"),
-                           ({}, "only nothing"), ({"model": {"w": 1.0}}, "only model")):
+                           ({}, "only nothing"), ({"model": {"w": 1.0}}, "only model"), (deep, "only model")):
         torch.save(content, tmp_path / "odd.pth")
         assert found in problem(lambda: pretrained.read(tmp_path / "odd.pth"))
 
@@ -147,6 +150,15 @@ def test_half_precision_is_read_as_float32(tmp_path):
     assert torch.equal(read["a"].half(), state["a"]) and not read["c"].requires_grad
 
 
+def test_tensors_that_no_weight_can_be_a_copy_of_are_not_taken_for_weights(tmp_path):
+    model = small()
+    weight = model.state_dict()["fc.weight"]
+    for odd in (weight.to_sparse(), weight.to("meta"), weight.to(torch.complex64)):
+        torch.save(model.state_dict() | {"fc.weight": odd}, tmp_path / "odd.pth")
+        assert "1 are missing (fc.weight)" in problem(
+            lambda: pretrained.fit(model, pretrained.read(tmp_path / "odd.pth"), "it"))
+
+
 def test_fitting_is_strict_and_lists_what_does_not_fit():
     torch.manual_seed(0)
     model, other = small(), small()
@@ -165,6 +177,10 @@ def test_fitting_is_strict_and_lists_what_does_not_fit():
     shape = "x".join(map(str, before["conv1.weight"].shape))
     assert f"2 have another shape (conv1.weight 9x3x7x7 in place of {shape}, fc.weight" in \
         problem(lambda: pretrained.fit(model, wrong, "a.pth"))
+    columns = state | {"fc.weight": torch.zeros(5, 9)}  # of as many classes
+    assert "1 have another shape (fc.weight 5x9 in place of" in problem(lambda: pretrained.fit(model, columns, "a.pth"))
+    assert "fc.bias () in place of 5" in problem(
+        lambda: pretrained.fit(model, state | {"fc.bias": torch.tensor(1.0)}, "a.pth"))
     assert same(model.state_dict(), before)  # all or none
     many = problem(lambda: pretrained.fit(model, {}, "a.pth"))
     assert f"{len(before)} are missing (conv1.weight, bn1.weight, bn1.bias, ...)" in many and len(many) < 300
@@ -214,6 +230,11 @@ def test_a_foreign_checkpoint_with_its_name_in_timm(tmp_path):
         fresh = networks.build(network.spec)
         pretrained.fit(fresh, network.weights, str(file))
         assert torch.equal(fresh.state_dict()["fc.weight"], model.state_dict()["fc.weight"])
+        odd = model.state_dict() | {"fc.weight": torch.tensor(1.0)}
+        torch.save(odd, tmp_path / "odd.pth")
+        opened = pretrained.open_network(tmp_path / "odd.pth", model="bossnet", options=SMALL.model_args)
+        assert "fc.weight () in place of" in problem(
+            lambda opened=opened: pretrained.fit(networks.build(opened.spec), opened.weights, "it"))
         other = pretrained.open_network(file, model="resnet10t", classes=7)
         assert (other.spec.classes, other.spec.image_size, other.spec.crop) == (7, 176, 0.875)
         assert "are missing" in problem(

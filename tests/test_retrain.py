@@ -113,22 +113,22 @@ def test_top_5_needs_six_classes():
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """Sends SIGTERM once the metrics of a step are written."""
-    def arrange(step):
-        write = retrain.log.Metrics.write
+    """Sends SIGTERM once the metrics of a step, or of the evaluation after it, are written."""
+    write = retrain.log.Metrics.write
 
+    def arrange(step, wanted="train"):
         def stopping(self, kind, block, at, **values):
             write(self, kind, block, at, **values)
-            if kind == "train" and at == step:
+            if kind == wanted and at == step:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         monkeypatch.setattr(retrain.log.Metrics, "write", stopping)
     return arrange
 
 
-@pytest.mark.parametrize("step", [1, 3])
-def test_going_on_after_a_stop_is_the_straight_run_bit_for_bit(finished, tmp_path, stop_after, step):
-    stop_after(step)
+@pytest.mark.parametrize(("step", "kind"), [(1, "train"), (3, "train"), (3, "eval")])
+def test_going_on_after_a_stop_is_the_straight_run_bit_for_bit(finished, tmp_path, stop_after, step, kind):
+    stop_after(step, kind)
     with pytest.raises(Stopped, match="SIGTERM.*everything is saved"):
         run(tmp_path / "b")
     assert not (tmp_path / "b" / "done").exists() and (tmp_path / "b" / "checkpoints" / f"step0000000{step}").exists()
@@ -158,6 +158,24 @@ def test_going_back_to_a_checkpoint_and_finished_runs(finished, tmp_path):
         run(out, "train.lr=0.02", resume="auto")
     with pytest.raises(ConfigError, match="^--resume: .* is of another run"):
         run(tmp_path / "c", resume=str(back))
+
+
+def test_the_best_weights_are_those_of_the_best_evaluation_that_counts(tmp_path, monkeypatch):
+    """The run goes back to step 4, and what comes after it then comes out worse."""
+    accuracy = {3: 0.5, 6: 0.9}
+
+    def evaluated(model, batches, classes, **rest):
+        step = 3 if len(metrics(tmp_path / "a", "eval")) == 0 else 6
+        return evaluate.Result(72, accuracy[step], None, 1.0, 0.0)
+
+    monkeypatch.setattr(retrain.evaluate, "evaluate", evaluated)
+    run(tmp_path / "a", "checkpoint.keep=3")
+    assert networks.load(tmp_path / "a/best.safetensors").about["step"] == 6
+    accuracy[6] = 0.1
+    run(tmp_path / "a", "checkpoint.keep=3", resume=str(tmp_path / "a/checkpoints/step00000004"))
+    result = json.loads((tmp_path / "a/result.json").read_text())
+    about = networks.load(tmp_path / "a/best.safetensors").about
+    assert (about["step"], about["top1"]) == (result["best"]["step"], result["best"]["top1"])
 
 
 def test_the_average_follows_weights_and_running_statistics(tmp_path):
