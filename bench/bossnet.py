@@ -171,7 +171,7 @@ def main() -> None:
     result: dict = {"device": latency.machine(torch.device("cpu")), "cores": os.cpu_count(),
                     "threads": options.threads, "torch": torch.__version__, "network": spec.to_json()}
     run = {"golden": lambda: golden(options.golden), "sizes": sizes,
-           "exports": lambda: exports(spec, options.formats),
+           "exports": lambda: exports(spec, (options.formats or list(export.FORMATS))),
            "latency": lambda: {"batch": options.batch, "repeats": options.repeats,
                                "sides": latencies(spec, options.sides, options.batch, options.repeats)}}
     for part in options.parts:

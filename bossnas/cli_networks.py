@@ -53,7 +53,7 @@ def retrain(config: ConfigFile, overrides: Overrides = None, resume: Resume = "n
 def evaluate(network: Source, model: Model = None, options: Options = None, classes: Classes = None,
              image_size: ImageSize = None,
              val: Annotated[str | None, typer.Option(metavar="SHARDS", help="Labelled images: glob, brace pattern or "
-                                                     "URL; default: those of the retraining.")] = None,
+                                                     "URL; default: with a retraining's folder, its own.")] = None,
              batch: Annotated[int, typer.Option(min=1, help="Images per rank and batch.")] = 256,
              images: Annotated[int | None, typer.Option(min=2, help="Only the first n images.")] = None,
              workers: Annotated[int, typer.Option(min=0, help="Loader processes per rank.")] = 2,
@@ -73,7 +73,7 @@ def evaluate(network: Source, model: Model = None, options: Options = None, clas
     log.setup(None, dist.rank() == 0)
     opened, settings = dist.together(lambda: _open(network, model, options, classes, image_size, val, workers, images))
     result = evaluation.evaluate_network(opened, settings, batch=batch, precision=precision, device=device,
-                                         kernels=kernels, fuse=fuse_bn)
+                                         kernels=kernels, fuse=fuse_bn, source=str(network))
     if dist.rank() == 0:
         typer.echo(evaluation.line(result))
         if json is not None:
@@ -83,10 +83,11 @@ def evaluate(network: Source, model: Model = None, options: Options = None, clas
 
 @app.command(epilog="Example: bossnas export runs/bossnet_cifar10 exported --formats safetensors,onnx,standalone   or: "
                     "bossnas export BossNet-T0-80_8.pth bossnet_t0 --model bossnet_t0 --formats hub")
-def export(network: Source, out: Annotated[Path, typer.Argument(help="Folder to write.")], model: Model = None,
-           options: Options = None, classes: Classes = None, image_size: ImageSize = None,
+def export(network: Source, out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+           model: Model = None, options: Options = None, classes: Classes = None, image_size: ImageSize = None,
            formats: Annotated[str, typer.Option(help="Of safetensors, onnx, torchscript, torch_export, standalone, "
-                                                "hub, separated by commas; or all.")] = "safetensors,onnx",
+                                                "hub, separated by commas; or all. standalone: not for timm's networks "
+                                                "and own spaces.")] = "safetensors,onnx",
            fuse_bn: Annotated[bool, typer.Option("--fuse-bn", help="Fold batch norms into convolutions (onnx, "
                                                  "torchscript, torch_export).")] = False,
            force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
@@ -94,6 +95,8 @@ def export(network: Source, out: Annotated[Path, typer.Argument(help="Folder to 
     """Export a network for use elsewhere. Every file is compared with the network before the command succeeds."""
     from bossnas import export as exporting
 
+    if dist.world_size() > 1:
+        raise ConfigError("export", f"was started {dist.world_size()} times", "run it as one process, without torchrun")
     log.setup(None)
     result = exporting.export(network, out, exporting.chosen(formats), model=model, options=_mapping(options),
                               classes=classes, image_size=image_size, fuse=fuse_bn, force=force)

@@ -154,6 +154,7 @@ class Config(RunConfig):
 
 
 C = TypeVar("C", bound="RunConfig")
+SECTIONS_OF = (("model", "augment", "evaluate"), ("space", "heads", "rating", "schedule"))  # a retraining's, a search's
 
 
 def load(path: str | Path | None, overrides: list[str] | None = None, schema: type[C] = Config) -> C:
@@ -181,6 +182,11 @@ def validate(values: dict, schema: type[C] = Config) -> C:
     try:
         config = schema.model_validate(values)
     except ValidationError as error:
+        of_other = [e["loc"][0] for e in error.errors() if e["type"] == "extra_forbidden" and len(e["loc"]) == 1
+                    and e["loc"][0] in SECTIONS_OF[schema.kind != "search"]]
+        if of_other:
+            raise ConfigError("--config", f"has the section {of_other[0]!r}, so it is not of a {schema.kind}",
+                              "search with bossnas search, train a network with bossnas retrain") from None
         raise _explain(error.errors()[0], schema) from None
     config.check()
     return config

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.classification import MulticlassAccuracy
 
 from bossnas import data, dist, kernel_layers, labelled, log, networks, pretrained
 from bossnas.config import ReaderConfig
@@ -53,6 +52,8 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes
 
     The model takes no part in communication: it is whole on every rank. Its mode is put back afterwards.
     """
+    from torchmetrics.classification import MulticlassAccuracy  # late: with it comes all of its plotting
+
     started, was_training = time.perf_counter(), model.training
     metrics = [MulticlassAccuracy(classes, average="micro", top_k=k).to(device)
                for k in ((1, 5) if classes >= LEAST_CLASSES else (1,))]
@@ -78,30 +79,32 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes
 
 
 def evaluate_network(network: networks.Network, settings: ReaderConfig, *, batch: int, precision: str = "fp32",
-                     device: str = "auto", kernels: str = "off", fuse: bool = False) -> Result:
+                     device: str = "auto", kernels: str = "off", fuse: bool = False,
+                     source: str = "the checkpoint") -> Result:
     """Evaluates a network on ``settings.val``, of which ``settings.val_images`` are taken, on all ranks.
 
     ``batch``: images per rank and batch; ``kernels``: as in `kernel_layers.use_kernels`, or off; ``fuse``: fold batch
-    norms into convolutions. Raises ConfigError for what the user can mend.
+    norms into convolutions; ``source``: where the weights come from, for messages. Raises
+    ConfigError for what the user can mend.
     """
     where = dist.device(device)
     protocol.check_precision(where.type, precision)
-    model, source = dist.together(lambda: _prepare(network, settings, where, kernels, fuse))
+    model, images = dist.together(lambda: _prepare(network, settings, where, kernels, fuse, source))
     transform, classes = labelled.eval_transform(network.spec), network.spec.classes
-    count = min(settings.val_images or len(source), len(source))
-    batches = labelled.eval_batches(source, transform, settings, count=count, batch=batch, classes=classes,
+    count = min(settings.val_images or len(images), len(images))
+    batches = labelled.eval_batches(images, transform, settings, count=count, batch=batch, classes=classes,
                                     rank=dist.rank(), world=dist.world_size(), device=where)
     own = len(range(dist.rank(), -(-count // batch), dist.world_size()))
     with log.progress("evaluate", own, show=dist.rank() == 0) as task:
         return evaluate(model, batches, classes, precision=precision, device=where, advance=lambda _: task.advance())
 
 
-def _prepare(network: networks.Network, settings: ReaderConfig, device: torch.device, kernels: str,
-             fuse: bool) -> tuple[nn.Module, data.Source]:
+def _prepare(network: networks.Network, settings: ReaderConfig, device: torch.device, kernels: str, fuse: bool,
+             source: str) -> tuple[nn.Module, data.Source]:
     model = networks.build(network.spec)
-    pretrained.fit(model, network.weights, "the checkpoint")
-    source = data.open_set(settings, "val")
-    labelled.check_labels(source, network.spec.classes)
+    pretrained.fit(model, network.weights, source)
+    images = data.open_set(settings, "val")
+    labelled.check_labels(images, network.spec.classes)
     model = model.to(device).eval()
     try:
         with torch.no_grad():
@@ -113,4 +116,4 @@ def _prepare(network: networks.Network, settings: ReaderConfig, device: torch.de
         model = fuse_bn(model, torch.randn(2, spec.model_args.get("in_chans", 3), spec.image_size, spec.image_size))
     if kernels != "off":
         kernel_layers.use_kernels(model, kernels, device)
-    return model, source
+    return model, images

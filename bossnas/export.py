@@ -23,9 +23,9 @@ from bossnas import networks, pretrained
 from bossnas.card import card, readme
 from bossnas.errors import ConfigError
 from bossnas.fusing import fuse_bn
-from bossnas.log import progress
+from bossnas.log import logger, progress
 from bossnas.networks import Network
-from bossnas.runfolder import write_json, write_text
+from bossnas.runfolder import open_to_others, write_json, write_text
 from bossnas.standalone_file import BLOCKED, check_alone, source_text
 
 FORMATS = ("safetensors", "onnx", "torchscript", "torch_export", "standalone", "hub")
@@ -39,34 +39,39 @@ ONE_FILE = 2**31 - 2**20  # bytes that an ONNX file holds; larger weights lie be
 LONGEST = 900  # seconds that another process may take to load a network
 
 
-def chosen(text: str) -> list[str]:
-    """"onnx,hub" or "all" -> names of formats. Raises ConfigError for an unknown one."""
-    formats = list(FORMATS) if text.strip() == "all" else [part.strip() for part in text.split(",") if part.strip()]
+def chosen(text: str) -> list[str] | None:
+    """"onnx,hub" -> names of formats; "all" -> None: all that the network has. ConfigError for an unknown one."""
+    if text.strip() == "all":
+        _check_formats(FORMATS)
+        return None
+    formats = [part.strip() for part in text.split(",") if part.strip()]
     _check_formats(formats)
     return list(dict.fromkeys(formats))
 
 
-def export(source: Path, out: Path, formats: Sequence[str], *, model: str | None = None,
+def export(source: Path, out: Path, formats: Sequence[str] | None, *, model: str | None = None,
            options: dict[str, Any] | None = None, classes: int | None = None, image_size: int | None = None,
            fuse: bool = False, batch: int | None = None, force: bool = False) -> dict[str, Any]:
     """Opens a network (see `pretrained.open_network` for the first arguments) and exports it: see `export_network`."""
-    _check_formats(formats)
+    _check_formats(FORMATS if formats is None else formats)
     _check_out(out, force)
     network = pretrained.open_network(source, model=model, options=options, classes=classes, image_size=image_size)
     return export_network(network, out, formats, fuse=fuse, batch=batch, force=force)
 
 
-def export_network(network: Network, out: Path, formats: Sequence[str], *, fuse: bool = False,
+def export_network(network: Network, out: Path, formats: Sequence[str] | None, *, fuse: bool = False,
                    batch: int | None = None, force: bool = False) -> dict[str, Any]:
     """Writes a network into the folder ``out``, with card.json and README.md; returns what card.json holds.
 
-    Every file is read back and its logits are compared with the network's, on random images in batches of 1 and 3; all
-    is done in a folder beside ``out``, which appears when everything agrees. ``fuse``: batch norms are folded in
-    `FUSABLE` formats. ``batch``: the only number of images that those formats take; None: any. ``force``: files in
-    ``out`` may be replaced; those of other names stay.
+    ``formats``: None: all, but standalone where the network needs more than torch. Every file is read back and its
+    logits are compared with the network's, on random images in batches of 1 and 3; all is done in a folder beside
+    ``out``, which appears when everything agrees. ``fuse``: batch norms are folded in `FUSABLE` formats. ``batch``: the
+    only number of images that those formats take; None: any. ``force``: files in ``out`` may be replaced; those of
+    other names stay.
     Raises ConfigError for an unknown format, a missing package, a format that the network does not have, logits that
     differ by more than `LIMITS`, and a folder that cannot be written.
     """
+    everything, formats = formats is None, FORMATS if formats is None else formats
     _check_formats(formats)
     _check_out(out, force)
     if fuse and not set(formats) & set(FUSABLE):
@@ -77,7 +82,13 @@ def export_network(network: Network, out: Path, formats: Sequence[str], *, fuse:
     pretrained.fit(model, network.weights, "the file")
     model.eval().requires_grad_(False)
     if "standalone" in formats:
-        check_alone(model)
+        try:
+            check_alone(model)
+        except ConfigError as error:
+            if not everything:
+                raise
+            logger.info("no standalone file: %s", error.problem)
+            formats = [name for name in formats if name != "standalone"]
     subject = _subject(network, model, fuse, batch)
     draft = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
     try:
@@ -233,6 +244,7 @@ def _hub(subject: _Subject, folder: Path) -> list[Tensor]:
              "std": spec.std, "interpolation": spec.interpolation, "crop_pct": spec.crop}
     timm.models.save_for_hf(subject.model, hub, safe_serialization=True,
                             model_config={"pretrained_cfg": about, "model_args": dict(spec.model_args)})
+    open_to_others(hub / "model.safetensors")
     registered = "import bossnas.timm_models\n" if subject.ours else ""
     code = (f"import sys\nsys.path[:] = {sys.path!r}\n{registered}import timm\n"
             f"call = timm.create_model({f'local-dir:{hub}'!r}, pretrained=True).eval()\n")

@@ -159,8 +159,9 @@ def _spec(config: SpaceConfig, space: Space, architecture: Sequence[Path], class
     elif isinstance(space, Nats):
         name, args = "bossnas_nats", {"widths": [space.widths[choice] for path in architecture for choice in path]}
     else:
-        name, args = "bossnas_own", {"space": config.name, "paths": [encode(path) for path in architecture],
-                                     "width": config.width}
+        file, _, kind = config.name.rpartition(":")
+        name, args = "bossnas_own", {"space": f"{Folder(file).resolve()}:{kind}",
+                                     "paths": [encode(path) for path in architecture], "width": config.width}
     return Spec(name, {**args, **(options or {})}, classes, image_size, MEAN[recipe], STD[recipe])
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bossnas import timm_models  # noqa: F401  (registers the networks in timm)
 from bossnas.errors import ConfigError
+from bossnas.runfolder import open_to_others
 
 FORMAT = "bossnas-network-1"
 # Arguments by which timm's create_model would read or fetch weights: a description says what a network is, no more.
@@ -104,6 +105,7 @@ def save(path: Path, spec: Spec, weights: Mapping[str, Tensor], about: Mapping[s
         # copies, as safetensors refuses weights that share memory
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
         save_file(tensors, draft, {"format": FORMAT, "spec": json.dumps(spec.to_json()), "about": json.dumps(about)})
+        open_to_others(draft)
         with open(draft, "rb") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import warnings
 import zipfile
@@ -27,6 +28,7 @@ from bossnas.runfolder import kind_of
 EMA_KEYS = ("model_ema", "state_dict_ema")
 KEYS = ("model", "state_dict", "module")  # under which training scripts keep the weights
 PREFIXES = ("module.", "model.", "_orig_mod.")  # of DataParallel and EMA wrappers, Lightning, torch.compile
+HUB = "model.safetensors"  # of a folder for the Hugging Face hub
 AVERAGES = "n_averaged"  # a counter that torch's AveragedModel keeps beside the weights
 DEEPEST = 4  # dictionaries around the weights; a pickle can hold itself
 SHOWN = 3  # weights that an error names
@@ -146,7 +148,7 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
             for name in reshaped):
         has, wants = len(state[reshaped[0]]), len(own[reshaped[0]])
         raise ConfigError("checkpoint", f"{source} has {has} classes, the network {wants}",
-                          f"set model.classes={has}, or give weights of {wants} classes")
+                          f"set model.classes={has} (--classes), or give weights of {wants} classes")
     parts = [f"{len(names)} {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
              for names, what in ((missing, "are missing"), (surplus, "are not the network's")) if names]
     if reshaped:
@@ -169,17 +171,19 @@ def _shape(tensor: Tensor) -> str:
 
 def open_network(source: Path, *, model: str | None = None, options: Mapping[str, Any] | None = None,
                  classes: int | None = None, image_size: int | None = None) -> Network:
-    """A network with weights: a retraining's folder (its best.safetensors), a file of `networks.save`, or a checkpoint
-    from elsewhere of the network that ``model`` names in timm, with ``options`` as its arguments.
+    """A network with weights: a retraining's folder (its best.safetensors), a file of `networks.save`, a folder for the
+    Hugging Face hub that timm wrote, or a checkpoint from elsewhere of the network that ``model`` names in timm, with
+    ``options`` as its arguments.
 
     ``classes``: of such a checkpoint; None: as many as its classifier has rows, else timm's number. ``image_size``: at
     which the network is to work; None: its own. Pictures are prepared as timm says for ``model``. `fit` has not been
     called yet. Raises ConfigError.
     """
-    if source.is_dir():
+    is_hub = (source / "config.json").exists() and (source / HUB).exists()
+    if source.is_dir() and not is_hub:
         source = _best(source)
-    if _is_ours(source):
-        network = networks.load(source)
+    if is_hub or _is_ours(source):
+        network = _hub(source) if is_hub else networks.load(source)
         spec = network.spec
         if model is not None or options:
             raise ConfigError("--model", f"is set, but {source} says itself that it is {spec.architecture}",
@@ -200,6 +204,21 @@ def open_network(source: Path, *, model: str | None = None, options: Mapping[str
     spec = Spec(model, dict(options or {}), classes or rows or about.num_classes, image_size or about.input_size[-1],
                 tuple(about.mean), tuple(about.std), about.interpolation, about.crop_pct)
     return Network(spec, state, {"weights": source.name})
+
+
+def _hub(folder: Path) -> Network:
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        images = values["pretrained_cfg"]
+        spec = Spec.from_json({
+            "architecture": values["architecture"],
+            "model_args": {key: value for key, value in values.get("model_args", {}).items() if key != "num_classes"},
+            "classes": values["num_classes"], "image_size": images["input_size"][-1], "mean": images["mean"],
+            "std": images["std"], "interpolation": images["interpolation"], "crop": images["crop_pct"]})
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ConfigError("checkpoint", f"{folder}/config.json does not describe a network as timm does ({error})",
+                          f"name {folder / HUB} and its network with --model") from None
+    return Network(spec, read(folder / HUB), {"weights": folder.name})
 
 
 def _best(folder: Path) -> Path:

@@ -31,6 +31,7 @@ from bossnas.retraining import (
     statistics,
 )
 
+SHOWN = 12  # modules that the log names
 LAYERS = 3  # random stream of dropout and stochastic depth: a function of (seed, stream, epoch, micro-batch, rank)
 
 
@@ -135,7 +136,7 @@ def _train(run: Retraining, folder: Path, metrics: log.Metrics, guard: Guard,
                                   f"one step {state.step}; train.max_bad_steps allows no more", "lower it, or lengthen "
                                   "train.warmup_epochs; the last checkpoint is unharmed")
             task.advance(f"epoch {epoch + 1}/{train.epochs}  loss {mean:.3f}  {train.batch / seconds:.0f} images/s")
-            guard.at(f"epoch {epoch} step {state.step}")
+            guard.at(f"epoch {epoch + 1} step {state.step}")
             stop = guard.should_stop()
             if stop or state.step % config.checkpoint.every_steps == 0 or state.step == total:
                 save(run, saver)
@@ -274,8 +275,10 @@ def _announce(run: Retraining, folder: Path) -> None:
                 run.device.type, run.optimizer, config.train.precision, run.kernels,
                 ", compiled" if config.train.compile else "")
     if run.inherited is not None:
-        logger.info("%d tensors are from the supernet of %s; fresh are %d: %s", len(run.inherited.taken),
-                    config.model.run, len(run.inherited.fresh), ", ".join(run.inherited.fresh) or "none")
+        modules = list(dict.fromkeys(name.rpartition(".")[0] for name in run.inherited.fresh))
+        more = f" and {len(modules) - SHOWN} more" if len(modules) > SHOWN else ""
+        logger.info("%d tensors are from the supernet of %s; fresh are %d, of %s%s", len(run.inherited.taken),
+                    config.model.run, len(run.inherited.fresh), ", ".join(modules[:SHOWN]) or "none", more)
     if state.step:
         logger.info("%s: %s", folder, "this run is finished" if state.step == run.total_steps
                     else f"going on at step {state.step} of {run.total_steps}")

@@ -152,6 +152,13 @@ def write_text(path: Path, text: str) -> None:
     os.replace(draft, path)
 
 
+def open_to_others(path: Path) -> None:
+    """Gives a new file the permissions of any other; safetensors writes files for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def kind_of(folder: Path) -> str:
     """What the run in ``folder`` is: search, retraining, or another kind that `prepare` was told."""
     try:

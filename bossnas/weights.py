@@ -59,6 +59,7 @@ def export(run: Path, out: Path, name: str | None = None, force: bool = False) -
     draft = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         save_file(checkpoint.read(where, KINDS), draft, metadata)
+        runfolder.open_to_others(draft)
         with open(draft, "rb") as file:
             os.fsync(file.fileno())
         os.replace(draft, out)

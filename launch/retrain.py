@@ -5,11 +5,14 @@
     deepspeed launch/retrain.py --config configs/bossnet_t0_imagenet.yaml --set engine.name=deepspeed
 """
 
+import os
 import sys
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(root), str(root / "kernels")]  # launchers put only this folder on the path
+paths = [str(root), str(root / "kernels")]  # launchers put only this folder on the path
+sys.path[:0] = paths
+os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)  # of loaders
 
 from bossnas.cli import main  # noqa: E402
 

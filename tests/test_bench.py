@@ -250,9 +250,10 @@ def test_the_faults_are_what_the_documentation_says(project_root, photo_shards):
 
 
 def test_the_networks_benchmark_writes_sizes_exports_and_latencies(project_root, tmp_path):
-    done = script(project_root, "bossnet.py", "--parts", "sizes", "exports", "latency", "--model", "bossnet", "--options",
-                  '{"encoding": [[1], [1], [0], [1]], "width": 8}', "--image-size", "32", "--formats", "safetensors",
-                  "--sides", "torch eager", "torch fused", "--repeats", "3", "--json", str(tmp_path / "out.json"))
+    done = script(project_root, "bossnet.py", "--parts", "sizes", "exports", "latency", "--model", "bossnet",
+                  "--options", '{"encoding": [[1], [1], [0], [1]], "width": 8}', "--image-size", "32",
+                  "--formats", "safetensors", "--sides", "torch eager", "torch fused", "--repeats", "3",
+                  "--json", str(tmp_path / "out.json"))
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["sizes"]["bossnet_t0"] == {"image_size": 224, "parameters": 38_415_960, "multiply_adds": 3_442_978_304}

@@ -77,6 +77,13 @@ def test_the_batch_is_divided_over_ranks():
             accumulation(config, ranks)
 
 
+def test_a_config_of_the_other_kind_is_told(project_root):
+    with pytest.raises(ConfigError, match="--config: has the section 'space', so it is not of a retraining"):
+        load(project_root / "configs/quickstart_ds.json", [], RetrainConfig)
+    with pytest.raises(ConfigError, match="--config: has the section 'model', so it is not of a search.*retrain"):
+        load(project_root / "configs/bossnet_cifar10.yaml")
+
+
 def test_every_shipped_config_loads(project_root):
     files = [f for f in (project_root / "configs").rglob("*") if f.suffix in (".json", ".yaml")]
     assert len(files) >= 5

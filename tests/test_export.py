@@ -228,7 +228,7 @@ def test_a_network_that_a_format_cannot_hold(tmp_path, monkeypatch):
 
 
 def test_formats_and_what_they_need(tmp_path, monkeypatch):
-    assert export.chosen("all") == list(export.FORMATS)
+    assert export.chosen("all") is None
     assert export.chosen("hub, standalone,hub") == ["hub", "standalone"]
     for text in ("onxx", "safetensors,tflite", ","):
         with pytest.raises(ConfigError, match="--formats: .*choose of safetensors, onnx"):
@@ -259,3 +259,13 @@ def test_a_file_is_opened_and_exported(tmp_path):
         export.export(tmp_path / "short.pth", tmp_path / "short", ["safetensors"], model="bossnas_nats",
                       options={"widths": [8] * 5})
     assert not (tmp_path / "short").exists()
+
+
+def test_all_formats_leave_out_what_a_network_of_timm_lacks(tmp_path):
+    pytest.importorskip("onnxscript")
+    spec = networks.Spec("resnet18", {"channels": [8, 8, 8, 8], "layers": [1, 1, 1, 1]}, 3, 32)
+    network = networks.Network(spec, networks.build(spec).state_dict(), {})
+    result = export.export_network(network, tmp_path / "out", export.chosen("all"))
+    assert [row["format"] for row in result["files"]] == [name for name in export.FORMATS if name != "standalone"]
+    modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert len(modes) == 1  # others may read all of it, or none

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_descriptions_of_what_searches_found(tmp_path):
     assert inherit.spec_of_run(tmp_path / "m", 10).model_args == {"paths": MBCONV.split("|"), "width": 0.125}
     found(tmp_path / "o", OWN, "01|20|12")
     assert inherit.spec_of_run(tmp_path / "o", 10) == networks.Spec(
-        "bossnas_own", {"space": OWN, "paths": ["01", "20", "12"], "width": 1.0}, 10, 64)
+        "bossnas_own", {"space": str(Path(OWN).resolve()), "paths": ["01", "20", "12"], "width": 1.0}, 10, 64)
 
 
 def test_descriptions_are_plain_data(tmp_path):

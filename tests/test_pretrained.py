@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -253,3 +254,21 @@ def test_a_release_like_checkpoint_of_bossnet_t0_loads_strictly(tmp_path, shared
     model = networks.build(network.spec)
     pretrained.fit(model, network.weights, "T0.pth")
     assert len(state) == 380 and all((value == 1).all() for value in model.state_dict().values())
+
+
+def test_a_hub_folder_is_opened(tmp_path):
+    spec = networks.Spec("bossnet", {"encoding": [[1], [], [0], [1]], "width": 8}, 7, 48, (.4, .5, .6), (.1, .2, .3),
+                         "bilinear", 1.0)
+    model = networks.build(spec)
+    about = {"input_size": (3, 48, 48), "mean": spec.mean, "std": spec.std, "interpolation": "bilinear",
+             "crop_pct": 1.0}
+    timm.models.save_for_hf(model, tmp_path / "hub", safe_serialization=True,
+                            model_config={"pretrained_cfg": about, "model_args": spec.model_args})
+    opened = pretrained.open_network(tmp_path / "hub")
+    pretrained.fit(networks.build(opened.spec), opened.weights, "hub")
+    assert opened.spec.model_args == {**spec.model_args, "in_chans": 3}
+    assert all(getattr(opened.spec, key) == getattr(spec, key) for key in (
+        "architecture", "classes", "image_size", "mean", "std", "interpolation", "crop"))
+    (tmp_path / "hub/config.json").write_text('{"architecture": "bossnet"}')
+    with pytest.raises(ConfigError, match="does not describe a network as timm does"):
+        pretrained.open_network(tmp_path / "hub")
