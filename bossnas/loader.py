@@ -110,7 +110,8 @@ def _context(dataset: Dataset) -> multiprocessing.context.BaseContext:
     if dist.world_size() == 1 and not isinstance(dataset, IterableDataset):
         return multiprocessing.get_context("fork")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bossnas.data", type(dataset.collate).__module__])
+    collate = getattr(dataset, "collate", None)
+    context.set_forkserver_preload(["bossnas.data", *([] if collate is None else [type(collate).__module__])])
     return context
 
 

@@ -403,9 +403,9 @@ def test_help_has_an_example(command, capsys):
 
 def test_a_run_goes_on_only_with_the_images_it_began_with():
     began = {"images": 100, "readers": 4}
-    run_module._check_data(began, dict(began), within_block=True)
-    run_module._check_data(began, {"images": 100, "readers": 2}, within_block=False)  # each block deals the shards anew
+    run_module.check_data(began, dict(began), within_block=True)
+    run_module.check_data(began, {"images": 100, "readers": 2}, within_block=False)  # each block deals the shards anew
     for saved, now, words in ((began, {"images": 99, "readers": 4}, "data.train: has 99 images, but .* began with 100"),
                               (began, {"images": 100, "readers": 2}, "data.workers: .* 2 readers .* stopped with 4")):
         with pytest.raises(ConfigError, match=words):
-            run_module._check_data(saved, now, within_block=True)
+            run_module.check_data(saved, now, within_block=True)
