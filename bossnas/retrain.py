@@ -228,7 +228,7 @@ def _write_weights(run: Retraining, file: Path, kind: str, result: evaluate.Resu
     home = run.model if kind == "model" else run.average
     about = {"run": file.absolute().parent.name, "step": run.state.step,
              "epoch": run.state.step // run.steps_per_epoch, "ema": kind == "ema", "bossnas": __version__,
-             **result.to_json()}
+             "val_images": result.images, "top1": result.top1, "top5": result.top5, "loss": result.loss}
 
     def write() -> None:
         try:
