@@ -87,7 +87,7 @@ def export(network: Source, out: Annotated[Path, typer.Argument(metavar="OUT", h
            model: Model = None, options: Options = None, classes: Classes = None, image_size: ImageSize = None,
            formats: Annotated[str, typer.Option(help="Of safetensors, onnx, torchscript, torch_export, standalone, "
                                                 "hub, separated by commas; or all. standalone: not for timm's networks "
-                                                "and own spaces.")] = "safetensors,onnx",
+                                                "and own spaces.")] = "safetensors,torch_export",
            fuse_bn: Annotated[bool, typer.Option("--fuse-bn", help="Fold batch norms into convolutions (onnx, "
                                                  "torchscript, torch_export).")] = False,
            force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,

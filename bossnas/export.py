@@ -294,7 +294,7 @@ def _check_formats(formats: Sequence[str]) -> None:
                           f"choose of {', '.join(FORMATS)}, or all")
     missing = [p for p in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(p) is None]
     if "onnx" in formats and missing:
-        raise ConfigError("onnx", f"{' and '.join(missing)} not installed", "pip install 'bossnas[export]'")
+        raise ConfigError("onnx", f"{' and '.join(missing)} not installed", "pip install onnx onnxruntime onnxscript")
 
 
 def _check_out(out: Path, force: bool) -> None:
