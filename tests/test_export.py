@@ -237,7 +237,7 @@ def test_formats_and_what_they_need(tmp_path, monkeypatch):
         export.export_network(network(NATS), tmp_path / "out", ["safetensors", "hub"], fuse=True)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "onnxscript" else find(name, *a))
-    with pytest.raises(ConfigError, match=r"onnx: onnxscript not installed; pip install 'bossnas\[export\]'"):
+    with pytest.raises(ConfigError, match=r"onnx: onnxscript not installed; pip install onnx onnxruntime onnxscript"):
         export.export_network(network(NATS), tmp_path / "out", ["onnx"])
 
 
