@@ -17,7 +17,8 @@ from bossnas.errors import ConfigError
 app = typer.Typer()
 
 Source = Annotated[Path, typer.Argument(metavar="NETWORK", help="Folder of a retraining, a file or hub folder that "
-                                        "bossnas retrain or export wrote, or, with --model, any checkpoint (.pth, .pt, .safetensors).")]
+                                        "bossnas retrain or export wrote, or, with --model, any checkpoint (.pth, "
+                                        ".pt, .safetensors).")]
 Model = Annotated[str | None, typer.Option(help="Of a checkpoint that does not say it: bossnet_t0, or another name "
                                            "that timm knows.")]
 Options = Annotated[str | None, typer.Option(metavar="YAML", help="Further arguments of --model, such as "
