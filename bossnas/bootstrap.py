@@ -21,6 +21,20 @@ def ensemble_loss(predicted: Sequence[Tensor], projections: Sequence[Tensor]) ->
     return byol_ensemble_loss(torch.stack(list(predicted)), torch.stack(list(projections)))
 
 
+def instance_loss(a: Sequence[Tensor], b: Sequence[Tensor], temperature: float) -> Tensor:
+    """InfoNCE (van den Oord et al. 2018) between the two views of the same images along each path.
+
+    ``a``, ``b``: of P paths, [N, D] each. -> [P], the mean over images and both directions of
+    -log softmax_n(cos(a_i, b_n) / temperature) at n = i, at least 0, log N when all embeddings are equal. The other
+    images are those of this micro-batch on this rank.
+    """
+    first, second = (F.normalize(full(torch.stack(list(x))), dim=-1) for x in (a, b))
+    with torch.autocast(first.device.type, enabled=False):
+        agreement = torch.bmm(first, second.mT) / temperature  # [P, N, N]
+        rows, columns = agreement.log_softmax(2), agreement.log_softmax(1)
+    return -(rows + columns).diagonal(dim1=1, dim2=2).mean(1) / 2
+
+
 def loss(predicted: Tensor, target: Tensor) -> Tensor:
     """-2 cos(predicted, target) for each image: [..., N, D], [N, D] -> [..., N], in [-2, 2]."""
     return -2 * F.cosine_similarity(full(predicted), full(target), dim=-1)

@@ -57,6 +57,10 @@ class DataConfig(ReaderConfig):
 
 
 class TrainConfig(Section):
+    objective: Literal["bootstrap", "instance", "both"] = Field(
+        "bootstrap", description="bootstrap: a path predicts the ensemble target of the other view; instance: a path's "
+        "two views of an image find each other among those of the micro-batch; both: the sum")
+    temperature: float = Field(0.2, gt=0, description="of the instance objective")
     batch: int = Field(4096, ge=2, description="images per optimizer step, over all ranks")
     micro_batch: int = Field(64, ge=2, description="images per rank and forward pass")
     epochs: int = Field(6, ge=1, description="epochs per block")

@@ -29,9 +29,7 @@ def instance_discrimination(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     of log softmax_n(cos(a_i, b_n) / temperature) at n = i: the negative InfoNCE loss (van den Oord et al. 2018). At
     most 0; log(1/N) when all embeddings are equal.
     """
-    agreement = torch.bmm(F.normalize(a, dim=-1), F.normalize(b, dim=-1).mT) / temperature  # [P, N, N]
-    rows, columns = agreement.log_softmax(2), agreement.log_softmax(1)
-    return (rows + columns).diagonal(dim1=1, dim2=2).mean(1) / 2
+    return -bootstrap.instance_loss(list(a), list(b), temperature)
 
 
 def view_agreement(a: Tensor, b: Tensor) -> Tensor:

@@ -40,8 +40,8 @@ class RunState:
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step reports. ``loss``: mean over paths, micro-batches and ranks, in [-4, 4], not finite in a
-    step that was not applied, perhaps."""
+    """What one optimizer step reports. ``loss``: mean over paths, micro-batches and ranks, of the bootstrapping in
+    [-4, 4], not finite in a step that was not applied, perhaps."""
 
     epoch: int
     ends_epoch: bool
@@ -80,6 +80,7 @@ def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space:
     online.part(block).train()
     target.part(block).train()
     warmup = round(settings.warmup_epochs * steps_per_epoch * accumulate)
+    bootstraps = settings.objective != "instance"
 
     while state.step < total:
         started = time.perf_counter()
@@ -96,12 +97,10 @@ def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space:
                 rng = np.random.default_rng([seed, SHUFFLE, block, micro])
                 order = torch.from_numpy(rng.permutation(n * ranks))
 
-            with torch.no_grad(), engine.autocast():
-                shown = features if order is None else [dist.shuffle(x, order, group) for x in features]
-                items = [Item(path, shown[v]) for j, path in enumerate(paths) for v in (j % pairs, j % pairs + pairs)]
-                projections = target.embed(block, items)
-                if order is not None:
-                    projections = [dist.shuffle(t, order.argsort(), group) for t in projections]
+            targets_a, targets_b = [], []
+            if bootstraps:
+                with torch.no_grad(), engine.autocast():
+                    projections = _targets(target, block, paths, pairs, features, order, group)
                 targets_a, targets_b = projections[0::2], projections[1::2]
 
             size = settings.paths_per_pass or len(paths)
@@ -110,9 +109,15 @@ def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space:
                 items = [Item(paths[j], features[v]) for j in chosen for v in (j % pairs, j % pairs + pairs)]
                 with engine.autocast():
                     projections = online.embed(block, items, recompute=settings.activation_checkpointing)
-                    predicted = _predict(predictor, projections)
-                    loss = (bootstrap.ensemble_loss(predicted[0::2], targets_b)
-                            + bootstrap.ensemble_loss(predicted[1::2], targets_a)).sum()
+                    losses = []
+                    if bootstraps:
+                        predicted = _predict(predictor, projections)
+                        losses += [bootstrap.ensemble_loss(predicted[0::2], targets_b),
+                                   bootstrap.ensemble_loss(predicted[1::2], targets_a)]
+                    if settings.objective != "bootstrap":
+                        losses.append(bootstrap.instance_loss(projections[0::2], projections[1::2],
+                                                              settings.temperature))
+                    loss = sum(losses).sum()
                 engine.micro(loss, last=m == accumulate - 1 and chosen.stop == len(paths))
                 loss_sum += loss.detach() / len(paths)
                 spread_sum += bootstrap.spread(projections[0].detach()) * len(chosen) / len(paths)
@@ -135,6 +140,15 @@ def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space:
                               "lower it, or lengthen train.warmup_epochs; the last checkpoint is unharmed")
         yield Step(epoch, state.step % steps_per_epoch == 0, means[0], means[1], lr, momentum,
                    seen / (time.perf_counter() - started), outcome, engine.loss_scale)
+
+
+def _targets(target: Supernet, block: int, paths: list[Path], pairs: int, features: list[Tensor], order: Tensor | None,
+             group: Any) -> list[Tensor]:
+    """The target network's projections of both views along every path, of images that are mixed over the ranks."""
+    shown = features if order is None else [dist.shuffle(x, order, group) for x in features]
+    items = [Item(path, shown[v]) for j, path in enumerate(paths) for v in (j % pairs, j % pairs + pairs)]
+    projections = target.embed(block, items)
+    return projections if order is None else [dist.shuffle(t, order.argsort(), group) for t in projections]
 
 
 def _predict(predictor: nn.Module, projections: list[Tensor]) -> list[Tensor]:
