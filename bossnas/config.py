@@ -80,6 +80,8 @@ class TrainConfig(Section):
                                            "the backward pass: less memory, about a third more work")
     max_bad_steps: int = Field(10, ge=0, description="steps of a block that may be skipped because their gradient is "
                                "not finite, before the run stops")
+    paths: int | None = Field(None, ge=1, description="at most so many of the paths that the space samples in a step; "
+                              "null: all")
     paths_per_pass: int | None = Field(None, ge=1, description="paths that share one backward; null: all")
     collapse_below: float = Field(0.05, ge=0, le=1, description="warn when the embeddings' spread is less")
 

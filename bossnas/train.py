@@ -54,9 +54,10 @@ class Step:
     loss_scale: float = 1.0
 
 
-def sample_paths(space: Space, block: int, winners: Sequence[Path], seed: int, micro: int) -> list[Path]:
-    """The paths of micro-batch ``micro`` of the block: equal on all ranks, and after a resume."""
-    return space.sample(block, list(winners), np.random.default_rng([seed, PATHS, block, micro]))
+def sample_paths(space: Space, block: int, winners: Sequence[Path], seed: int, micro: int,
+                 most: int | None = None) -> list[Path]:
+    """The paths of micro-batch ``micro`` of the block, at most ``most``: equal on all ranks, and after a resume."""
+    return space.sample(block, list(winners), np.random.default_rng([seed, PATHS, block, micro]))[:most]
 
 
 def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space: Space, engine: Engine,
@@ -87,7 +88,7 @@ def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space:
         loss_sum, spread_sum, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
         for m in range(accumulate):
             micro = state.step * accumulate + m
-            paths = sample_paths(space, block, prefix, seed, micro)
+            paths = sample_paths(space, block, prefix, seed, micro, settings.paths)
             if check_paths:
                 _check_paths(paths, block, micro, group)
             features = next(inputs)
