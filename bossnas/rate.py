@@ -61,14 +61,14 @@ def calibrate(online: Supernet, target: Supernet, predictor: nn.Module, block: i
 @torch.no_grad()
 def rate_block(online: Supernet, target: Supernet, predictor: nn.Module, block: int, winners: Sequence[Path],
                paths: Sequence[Path], calibration: Sequence[Tensor], validation: Validation, *,
-               temperature: float = 0.2, embedding: str = "projection", most: int | None = None,
+               temperature: float = 0.2, most: int | None = None,
                autocast: Callable[[], AbstractContextManager] = nullcontext, pieces: Pieces | None = None,
                advance: Callable[[Pieces, int], None] = lambda pieces, paths: None) -> dict[str, dict[Path, float]]:
     """Every label-free score (`bossnas.scores`) of every path of the block, a mean over the validation images.
 
     calibration: batches [N, 3, S, S] of one training view. Both networks start from the target's frozen prefix along
     ``winners`` (those of the blocks before this one, never of this block itself). Instance discrimination, view
-    agreement and effective rank are those of the target's ``embedding`` (projection | pooled), within each batch.
+    agreement and effective rank are those of the target network, within each batch.
 
     Units hold at most ``most`` paths (None: all). Ranks rate different batches, and where there are fewer batches than
     ranks, different units; all return the same scores, to the bit those of one rank. ``pieces`` is what an earlier call
@@ -76,7 +76,7 @@ def rate_block(online: Supernet, target: Supernet, predictor: nn.Module, block: 
     paths have been calibrated or have passed one network for one batch, on all ranks alike.
     """
     assert len(winners) == block, "the prefix holds exactly the blocks before this one"
-    rating = _Rating(online, target, predictor, block, paths, units(paths, most or len(paths)), temperature, embedding,
+    rating = _Rating(online, target, predictor, block, paths, units(paths, most or len(paths)), temperature,
                      Statistics(recording=False), Statistics(recording=False))
     pieces = dict(pieces or {})
     count, rank, world = len(validation.sizes), dist.rank(), dist.world_size()
@@ -120,7 +120,6 @@ class _Rating:
     paths: Sequence[Path]
     units: list[Unit]
     temperature: float
-    embedding: str
     of_target: Statistics
     of_online: Statistics
 
@@ -143,7 +142,7 @@ class _Rating:
             for unit, items, features in _features(self.target, self.block, self.paths, chosen, x, self.of_target):
                 projections = self.target.project(self.block, items, features, self.of_target.at(unit))
                 u, t = number[unit], bootstrap.full(torch.stack(projections))
-                pooled = [f.mean((2, 3)) for f in features] if self.embedding == "pooled" else None
+                pooled = [bootstrap.full(f.mean((2, 3))) for f in features]
                 yield {("target", batch, u): self._view_scores(t, pooled).cpu(), ("sum", batch, u): t.sum(0).cpu()}
         elif share:
             sums = [pieces["sum", batch, u] for u in range(len(self.units))]
@@ -156,15 +155,16 @@ class _Rating:
                 score = scores.population_centre(a, b, *centres)
                 yield {("online", batch, number[unit]): score.double().cpu()[:, None]}
 
-    def _view_scores(self, t: Tensor, pooled: Sequence[Tensor] | None) -> Tensor:
-        """Instance discrimination, view agreement and effective rank of projections [P, 2n, D] -> [P, 3]."""
-        embeddings = [t] if pooled is None else [bootstrap.full(p)[None] for p in pooled]  # widths may differ by path
-        rows = []
-        for z in embeddings:
-            a, b = z.chunk(2, 1)
-            rows.append(torch.stack([scores.instance_discrimination(a, b, self.temperature),
-                                     scores.view_agreement(a, b), scores.effective_rank(a, b)], 1))
-        return torch.cat(rows).double()
+    def _view_scores(self, t: Tensor, pooled: Sequence[Tensor]) -> Tensor:
+        """The scores in BETTER's order, but for the first: of projections [P, 2n, D] and P averaged maps [2n, C], whose
+        widths may differ. -> [P, 5]."""
+        a, b = t.chunk(2, 1)
+        views = [p[None].chunk(2, 1) for p in pooled]
+        rows = [scores.instance_discrimination(a, b, self.temperature),
+                torch.cat([scores.instance_discrimination(*pair, self.temperature) for pair in views]),
+                scores.view_agreement(a, b), torch.cat([scores.view_agreement(*pair) for pair in views]),
+                scores.effective_rank(a, b)]
+        return torch.stack(rows, 1).double()
 
     def collect(self, pieces: Pieces, sizes: Sequence[int]) -> dict[str, dict[Path, float]]:
         """The means over the images, summed in the order of the batches."""

@@ -65,7 +65,7 @@ def rate(run: Run, block: int, partial: Folder | None = None, prefix: Sequence[P
 
         scores = rate_block(
             run.online, run.target, run.predictors[block], block, winners, paths, _Calibration(run), validation,
-            temperature=settings.temperature, embedding=settings.embedding, most=most,
+            temperature=settings.temperature, most=most,
             autocast=lambda: autocast(run.device.type, run.config.train.precision), pieces=pieces, advance=advance)
     progress.drop()
     if not all(math.isfinite(value) for values in scores.values() for value in values.values()):

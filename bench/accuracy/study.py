@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,53 +26,57 @@ root = Folder(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(root), str(root / "kernels")]
 
 from bossnas import log, rate, rating, stage  # noqa: E402
-from bossnas.config import load  # noqa: E402
+from bossnas.config import Config, load, override  # noqa: E402
 from bossnas.ops import Statistics  # noqa: E402
 from bossnas.optim import LARS, parameter_groups  # noqa: E402
 from bossnas.paths import Path, decode, encode  # noqa: E402
 from bossnas.run import Run, build, make_engine  # noqa: E402
 from bossnas.runfolder import write_json  # noqa: E402
 from bossnas.scores import BETTER  # noqa: E402
+from bossnas.search import search  # noqa: E402
 from bossnas.supernet import Item  # noqa: E402
 from bossnas.train import train_block  # noqa: E402
 
 BASE = ["space.name=nats", "space.split=cifar10", "space.image_size=16", "heads.hidden=512", "heads.out=128",
         "data.recipe=cifar", "data.workers=0", "data.val_images=512", "train.batch=128", "train.micro_batch=128",
-        "train.epochs=1", "train.steps_per_epoch=100", "train.lr=0.5", "train.warmup_epochs=0.1",
+        "train.epochs=2", "train.steps_per_epoch=50", "train.lr=0.5", "train.warmup_epochs=0.2", "train.paths=4",
         "rating.batch=256", "rating.calibration_images=256", "rating.every_epochs=0", "engine.device=cpu"]
-EMBEDDINGS = ("projection", "pooled")
-OWN = "instance_discrimination pooled"  # the score that chooses the prefix
+FAULTS = ("stacked", "prefix", "norms", "adapters", "predictor")
+OWN = "pooled_instance_discrimination"  # the score that chooses the prefix
 
 
 @dataclass(frozen=True)
 class Setting:
     """``sets``: overrides of BASE; ``train``: False rates random weights; ``rate_at``: steps at which blocks are rated
-    on the way; ``chosen_by``: the score that chooses the prefix; ``fault``: see PLAN.md."""
+    on the way; ``chosen_by``: the score that chooses the prefix; ``faults``: see PLAN.md."""
 
     sets: tuple[str, ...] = ()
     train: bool = True
     rate_at: tuple[int, ...] = ()
     chosen_by: str = OWN
-    fault: str = ""
+    faults: tuple[str, ...] = ()
 
 
 def _settings() -> dict[str, Setting]:
-    objectives = {"bootstrap": "train.objective=bootstrap", "instance": "train.objective=instance"}
-    found = {"untrained": Setting(train=False), "both": Setting(("train.objective=both",))}
-    for name, objective in objectives.items():
-        found[name] = Setting((objective,), rate_at=(25, 50))
+    bootstrap, instance = "train.objective=bootstrap", "train.objective=instance"
+    found = {"untrained": Setting(train=False), "instance": Setting((instance,), rate_at=(25, 50)),
+             "bootstrap": Setting((bootstrap,), rate_at=(25, 50)), "both": Setting(("train.objective=both",))}
+    for fault in FAULTS:
+        found[f"fault-{fault}"] = Setting((bootstrap,), faults=(fault,))
+    found["fault-all"] = Setting((bootstrap,), faults=FAULTS)
+    found["bootstrap-centre"] = Setting((bootstrap,), chosen_by="population_centre")
+    for name, objective in (("instance", instance), ("bootstrap", bootstrap)):
         found[f"{name}-lr0.15"] = Setting((objective, "train.lr=0.15"))
         found[f"{name}-lr1.5"] = Setting((objective, "train.lr=1.5"))
-        found[f"{name}-steps300"] = Setting((objective, "train.steps_per_epoch=300", "train.warmup_epochs=0.034"))
-        found[f"{name}-paths4"] = Setting((objective, "train.paths=4"))
+        found[f"{name}-paths8"] = Setting((objective, "train.paths=8"))
         found[f"{name}-paths2"] = Setting((objective, "train.paths=2"))
         found[f"{name}-batch256"] = Setting((objective, "train.batch=256", "train.micro_batch=256"))
-        found[f"{name}-images32"] = Setting((objective, "space.image_size=32", "train.paths=4"))
+        found[f"{name}-steps300"] = Setting((objective, "train.steps_per_epoch=150", "train.warmup_epochs=0.067"))
+        found[f"{name}-parallel"] = Setting((objective, "schedule=block_parallel", "rating.every_epochs=1"))
+        found[f"{name}-images32"] = Setting((objective, "space.image_size=32"))
     for temperature in ("0.1", "0.5"):
-        found[f"instance-t{temperature}"] = Setting((objectives["instance"], f"train.temperature={temperature}"))
-    found["bootstrap-centre"] = Setting((objectives["bootstrap"],), chosen_by="population_centre")
-    for fault in ("stacked", "predictor", "adapters", "prefix"):
-        found[f"fault-{fault}"] = Setting((objectives["bootstrap"],), fault=fault)
+        found[f"instance-t{temperature}"] = Setting((instance, f"train.temperature={temperature}"))
+        found[f"untrained-t{temperature}"] = Setting((f"rating.temperature={temperature}",), train=False)
     found["untrained-images32"] = Setting(("space.image_size=32",), train=False)
     found["untrained-val2048"] = Setting(("data.val_images=2048",), train=False)
     return found
@@ -120,13 +126,34 @@ def _claimed(file: Folder) -> Iterator[bool]:
 
 def run(setting: Setting, seed: int, data: str, more: list[str]) -> dict[str, Any]:
     """The ratings of all blocks: ``blocks[k]["ratings"][step or "end"][score][path]``, larger is better."""
-    run = build(load(None, [*BASE, f"data.train={data}/train-*.tar", f"data.val={data}/test-*.tar", f"seed={seed}",
-                            *setting.sets, *more]))
-    if setting.fault == "adapters":
-        for projector in run.online.projectors:
-            projector.adapter.requires_grad_(False)
-    blocks, state, began = [], run.state, time.process_time()
-    trained = 0.0
+    config = load(None, [*BASE, f"data.train={data}/train-*.tar", f"data.val={data}/test-*.tar", f"seed={seed}",
+                         f"rating.score={setting.chosen_by}", *setting.sets, *more])
+    began = time.process_time()
+    if config.schedule == "block_parallel":
+        blocks, trained = _all_at_once(config)
+    else:
+        blocks, trained = _one_by_one(config, setting)
+    total = time.process_time() - began
+    return {"sets": list(setting.sets), "faults": list(setting.faults), "chosen_by": setting.chosen_by,
+            "blocks": blocks, "torch": torch.__version__,
+            "cpu_seconds": {"train": round(trained, 1), "rate": round(total - trained, 1)}}
+
+
+def _all_at_once(config: Config) -> tuple[list[dict[str, Any]], float]:
+    """A whole search of the schedule block_parallel, on one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        trace = stage.Trace()
+        out = search(override(config, [f"out={folder}/run", f"checkpoint.every_steps={config.train.steps_per_epoch}"]),
+                     trace=trace)
+        files = [json.loads((out / "ratings" / f"block_{b}.json").read_text(encoding="utf-8")) for b in range(3)]
+    blocks = [{"prefix": of["prefix"], "winner": _best(_signed(of["scores"]), of["score"]),
+               "ratings": {"end": _signed(of["scores"])}} for of in files]
+    return blocks, sum(seconds for name, seconds in trace.seconds.items() if name.startswith("block"))
+
+
+def _one_by_one(config: Config, setting: Setting) -> tuple[list[dict[str, Any]], float]:
+    run = build(config)
+    blocks, state, trained = [], run.state, 0.0
     while state.block < run.space.blocks:
         block, ratings = state.block, {}
         if setting.train:
@@ -140,14 +167,21 @@ def run(setting: Setting, seed: int, data: str, more: list[str]) -> dict[str, An
                     started = time.process_time()
             trained += time.process_time() - started
         ratings["end"] = rate_all(run, setting)
-        values = ratings["end"][setting.chosen_by]
-        best = max(values, key=values.get)
+        best = _best(ratings["end"], setting.chosen_by)
         blocks.append({"prefix": [encode(p) for p in state.winners], "winner": best, "ratings": ratings})
         rating.freeze_winner(run, decode(best))
         state.step = 0
-    total = time.process_time() - began
-    return {"sets": list(setting.sets), "fault": setting.fault, "chosen_by": setting.chosen_by, "blocks": blocks,
-            "cpu_seconds": {"train": round(trained, 1), "rate": round(total - trained, 1)}, "torch": torch.__version__}
+    return blocks, trained
+
+
+def _best(ratings: dict[str, dict[str, float]], score: str) -> str:
+    return max(ratings[score], key=ratings[score].__getitem__)
+
+
+def _signed(scores: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Larger is better."""
+    return {score: {path: value if BETTER[score] == "higher" else -value for path, value in values.items()}
+            for score, values in scores.items()}
 
 
 def training(run: Run, setting: Setting) -> Iterator[int]:
@@ -155,18 +189,24 @@ def training(run: Run, setting: Setting) -> Iterator[int]:
     config, state, block = run.config, run.state, run.state.block
     own_leader: list[Path] = []  # of the fault "stacked"
     engine = make_engine(config, run.mesh)
-    follows_prefix = setting.fault == "prefix" and block > 0
+    follows_prefix = "prefix" in setting.faults and block > 0
 
     def inputs() -> Iterator[list[Tensor]]:
         for views in stage.train_batches(run, block * config.train.epochs, 0):
             if follows_prefix:
-                yield [_moving_features(run, x) for x in views]
+                yield [_moving_features(run, own_leader, x) for x in views]
             else:
                 yield [run.target.features(state.winners + own_leader, x) for x in views]
 
     def optimizer(module: nn.Module, followers: nn.Module | None, sharded: bool) -> LARS:
-        train = config.train
-        return LARS(parameter_groups(module, followers), train.lr, train.momentum, train.weight_decay, train.trust)
+        train, groups = config.train, parameter_groups(module, followers)
+        for group in groups:
+            adapter, of_heads = ".adapter." in group["name"], group["name"].startswith(("projector.mlp", "predictor"))
+            if adapter and "adapters" in setting.faults:
+                group["target"] = None
+            if not of_heads and "norms" in setting.faults:
+                group["excluded"] = group["name"].endswith("bias")
+        return LARS(groups, train.lr, train.momentum, train.weight_decay, train.trust)
 
     parts = {**run.online.part(block), "predictor": run.predictors[block]}
     if follows_prefix:
@@ -180,34 +220,34 @@ def training(run: Run, setting: Setting) -> Iterator[int]:
         if step is None:
             continue
         yield state.step
-        if setting.fault == "stacked" and state.step == half:
+        if "stacked" in setting.faults and state.step == half:
             scores = rate_all(run, setting)["population_centre"]
             own_leader.append(decode(max(scores, key=scores.get)))
-            rating.calibrate_path(run, block, state.winners, own_leader[0])
-            run.online.part(block).train()
+            for network in (run.online, run.target):
+                network.part(block).train()
+                if block == 0:
+                    _take_features_too(network.blocks[0][0])
     engine.close()
 
 
-def _moving_features(run: Run, x: Tensor) -> Tensor:
+def _take_features_too(first: nn.Module) -> None:
+    """Lets the first layer of all take a block's output, which skips the stem."""
+    whole = first.forward
+    first.forward = lambda x, *rest: whole(x, *rest) if x.shape[1] == 3 else first.cell(x, *rest)
+
+
+def _moving_features(run: Run, own_leader: list[Path], x: Tensor) -> Tensor:
     """Of the online network's own prefix, which gets gradients."""
-    for block, path in enumerate(run.state.winners):
+    for block, path in enumerate(run.state.winners + own_leader):
         x = run.online.forward(block, [Item(path, x)])[0]
     return x
 
 
 def rate_all(run: Run, setting: Setting) -> dict[str, dict[str, float]]:
-    """Every score with every embedding, of every path of the state's block."""
-    config, found = run.config, {}
-    for embedding in EMBEDDINGS:
-        run.config = config.model_copy(update={"rating": config.rating.model_copy(update={"embedding": embedding})})
-        with _uncalibrated() if setting.fault == "predictor" else contextlib.nullcontext():
-            scores = rating.rate(run, run.state.block)
-        for score, values in scores.items():
-            sign = 1 if BETTER[score] == "higher" else -1
-            name = score if score == "population_centre" else f"{score} {embedding}"
-            found[name] = {encode(path): sign * value for path, value in values.items()}
-    run.config = config
-    return found
+    """Every score of every path of the state's block; larger is better."""
+    with _uncalibrated() if "predictor" in setting.faults else contextlib.nullcontext():
+        scores = rating.rate(run, run.state.block)
+    return _signed({score: {encode(path): value for path, value in values.items()} for score, values in scores.items()})
 
 
 @contextlib.contextmanager
