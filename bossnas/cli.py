@@ -139,6 +139,10 @@ def rank_command(ratings: Annotated[list[Path], typer.Argument(
                                                                 "the run's, or told from the texts.")] = None,
                  score: Annotated[str | None, typer.Option(help="Score of the run, or column of the CSV.")] = None,
                  better: Annotated[str, typer.Option(help="Of scores in a CSV: higher | lower.")] = "higher",
+                 combine: Annotated[str, typer.Option(help="How the scores of blocks are put together: sum | "
+                                                           "standardised | layers | ranks.")] = "sum",
+                 seeds: Annotated[bool, typer.Option("--seeds", help="RATINGS are of several seeds: mean, deviation "
+                                                     "and agreement, and figures of their sum.")] = False,
                  column: Annotated[str | None, typer.Option(help="Column of --accuracy; NATS-Bench: data set.")] = None,
                  image_size: Annotated[int | None, typer.Option(min=1, help="Of the networks, pixels.")] = None,
                  proxies: Annotated[str | None, typer.Option(help="Of synflow, naswot, gradnorm, zico.")] = None,
@@ -151,26 +155,28 @@ def rank_command(ratings: Annotated[list[Path], typer.Argument(
     from rich.console import Console
 
     from bossnas import log, rank
+    from bossnas.combine import HOW
     from bossnas.compare import compare
     from bossnas.proxies import chosen
     from bossnas.runfolder import write_json
 
     if better not in ("higher", "lower"):
         raise ConfigError("--better", f"{better!r} is not known", "use higher or lower")
+    if combine not in HOW:
+        raise ConfigError("--combine", f"{combine!r} is not known", f"use {', '.join(HOW)}")
     names = [] if proxies is None else chosen(proxies)
     check_writable(json)
     check_writable(plot, "--plot")
     if plot is not None:
         rank.check_picture(plot)
     log.setup(None)
-    found = compare(ratings, accuracy, space=space, score=score, better=better, column=column, image_size=image_size,
-                    seed=seed, resamples=bootstrap, proxy_names=names, sample=sample)
+    found = compare(ratings, accuracy, space=space, score=score, better=better, how=combine, seeds=seeds, column=column,
+                    image_size=image_size, seed=seed, resamples=bootstrap, proxy_names=names, sample=sample)
     rank.show(found.result, Console(width=None if sys.stdout.isatty() else 150))
     if json is not None:
         write_json(json, found.result)
     if plot is not None:
-        rank.draw(found.scores, found.accuracy, {found.result["score"]: found.result, **found.result["baselines"]},
-                  plot)
+        rank.draw(found.scores, found.accuracy, rank.rows(found.result), plot)
 
 
 @app.command(epilog="Example: bossnas pack ~/pictures shards/pictures   or: bossnas pack --verify shards/pictures")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bossnas import baselines, log, proxies, rank, runfolder, spaces, tables
+from bossnas import baselines, combine, log, proxies, rank, runfolder, spaces, tables
 from bossnas.cost import CostTable
 from bossnas.errors import ConfigError
 from bossnas.paths import Path, decode
@@ -35,46 +35,104 @@ class Comparison:
     """What `compare` found: plain values for a file, and the points behind the figures."""
 
     result: dict[str, Any]
-    scores: dict[str, np.ndarray]  # the rating first, then the baselines; larger is better
+    scores: dict[str, np.ndarray]  # the rating first, then with size, then the baselines; larger is better
     accuracy: np.ndarray
 
 
 def compare(sources: list[File], accuracy: File, *, space: str | None = None, score: str | None = None,
-            better: str = "higher", column: str | None = None, image_size: int | None = None, seed: int = 0,
-            resamples: int = 1000, proxy_names: Sequence[str] = (), sample: int = 200) -> Comparison:
+            better: str = "higher", how: str = "sum", seeds: bool = False, column: str | None = None,
+            image_size: int | None = None, seed: int = 0, resamples: int = 1000, proxy_names: Sequence[str] = (),
+            sample: int = 200) -> Comparison:
     """Reads ratings and accuracies, matches their architectures and computes every figure.
 
-    ``space`` names the space where the ratings are no run folder and the texts do not tell it. Raises ConfigError for
-    everything that cannot be read or matched.
+    ``space`` names the space where the ratings are no run folder and the texts do not tell it. ``how``: how the scores
+    of blocks are put together, a name of combine.HOW. ``seeds``: every source is a rating of its own, of the same
+    search with another seed; they are summed, after standardising each over the architectures that all of them rate.
+    Raises ConfigError for everything that cannot be read or matched.
     """
-    rating = tables.read_scores(sources, score, better)
+    ratings = _read(sources, score, better, seeds)
+    first = ratings[0]
     table = tables.read_accuracies(accuracy, column)
-    chosen = _choose_space(sources, rating, table, space, image_size)
+    chosen = _choose_space(sources, first, table, space, image_size)
     reader = _Reader(chosen.space)
     measured = reader.read_all(table, "--accuracy", accuracy)
-    rated, values = _rate(reader, rating, list(measured), sources)
+    sign = 1 if first.better == "higher" else -1
+    rated, blocks = _rate_all(reader, ratings, list(measured), sources, how)
+    blocks = sign * blocks  # [seeds, blocks, architectures]
     if len(rated) < rank.MINIMUM:
         raise ConfigError("--accuracy", f"of its {len(measured)} architectures {len(rated)} have a score, too few to "
                           "rank", "name ratings and accuracies of the same architectures")
     truth = np.array([measured[architecture] for architecture in rated])
-    sign = 1 if rating.better == "higher" else -1
     costs = CostTable.of(chosen.space, chosen.image_size)
     sizes = baselines.size_baselines(costs, rated, chosen.classes)
-    name = rating.name if rating.name not in {*sizes, *proxy_names} else f"{rating.name} (given)"
-    scores = {name: sign * np.array(values), **sizes}
+    totals = blocks.sum(1)
+    values = sum(map(combine.standardised, totals)) if seeds else totals[0]
+    name = first.name if first.name not in {*sizes, *proxy_names} else f"{first.name} (given)"
+    with_size = combine.standardised(values) + combine.standardised(sizes["sum_log_channels"])
+    scores = {name: values, f"{name} + size": with_size, **sizes}
     figures = rank.report(scores, truth, sizes, resamples=resamples, seed=seed)
-    offered = math.prod(map(len, rating.blocks)) if isinstance(rating, tables.BlockScores) else len(rating.values)
+    offered = max(math.prod(map(len, r.blocks)) if isinstance(r, tables.BlockScores) else len(r.values)
+                  for r in ratings)
     result = {
         "ratings": [str(source) for source in sources], "accuracy": str(accuracy), "space": chosen.name,
         "space_from": chosen.told_by, "image_size": chosen.image_size, "classes": chosen.classes,
-        "score": name, "better": rating.better, "score_negated": sign < 0, "n": len(rated),
+        "score": name, "better": first.better, "score_negated": sign < 0, "combine": how, "n": len(rated),
         "missing": {"without_score": len(measured) - len(rated), "without_accuracy": offered - len(rated)},
         "seed": seed, "bootstrap": resamples,
-        **figures[name], "baselines": {name: figures[name] for name in sizes}}
+        **figures[name], "with_size": figures[f"{name} + size"], "baselines": {name: figures[name] for name in sizes}}
+    if isinstance(first, tables.BlockScores):
+        alone = {str(b): sum(map(combine.standardised, blocks[:, b])) for b in range(blocks.shape[1])}
+        result["blocks"] = list(rank.brief(alone, truth, sizes).values())
+    if seeds:
+        result["seeds"] = _spread(ratings, blocks, truth, sizes)
     if proxy_names:
         result["proxies"] = _with_proxies(chosen, rated, scores, truth, sizes, proxy_names, sample, resamples, seed)
-    result["definitions"] = {**rank.DEFINITIONS, **baselines.DEFINITIONS}
+    result["definitions"] = {**rank.DEFINITIONS, **baselines.DEFINITIONS, "combine": combine.HOW[how]}
     return Comparison(result, scores, truth)
+
+
+def _read(sources: list[File], score: str | None, better: str, seeds: bool) -> list[tables.Scores]:
+    """The ratings, of the same kind and score: one, or with ``seeds`` one of each source."""
+    if not seeds:
+        return [tables.read_scores(sources, score, better)]
+    if len(sources) < 2:
+        raise ConfigError("--seeds", "puts ratings of several seeds together, but one is named", "name two or more, or "
+                          "leave it out")
+    if len({source.resolve() for source in sources}) < len(sources):
+        raise ConfigError("RATINGS", "name a rating twice", "name each seed once")
+    ratings = [tables.read_scores([source], score, better) for source in sources]
+    for source, rating in zip(sources, ratings, strict=True):
+        for what in ("name", "better"):
+            one, other = getattr(ratings[0], what), getattr(rating, what)
+            if type(rating) is not type(ratings[0]) or one != other:
+                raise ConfigError("RATINGS", f"{sources[0]} and {source} hold no ratings of the same kind ({one}, "
+                                  f"{other})", "name seeds of one search, or choose a score with --score")
+    return ratings
+
+
+def _spread(ratings: list[tables.Scores], blocks: np.ndarray, truth: np.ndarray,
+            sizes: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The figures of every seed, their mean and standard deviation, and how far the seeds agree."""
+    totals = blocks.sum(1)
+    each = list(rank.brief({str(i): total for i, total in enumerate(totals)}, truth, sizes).values())
+    result = {"each": each, **rank.spread(each)}
+    result["agreement"] = {"together": rank.agreement(totals)}
+    if isinstance(ratings[0], tables.BlockScores):
+        of_blocks = []
+        for block in range(blocks.shape[1]):
+            of_seeds = list(rank.brief({str(i): s for i, s in enumerate(blocks[:, block])}, truth, sizes).values())
+            of_blocks.append({"each": of_seeds, **rank.spread(of_seeds)})
+        result["blocks"] = of_blocks
+        result["agreement"]["blocks"] = [_agreement([rating.blocks[b] for rating in ratings])
+                                         for b in range(blocks.shape[1])]
+    return result
+
+
+def _agreement(of_seeds: list[dict[str, float]]) -> dict[str, Any]:
+    """Between the seeds' scores of a block's paths; of the paths that all of them rate."""
+    common = [path for path in of_seeds[0] if all(path in scores for scores in of_seeds)]
+    values = np.array([[scores[path] for path in common] for scores in of_seeds])
+    return {"paths": len(common), **rank.agreement(values)}
 
 
 @dataclass(frozen=True)
@@ -86,7 +144,7 @@ class _Chosen:
     classes: int
 
 
-def _choose_space(sources: list[File], rating: tables.BlockScores | tables.TableScores, table: dict[str, float],
+def _choose_space(sources: list[File], rating: tables.Scores, table: dict[str, float],
                   named: str | None, image_size: int | None) -> _Chosen:
     """The full-size space (width 1), as the networks of an accuracy table are, whatever width a run searched with."""
     if isinstance(rating, tables.BlockScores):
@@ -182,33 +240,38 @@ class _Reader:
         return result
 
 
-def _rate(reader: _Reader, rating: tables.BlockScores | tables.TableScores, wanted: list[Architecture],
-          sources: list[File]) -> tuple[list[Architecture], list[float]]:
-    """Those of the architectures that have a score, and the scores.
+def _rate_all(reader: _Reader, ratings: list[tables.Scores], wanted: list[Architecture], sources: list[File],
+              how: str) -> tuple[list[Architecture], np.ndarray]:
+    """Those of the architectures that every rating has, and the scores of their blocks, [ratings, blocks, n]; of a
+    table [ratings, 1, n]."""
+    found = [_rate(reader, rating, wanted, source, how) for rating, source in zip(ratings, sources, strict=False)]
+    rated = [a for a in wanted if all(a in values for values in found)]
+    return rated, np.array([[values[a] for a in rated] for values in found], np.float64).reshape(
+        len(found), len(rated), -1).transpose(0, 2, 1)
+
+
+def _rate(reader: _Reader, rating: tables.Scores, wanted: list[Architecture], source: File,
+          how: str) -> dict[Architecture, tuple[float, ...]]:
+    """The scores of the blocks of those of the architectures that have one.
 
     A block's rating holds for an architecture only if its own blocks before allow the same paths as the winners on
     which the block was rated: HyTra's blocks are rated at one scale.
     """
     if isinstance(rating, tables.TableScores):
-        values = reader.read_all(rating.values, "RATINGS", sources[0])
-        rated = [architecture for architecture in wanted if architecture in values]
-        return rated, [values[architecture] for architecture in rated]
+        return {a: (value,) for a, value in reader.read_all(rating.values, "RATINGS", source).items()}
     if len(rating.blocks) != reader.space.blocks:
-        raise ConfigError("RATINGS", f"rate {len(rating.blocks)} blocks, but the space has {reader.space.blocks}",
-                          "finish the search, name all files, or name another space with --space")
-    blocks = [{decode(text): value for text, value in block.items()} for block in rating.blocks]
+        raise ConfigError("RATINGS", f"{source} rates {len(rating.blocks)} blocks, but the space has "
+                          f"{reader.space.blocks}", "finish the search, name all files, or name another space with "
+                          "--space")
+    blocks = [{decode(text): value for text, value in combine.combined(block, how).items()} for block in rating.blocks]
     allowed = [_allowed(reader, block, prefix) for block, prefix in enumerate(rating.prefixes)]
     for block, (scores, paths) in enumerate(zip(blocks, allowed, strict=True)):
         if paths is not None and not paths.issuperset(scores):
             raise ConfigError("RATINGS", f"block {block} has paths that the space does not have there",
                               "name another space with --space")
-    rated, sums = [], []
-    for architecture in wanted:
-        if all(path in blocks[k] and allowed[k] in (None, reader.paths(architecture[:k]))
-               for k, path in enumerate(architecture)):
-            rated.append(architecture)
-            sums.append(sum(blocks[k][path] for k, path in enumerate(architecture)))
-    return rated, sums
+    return {architecture: tuple(blocks[k][path] for k, path in enumerate(architecture)) for architecture in wanted
+            if all(path in blocks[k] and allowed[k] in (None, reader.paths(architecture[:k]))
+                   for k, path in enumerate(architecture))}
 
 
 def _allowed(reader: _Reader, block: int, prefix: list[str]) -> frozenset[Path] | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ TOP = 0.1  # share of the architectures, by accuracy
 BUDGETS = (0.1, 0.25, 0.5, 0.75, 1.0)  # quantiles of the parameters
 MINIMUM = 2  # architectures without which there is no order
 
+BRIEF = ("kendall", "spearman", "pearson", "kendall_within_10pct_params", "kendall_within_10pct_macs")
 DEFINITIONS = {
     "sign": "every score is turned so that larger means better; a positive coefficient means that it orders rightly",
     "kendall": "Kendall's tau-b over all pairs", "spearman": "Spearman's rho (mid-ranks at ties)",
@@ -36,6 +37,10 @@ DEFINITIONS = {
     "regret": "best accuracy among the architectures of at most `budget_params` parameters, minus the accuracy of the "
               "one with the best score there (mean accuracy of those that share the best score); budgets are the 10, "
               "25, 50, 75 and 100 % quantiles of the parameters",
+    "with_size": "the score plus the sum of log channels, each minus its mean by its standard deviation",
+    "blocks": "of each block's score alone",
+    "seeds": "each: of each rating by itself; mean, std: of these, with n - 1; agreement: Spearman's rho between the "
+             "ratings of two seeds, of architectures (together) and of a block's paths, over all pairs of seeds",
     "null": "not defined: all values equal, or fewer than two architectures or no pair",
 }
 
@@ -63,6 +68,29 @@ def report(scores: Mapping[str, np.ndarray], accuracy: np.ndarray, sizes: Mappin
             "kendall_within_10pct_params": near["params"][name], "kendall_within_10pct_macs": near["macs"][name],
             "regret": regret(score, accuracy, sizes["params"])}
     return result
+
+
+def brief(scores: Mapping[str, np.ndarray], accuracy: np.ndarray,
+          sizes: Mapping[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
+    """The figures of `report` that take no resamples: coefficients, and Kendall's tau within size."""
+    near = {size: within(sizes[size], scores, accuracy) for size in ("params", "macs")}
+    return {name: {**coefficients(score, accuracy), "kendall_within_10pct_params": near["params"][name],
+                   "kendall_within_10pct_macs": near["macs"][name]} for name, score in scores.items()}
+
+
+def spread(figures: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, float | None]]:
+    """Mean and standard deviation (n - 1) of every figure over seeds; None where one of them is not defined."""
+    columns = {key: [row[key] for row in figures] for key in figures[0]}
+    whole = {key: None not in values for key, values in columns.items()}
+    return {"mean": {key: float(np.mean(v)) if whole[key] else None for key, v in columns.items()},
+            "std": {key: float(np.std(v, ddof=1)) if whole[key] else None for key, v in columns.items()}}
+
+
+def agreement(values: np.ndarray) -> dict[str, float | None]:
+    """Spearman's rho between each two of the rows [seeds, n]: their mean and the least."""
+    pairs = [coefficients(values[i], values[j])["spearman"] for i in range(len(values)) for j in range(i)]
+    whole = None not in pairs
+    return {"mean": float(np.mean(pairs)) if whole else None, "least": min(pairs) if whole else None}
 
 
 def coefficients(score: np.ndarray, accuracy: np.ndarray) -> dict[str, float | None]:
@@ -116,15 +144,60 @@ def show(result: Mapping[str, Any], console: Console) -> None:
                   "rated ones have no accuracy", highlight=False)
     if result["score_negated"]:
         console.print(f"{result['score']}: lower is better, so it is negated", highlight=False)
-    rows = {result["score"]: result, **result["baselines"]}
-    console.print(figures_table("rank correlation with accuracy [95 % interval]", rows))
-    console.print(regret_table(rows))
+    console.print(figures_table("rank correlation with accuracy [95 % interval]", rows(result)))
+    if "seeds" in result:
+        console.print(seeds_table(result))
+    elif "blocks" in result:
+        console.print(brief_table("of each block's score alone", {f"block {b}": row for b, row in
+                                                                  enumerate(result["blocks"])}))
+    console.print(regret_table(rows(result)))
     if "proxies" in result:
         proxies = result["proxies"]
         title = f"with zero-cost proxies, on a sample of {proxies['sample']} ({proxies['images']} images)"
         console.print(figures_table(title, proxies["figures"]))
         console.print("seconds per architecture: " + ", ".join(
             f"{name} {seconds:.2g}" for name, seconds in proxies["seconds_per_architecture"].items()), highlight=False)
+
+
+def rows(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The figures of the rating, the rating with size, and the baselines, by name."""
+    return {result["score"]: result, f"{result['score']} + size": result["with_size"], **result["baselines"]}
+
+
+def seeds_table(result: Mapping[str, Any]) -> Table:
+    """Every seed's figures, their mean ± standard deviation, and the agreement of the seeds, for the console."""
+    seeds = result["seeds"]
+    table = _brief(f"{len(seeds['each'])} seeds, each by itself")
+    table.add_column("between seeds", justify="right")
+
+    def deviation(of: Mapping[str, Any], agreement: Mapping[str, Any]) -> list[str]:
+        return [*(f"{_short(of['mean'][key])} ± {_short(of['std'][key])}" for key in BRIEF),
+                f"{_short(agreement['mean'])} (least {_short(agreement['least'])})"]
+
+    for source, row in zip(result["ratings"], seeds["each"], strict=True):
+        table.add_row(source, *(_short(row[key]) for key in BRIEF))
+    table.add_row("mean ± deviation", *deviation(seeds, seeds["agreement"]["together"]))
+    for block, of in enumerate(seeds.get("blocks", ())):
+        table.add_row(f"block {block} alone", *deviation(of, seeds["agreement"]["blocks"][block]))
+    table.add_row("their sum", *(_short(result[key] if key not in ("kendall", "spearman", "pearson")
+                                        else result[key]["value"]) for key in BRIEF))
+    return table
+
+
+def brief_table(title: str, rows: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """Figures of `brief` for the console."""
+    table = _brief(title)
+    for name, row in rows.items():
+        table.add_row(name, *(_short(row[key]) for key in BRIEF))
+    return table
+
+
+def _brief(title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for heading in ("Kendall", "Spearman", "Pearson", "±10 % params", "±10 % MACs"):
+        table.add_column(heading, justify="right")
+    return table
 
 
 def figures_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -42,7 +42,10 @@ class TableScores:
     values: dict[str, float]  # an architecture's text -> score
 
 
-def read_scores(sources: list[Path], score: str | None = None, better: str = "higher") -> BlockScores | TableScores:
+Scores = BlockScores | TableScores
+
+
+def read_scores(sources: list[Path], score: str | None = None, better: str = "higher") -> Scores:
     """A run folder, a CSV file, or the per-block YAML files of the original release (in a folder, or one by one).
 
     ``score`` names a score of the run or a column of the CSV file; ``better`` says which of two values in a CSV file is

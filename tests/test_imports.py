@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Within a level, too, only what stands earlier may be imported. A new module gets its place here.
 LEVELS: dict[int, tuple[str, ...]] = {
     0: ("",),
-    1: ("errors", "config", "retrain_config", "paths", "dist", "runfolder", "log", "tables", "intervals"),
+    1: ("errors", "config", "retrain_config", "paths", "dist", "runfolder", "log", "tables", "combine", "intervals"),
     2: ("ops", "heads", "optim", "engines.protocol", "optimizers", "images", "tars", "shards", "stream", "views",
         "pareto", "sources", "imagenet", "cifar", "pack", "verify", "machine", "alive", "pipe"),
     3: ("spaces.hytra", "spaces.mbconv", "spaces.nats", "spaces", "cost", "latency", "supernet", "collate",

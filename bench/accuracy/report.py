@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from scipy import stats
 root = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(root), str(root / "kernels")]
 
-from bossnas import baselines, rank, spaces, tables  # noqa: E402
+from bossnas import baselines, combine, rank, spaces, tables  # noqa: E402
 from bossnas.cost import CostTable  # noqa: E402
 
 SPLIT_SEED, CHOOSING = 0, 0.2
 LAYERS = (2, 2, 1)
-WITH_SIZE = 0.5  # of the ranks: as much of the rating as of size
+SUMMED = 3  # seeds
 Rating = list[dict[str, float]]  # of every block: path -> score, larger is better
 Figures = dict[str, float]
 
@@ -74,16 +74,20 @@ class Truth:
         return cls(list(table), np.array(list(table.values())))
 
     def total(self, rating: Rating, how: str = "sum", blocks: Iterable[int] = (0, 1, 2)) -> np.ndarray:
-        """The score of every architecture: over the blocks, the sum of scores, of standardised scores, or of ranks."""
+        """The score of every architecture: the sum over the blocks, put together as combine.HOW says."""
         result = np.zeros(len(self.accuracy))
         for block in blocks:
-            values = np.array([rating[block][name] for name in self.names[block]])
-            result += COMBINE[how](values)[self.places[block]]
+            scores = combine.combined(rating[block], how)
+            result += np.array([scores[name] for name in self.names[block]])[self.places[block]]
         return result
 
     def with_size(self, score: np.ndarray) -> np.ndarray:
-        """Ranks of the score and of the sum of log channels, half each."""
-        return WITH_SIZE * stats.rankdata(score) + (1 - WITH_SIZE) * stats.rankdata(self.sizes["sum_log_channels"])
+        """The score and the sum of log channels, both standardised, half each."""
+        return combine.standardised(score) + combine.standardised(self.sizes["sum_log_channels"])
+
+    def with_size_ranks(self, score: np.ndarray) -> np.ndarray:
+        """The ranks of both, half each."""
+        return stats.rankdata(score) + stats.rankdata(self.sizes["sum_log_channels"])
 
     def figures(self, score: np.ndarray) -> dict[str, Figures]:
         """Spearman, Kendall, and Kendall within 10 % of parameters, on both parts."""
@@ -94,13 +98,6 @@ class Truth:
                             "kendall": float(stats.kendalltau(s, a).statistic),
                             "within": rank.within(self.sizes["params"][rows], {"score": s}, a)["score"]}
         return result
-
-
-COMBINE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "sum": lambda values: values,
-    "standardised": lambda values: (values - values.mean()) / max(values.std(), 1e-12),
-    "ranks": lambda values: stats.rankdata(values) / len(values),
-}
 
 
 def settings(truth: Truth, found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -120,18 +117,31 @@ def settings(truth: Truth, found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compared(truth: Truth, runs: list[dict[str, Any]], moment: str, score: str) -> dict[str, Any]:
+    """``how`` -> figures of each seed alone, with size, of the sums of seeds; then each block alone."""
     ratings = [[block["ratings"][moment][score] for block in run["blocks"]] for run in runs]
-    totals = {how: [truth.total(rating, how) for rating in ratings] for how in COMBINE}
-    summed = sum(stats.rankdata(total) for total in totals["standardised"])
-    pairs = [(i, j) for i in range(len(runs)) for j in range(i)]
-    return {
-        **{how: [truth.figures(total) for total in of] for how, of in totals.items()},
-        "with_size": [truth.figures(truth.with_size(total)) for total in totals["standardised"]],
-        "seeds_summed": truth.figures(summed), "seeds_summed_with_size": truth.figures(truth.with_size(summed)),
-        "between_seeds": [float(stats.spearmanr(totals["standardised"][i], totals["standardised"][j]).statistic)
-                          for i, j in pairs],
-        "blocks": [[float(stats.spearmanr(truth.total(rating, "sum", [b]), truth.accuracy).statistic)
-                    for b in range(3)] for rating in ratings]}
+    result: dict[str, Any] = {}
+    for how in combine.HOW:
+        totals = [combine.standardised(truth.total(rating, how)) for rating in ratings]
+        threes = [sum(totals[i:i + SUMMED]) for i in range(0, len(totals) - SUMMED + 1, SUMMED)]
+        result[how] = {
+            "alone": [truth.figures(total) for total in totals],
+            "with_size": [truth.figures(truth.with_size(total)) for total in totals],
+            "with_size_ranks": [truth.figures(truth.with_size_ranks(total)) for total in totals],
+            "summed": [truth.figures(total) for total in threes],
+            "summed_with_size": [truth.figures(truth.with_size(total)) for total in threes],
+            "between_seeds": [float(stats.spearmanr(totals[i], totals[j]).statistic)
+                              for i in range(len(totals)) for j in range(i)]}
+        if len(totals) > SUMMED:
+            result[how]["all_summed"] = truth.figures(sum(totals))
+            result[how]["all_summed_with_size"] = truth.figures(truth.with_size(sum(totals)))
+    result["blocks"] = [[_part_figures(truth, truth.total(rating, "sum", [b])) for b in range(3)] for rating in ratings]
+    result["blocks_0_1"] = [truth.figures(truth.total(rating, "layers", [0, 1])) for rating in ratings]
+    return result
+
+
+def _part_figures(truth: Truth, score: np.ndarray) -> Figures:
+    return {part: float(stats.spearmanr(score[rows], truth.accuracy[rows]).statistic)
+            for part, rows in truth.parts.items()}
 
 
 def markdown(result: dict[str, Any], part: str = "reporting") -> list[str]:
