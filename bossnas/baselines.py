@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -30,6 +30,16 @@ def size_baselines(table: CostTable, architectures: Sequence[Sequence[Path]], cl
     return {"params": sizes["params"] + np.array([sum(p.numel() for p in h.parameters()) for h in heads])[end_of],
             "macs": sizes["macs"] + (ends * classes)[end_of],
             "sum_channels": walked[:, 0], "sum_log_channels": walked[:, 1], "wide_candidates": walked[:, 2]}
+
+
+def log_channels(table: CostTable, block: int, prefix: Sequence[Path], paths: Iterable[Path]) -> dict[Path, float]:
+    """The sum of log channels of a block's paths, behind those of the blocks before it; without ``prefix`` behind any
+    that lead to them."""
+    layers, result = _Layers(table), {}
+    for path in paths:
+        before = prefix or next(winners for start, winners in table.starts[block].items() if path in start.paths)
+        result[path] = float(layers.walk([*before, path])[1] - layers.walk(before)[1])
+    return result
 
 
 class _Layers:

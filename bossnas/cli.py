@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bossnas import __version__, cli_networks, dist
-from bossnas.cli_options import ConfigFile, LocalRank, Overrides, Resume, check_writable
+from bossnas.cli_options import Combine, ConfigFile, LocalRank, Overrides, Resume, check_combine, check_writable
 from bossnas.config import load
 from bossnas.errors import ConfigError
 
@@ -53,8 +53,12 @@ def rate(run: Annotated[Path | None, typer.Argument(help="Run folder.")] = None,
 
 
 @app.command(epilog="Example: bossnas select runs/quickstart --max-macs 5M --max-params 1M --top 3 --front macs")
-def select(run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+def select(run: Annotated[list[Path], typer.Argument(help="Folder of a finished run; several, that differ in their "
+                                                          "seed: the sum of their ratings.")],
            score: Annotated[str | None, typer.Option(help="Score of the rating files; default: the run's own.")] = None,
+           combine: Combine = "sum",
+           with_size: Annotated[bool, typer.Option("--with-size", help="Count the log of the layers' channels as much "
+                                                   "as the rating.")] = False,
            max_macs: Annotated[str | None, typer.Option(help="Most multiply-adds of an image, such as 600M.")] = None,
            max_params: Annotated[str | None, typer.Option(help="Most parameters, such as 5M.")] = None,
            max_latency_ms: Annotated[str | None, typer.Option(help="Most milliseconds; needs --latency.")] = None,
@@ -66,6 +70,7 @@ def select(run: Annotated[Path, typer.Argument(help="Folder of a finished run.")
     from bossnas import select as selection
     from bossnas.runfolder import write_json
 
+    check_combine(combine)
     costs = {name: cost for cost, name in selection.NAMES.items()}
     if front is not None and front not in costs:
         raise ConfigError("--front", f"there is no cost {front!r}", f"choose {', '.join(costs)}")
@@ -73,8 +78,8 @@ def select(run: Annotated[Path, typer.Argument(help="Folder of a finished run.")
              "latency_ns": ("--max-latency-ms", max_latency_ms, 10 ** 6)}
     limits = {cost: _amount(*value) for cost, value in given.items() if value[1] is not None}
     check_writable(json)
-    result = selection.select(run, score=score, limits=limits, top=top, latencies=latency,
-                              front_cost=None if front is None else costs[front])
+    result = selection.select(run, score=score, how=combine, with_size=with_size, limits=limits, top=top,
+                              latencies=latency, front_cost=None if front is None else costs[front])
     typer.echo("\n".join(selection.lines(result)))
     if json is not None:
         write_json(json, result)
@@ -139,8 +144,7 @@ def rank_command(ratings: Annotated[list[Path], typer.Argument(
                                                                 "the run's, or told from the texts.")] = None,
                  score: Annotated[str | None, typer.Option(help="Score of the run, or column of the CSV.")] = None,
                  better: Annotated[str, typer.Option(help="Of scores in a CSV: higher | lower.")] = "higher",
-                 combine: Annotated[str, typer.Option(help="How the scores of blocks are put together: sum | "
-                                                           "standardised | layers | ranks.")] = "sum",
+                 combine: Combine = "sum",
                  seeds: Annotated[bool, typer.Option("--seeds", help="RATINGS are of several seeds: mean, deviation "
                                                      "and agreement, and figures of their sum.")] = False,
                  column: Annotated[str | None, typer.Option(help="Column of --accuracy; NATS-Bench: data set.")] = None,
@@ -155,15 +159,13 @@ def rank_command(ratings: Annotated[list[Path], typer.Argument(
     from rich.console import Console
 
     from bossnas import log, rank
-    from bossnas.combine import HOW
     from bossnas.compare import compare
     from bossnas.proxies import chosen
     from bossnas.runfolder import write_json
 
     if better not in ("higher", "lower"):
         raise ConfigError("--better", f"{better!r} is not known", "use higher or lower")
-    if combine not in HOW:
-        raise ConfigError("--combine", f"{combine!r} is not known", f"use {', '.join(HOW)}")
+    check_combine(combine)
     names = [] if proxies is None else chosen(proxies)
     check_writable(json)
     check_writable(plot, "--plot")

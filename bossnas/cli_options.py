@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from bossnas.combine import HOW
 from bossnas.errors import ConfigError
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="JSON or YAML config file.")]
@@ -16,7 +17,14 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE
 Resume = Annotated[str, typer.Option(
     metavar="auto|never|PATH", help="never: begin; auto: begin, or go on with the run that the folder holds; PATH: "
     "go on from that run, or from its RUN/checkpoints/NAME.")]
+Combine = Annotated[str, typer.Option("--combine", help="How the scores of blocks are put together: "
+                                      + " | ".join(HOW) + ".")]
 LocalRank = Annotated[int, typer.Option("--local_rank", hidden=True)]  # DeepSpeed's launcher gives it
+
+
+def check_combine(how: str) -> None:
+    if how not in HOW:
+        raise ConfigError("--combine", f"{how!r} is not known", f"use {', '.join(HOW)}")
 
 
 def check_writable(file: Path | None, field: str = "--json") -> None:

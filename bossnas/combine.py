@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import stats
 
 HOW = {
     "sum": "the scores as they are, as in the paper",
@@ -29,7 +28,8 @@ def combined(scores: Mapping[str, float], how: str) -> dict[str, float]:
     elif how == "layers":
         values = standardised(values) * math.sqrt(len(next(iter(scores))))
     elif how == "ranks":
-        values = (stats.rankdata(values) - 1) / max(len(values) - 1, 1)
+        below, upto = (np.searchsorted(np.sort(values), values, side) for side in ("left", "right"))
+        values = (below + upto - 1) / 2 / max(len(values) - 1, 1)  # equal ones share their mean rank
     return dict(zip(scores, values.tolist(), strict=True))
 
 
@@ -39,6 +39,15 @@ def standardised(values: np.ndarray) -> np.ndarray:
     return (values - values.mean()) / values.std() if spread else np.zeros(len(values))
 
 
-def summed(of_seeds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of several ratings of the same paths."""
-    return {path: sum(scores[path] for scores in of_seeds) / len(of_seeds) for path in of_seeds[0]}
+def together(ratings: Sequence[Sequence[Mapping[str, float]]], how: str) -> list[dict[str, float]]:
+    """Several ratings of the same paths as one, the mean of them; each rating is a list of its blocks' scores.
+
+    The blocks of each are `combined`, and then divided by the standard deviation of their sum over all combinations of
+    paths, so that every rating counts alike. A rating that is alone keeps its scale.
+    """
+    found = [[combined(block, how) for block in rating] for rating in ratings]
+    if len(found) == 1:
+        return found[0]
+    spreads = [math.sqrt(sum(np.var(list(block.values())) for block in rating)) or 1.0 for rating in found]
+    return [{path: sum(rating[b][path] / spread for rating, spread in zip(found, spreads, strict=True)) / len(found)
+             for path in block} for b, block in enumerate(found[0])]

@@ -99,7 +99,7 @@ def _read(sources: list[File], score: str | None, better: str, seeds: bool) -> l
         raise ConfigError("--seeds", "puts ratings of several seeds together, but one is named", "name two or more, or "
                           "leave it out")
     if len({source.resolve() for source in sources}) < len(sources):
-        raise ConfigError("RATINGS", "name a rating twice", "name each seed once")
+        raise ConfigError("RATINGS", "the same rating is named twice", "name each seed once")
     ratings = [tables.read_scores([source], score, better) for source in sources]
     for source, rating in zip(sources, ratings, strict=True):
         for what in ("name", "better"):

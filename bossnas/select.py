@@ -7,38 +7,43 @@ that no other dominates, in the score and every cost that is limited.
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path as Folder
 from typing import Any
 
 import numpy as np
 
-from bossnas import latency, runfolder, spaces
+from bossnas import baselines, combine, latency, runfolder, spaces
 from bossnas.cost import COSTS, CostTable
 from bossnas.errors import ConfigError
 from bossnas.graph import NO_LIMIT, Graph, Options, Selected, greedy, size
 from bossnas.pareto import nondominated
-from bossnas.paths import Path, encode
+from bossnas.paths import Path, decode, encode
 
 MERGED = 2_000_000  # rows of sums that are made at once
 NAMES = {"macs": "macs", "params": "params", "latency_ns": "latency_ms"}  # of the costs, in results
 FLAGS = {"macs": "--max-macs", "params": "--max-params", "latency_ns": "--max-latency-ms"}
 
 
-def select(folder: Folder, *, score: str | None = None, limits: dict[str, int] | None = None, top: int = 5,
-           front_cost: str | None = None, latencies: Folder | None = None) -> dict[str, Any]:
-    """Selects from the ratings of a finished run; the result as plain values, ready for JSON.
+def select(folders: Sequence[Folder], *, score: str | None = None, how: str = "sum", with_size: bool = False,
+           limits: dict[str, int] | None = None, top: int = 5, front_cost: str | None = None,
+           latencies: Folder | None = None) -> dict[str, Any]:
+    """Selects from the ratings of a finished run, or of several that differ in their seed; plain values, for JSON.
 
-    ``limits``: the highest value allowed of each cost, by name of COSTS. ``front_cost``: a name of COSTS, adds the
-    Pareto front against it. ``latencies``: a file of `bossnas cost --measure`. Raises ConfigError for what the user can
-    mend, such as limits that no rated architecture meets.
+    ``how``: how the scores of blocks are put together, a name of combine.HOW. ``with_size``: the rating and the sum of
+    the logarithms of the layers' channels count alike. ``limits``: the highest value allowed of each cost, by name of
+    COSTS. ``front_cost``: a name of COSTS, adds the Pareto front against it. ``latencies``: a file of `bossnas cost
+    --measure`. Raises ConfigError for what the user can mend, such as limits that no rated architecture meets.
     """
+    folder = folders[0]
     limits, config = limits or {}, runfolder.read_config(folder)
     if latencies is None and "latency_ns" in (*limits, front_cost):
         raise ConfigError("--latency", "is needed to select by latency", "name a table of bossnas cost --measure")
-    ratings = runfolder.read_ratings(folder, score)
+    runs = _read(folders, score)
     space = spaces.make(**config.space.model_dump())
     table = CostTable.of(space, config.space.image_size)
+    ratings = _together(runs, how, table if with_size else None)
     if latencies is not None:
         table = latency.attach(table, latencies, f"bossnas cost --config {folder}/config.json --measure --json FILE")
     graph = Graph(table, ratings)
@@ -54,7 +59,8 @@ def select(folder: Folder, *, score: str | None = None, limits: dict[str, int] |
                 "exceeds": [FLAGS[name] for name in limits if getattr(selected.cost, name) > limits[name]],
                 "describe": space.describe(selected.architecture)}
 
-    result = {"space": config.space.model_dump(mode="json"), "score": ratings[0].score, "better": ratings[0].better,
+    result = {"runs": [str(f) for f in folders], "space": config.space.model_dump(mode="json"),
+              "score": ratings[0].score, "better": ratings[0].better, "combine": how, "with_size": with_size,
               "architectures": size(table), "rated": graph.size(),
               "limits": {NAMES[name]: value / 1e6 if name == "latency_ns" else value for name, value in limits.items()},
               "greedy": row(plain) if plain else None, "top": [row(selected) for selected in chosen]}
@@ -62,6 +68,48 @@ def select(folder: Folder, *, score: str | None = None, limits: dict[str, int] |
         result["front"] = {"cost": NAMES[front_cost],
                            "points": [row(selected) for selected in front(graph, limits, front_cost)]}
     return result
+
+
+def _read(folders: Sequence[Folder], score: str | None) -> list[list[runfolder.BlockRating]]:
+    """The ratings of every run. Raises ConfigError where they cannot be summed."""
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ConfigError("RUN", "the same run is named twice", "name each run once")
+    runs = [runfolder.read_ratings(folder, score) for folder in folders]
+    first, space = runs[0], runfolder.read_config(folders[0]).space
+    for folder, ratings in zip(folders[1:], runs[1:], strict=True):
+        if runfolder.read_config(folder).space != space:
+            raise ConfigError("RUN", f"{folder} searched in another space than {folders[0]}",
+                              "name runs that differ in their seed alone")
+        if (ratings[0].score, ratings[0].better) != (first[0].score, first[0].better):
+            raise ConfigError("--score", f"{folders[0]} was rated by {first[0].score}, {folder} by {ratings[0].score}",
+                              "name a score that all of them hold")
+        if len(ratings) != len(first):
+            raise ConfigError("RUN", f"{folder} has ratings of {len(ratings)} blocks, {folders[0]} of {len(first)}",
+                              "finish all searches first")
+        for one, other in zip(first, ratings, strict=True):
+            if one.scores.keys() != other.scores.keys():
+                raise ConfigError("RUN", f"block {one.block} was rated with other paths in {folder} than in "
+                                  f"{folders[0]}, since the blocks before it ended elsewhere", "name runs whose "
+                                  "winners leave the same paths open, or select from each run by itself")
+    return runs
+
+
+def _together(runs: list[list[runfolder.BlockRating]], how: str,
+              table: CostTable | None) -> list[runfolder.BlockRating]:
+    """The runs' ratings as one; with a table, half of it the sum of log channels."""
+    first = runs[0]
+    blocks = combine.together([[rating.scores for rating in ratings] for ratings in runs], how)
+    if table is not None:
+        sign = 1 if first[0].better == "higher" else -1
+        sizes = []
+        for r in first:
+            logs = baselines.log_channels(table, r.block, [decode(p) for p in r.prefix], map(decode, r.scores))
+            sizes.append({encode(path): sign * value for path, value in logs.items()})
+        if all(len(set(size.values())) == 1 for size in sizes):
+            raise ConfigError("--with-size", "all rated architectures have the same numbers of channels",
+                              "leave it out; a limit such as --max-params keeps sizes apart")
+        blocks = combine.together([blocks, sizes], "sum")
+    return [replace(rating, scores=scores) for rating, scores in zip(first, blocks, strict=True)]
 
 
 def lines(result: dict[str, Any]) -> list[str]:
@@ -73,7 +121,11 @@ def lines(result: dict[str, Any]) -> list[str]:
                 f"{milliseconds}   {row['architecture']}{exceeds}")
 
     limits = ", ".join(f"{name} <= {value}" for name, value in result["limits"].items()) or "none"
-    text = [f"{result['space']['name']}, {result['score']} ({result['better']} is better); limits: {limits}",
+    seeds = f" of {len(result['runs'])} runs" if len(result["runs"]) > 1 else ""
+    how = "" if result["combine"] == "sum" else f", {result['combine']}"
+    size = " with size" if result["with_size"] else ""
+    text = [f"{result['space']['name']}, {result['score']}{seeds}{how}{size} ({result['better']} is better); limits: "
+            f"{limits}",
             f"the ratings cover {result['rated']} of the space's {result['architectures']} architectures",
             f"{'':>8} {'score':>12} {'multiply-adds':>14} {'parameters':>12}"
             + (f"{'latency':>13}" if "latency_ms" in result["top"][0] else "")]
