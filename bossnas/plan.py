@@ -22,6 +22,7 @@ from bossnas.errors import ConfigError
 from bossnas.machine import GIB, Rates
 from bossnas.paths import encode
 from bossnas.sharding import ENGINES, RESERVED, Task, memory, split
+from bossnas.train import sample_paths
 from bossnas.workload import WEIGHT, Workload
 
 SCHEDULES = ("sequential", "block_parallel")
@@ -146,7 +147,7 @@ class _Search:
                 "idle": idle, "images_per_s": loading * cut["shards"], "cores_per_gpu": loading * self.core_ms() / 1e3}
 
     def task(self, block: int, engine: str, cut: dict[str, Any]) -> Task:
-        paths = len(self.space.sample(block, self.counts.winners[:block], np.random.default_rng(0)))
+        paths = len(sample_paths(self.space, block, self.counts.winners[:block], 0, 0, self.config.train.paths))
         return Task(engine, cut["shards"], cut["accumulate"], cut["micro_batch"], 2 * self.space.view_pairs, paths,
                     self.space.layers(block), self.config.heads.out, self.all_blocks[block],
                     self.counts.typical(block, cut["micro_batch"]))

@@ -62,8 +62,8 @@ class Task:
 
     def shuffle(self) -> tuple[float, int]:
         """Bytes that a rank receives in an update, and collectives, to shuffle target batches: inputs and projections,
-        of which a rank gets its own rows, most of them from others."""
-        if self.shards == 1:
+        of which a rank gets its own rows, most of them from others. None where no target network runs."""
+        if self.shards == 1 or not len(self.micro.phases["target"]):
             return 0.0, 0
         others, items = (self.shards - 1) / self.shards * self.images * self.accumulate, 2 * self.paths
         projection = self.out * (self.block.input_bytes // math.prod(self.block.input_shape))

@@ -81,7 +81,6 @@ def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space:
     online.part(block).train()
     target.part(block).train()
     warmup = round(settings.warmup_epochs * steps_per_epoch * accumulate)
-    bootstraps = settings.objective != "instance"
 
     while state.step < total:
         started = time.perf_counter()
@@ -99,7 +98,7 @@ def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space:
                 order = torch.from_numpy(rng.permutation(n * ranks))
 
             targets_a, targets_b = [], []
-            if bootstraps:
+            if settings.objective != "instance":
                 with torch.no_grad(), engine.autocast():
                     projections = _targets(target, block, paths, pairs, features, order, group)
                 targets_a, targets_b = projections[0::2], projections[1::2]
@@ -110,15 +109,7 @@ def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space:
                 items = [Item(paths[j], features[v]) for j in chosen for v in (j % pairs, j % pairs + pairs)]
                 with engine.autocast():
                     projections = online.embed(block, items, recompute=settings.activation_checkpointing)
-                    losses = []
-                    if bootstraps:
-                        predicted = _predict(predictor, projections)
-                        losses += [bootstrap.ensemble_loss(predicted[0::2], targets_b),
-                                   bootstrap.ensemble_loss(predicted[1::2], targets_a)]
-                    if settings.objective != "bootstrap":
-                        losses.append(bootstrap.instance_loss(projections[0::2], projections[1::2],
-                                                              settings.temperature))
-                    loss = sum(losses).sum()
+                    loss = _loss(settings, predictor, projections, targets_a, targets_b)
                 engine.micro(loss, last=m == accumulate - 1 and chosen.stop == len(paths))
                 loss_sum += loss.detach() / len(paths)
                 spread_sum += bootstrap.spread(projections[0].detach()) * len(chosen) / len(paths)
@@ -150,6 +141,19 @@ def _targets(target: Supernet, block: int, paths: list[Path], pairs: int, featur
     items = [Item(path, shown[v]) for j, path in enumerate(paths) for v in (j % pairs, j % pairs + pairs)]
     projections = target.embed(block, items)
     return projections if order is None else [dist.shuffle(t, order.argsort(), group) for t in projections]
+
+
+def _loss(settings: TrainConfig, predictor: nn.Module, projections: list[Tensor], targets_a: list[Tensor],
+          targets_b: list[Tensor]) -> Tensor:
+    """The objective of some paths, summed over them; ``projections`` of view A and view B by turns."""
+    total = torch.zeros((), device=projections[0].device)
+    if settings.objective != "instance":
+        predicted = _predict(predictor, projections)
+        total = (bootstrap.ensemble_loss(predicted[0::2], targets_b)
+                 + bootstrap.ensemble_loss(predicted[1::2], targets_a)).sum()
+    if settings.objective != "bootstrap":
+        total = total + bootstrap.instance_loss(projections[0::2], projections[1::2], settings.temperature).sum()
+    return total
 
 
 def _predict(predictor: nn.Module, projections: list[Tensor]) -> list[Tensor]:

@@ -149,7 +149,7 @@ class Workload:
         shape, pairs = self.input_shape(block, winners), self.space.view_pairs
         macs, sizes = [], []
         for step in range(DRAWS):
-            paths = sample_paths(self.space, block, winners, self.seed, 2 * step)
+            paths = sample_paths(self.space, block, winners, self.seed, 2 * step, self.train.paths)
             nodes = self._nodes(block, shape, [(j % pairs, path) for j, path in enumerate(paths)]).values()
             macs.append(sum(entry.cost.macs for entry in nodes))
             sizes.append(sum(math.prod(entry.shape) for entry in nodes))
@@ -205,7 +205,7 @@ def count_micro(online: Supernet, target: Supernet, predictor: nn.Module, space:
     with Meter("prefix") as before, torch.no_grad(), protocol.autocast("cpu", settings.precision):
         features = [target.features(winners, x) for x in views]
     meter = Meter("start")
-    engine = _Counting(meter, settings.precision)
+    engine = _Counting(meter, settings)
     loop = train_block(online, target, predictor, space, engine, iter([features]), RunState(block, step),
                        settings.model_copy(update={"epochs": 1, "warmup_epochs": 0}), prefix=list(winners),
                        accumulate=2, steps_per_epoch=step + 1, seed=seed, device=torch.device("cpu"))
@@ -217,7 +217,7 @@ def count_micro(online: Supernet, target: Supernet, predictor: nn.Module, space:
     trained.zero_grad(set_to_none=True)
     if settings.sync_batch_norm:
         ops.synchronise(trained, target.part(block), average=None)
-    rows = {"prefix": before.rows.get("prefix", []) if block else [], **meter.rows}
+    rows = {"prefix": before.rows.get("prefix", []) if block else [], "target": [], **meter.rows}
     rows.pop("start", None)
     phases = {name: np.array(found, np.float64).reshape(-1, 3) for name, found in rows.items()}
     return Micro(phases, engine.kept, meter.peak, sum(p.numel() for p in moved), (len(averages), sum(averages)))
@@ -241,12 +241,12 @@ class _Averaged(torch.autograd.Function):
 class _Counting:
     """Stands in for an engine: says which phase runs, and goes back through a loss without taking a step."""
 
-    def __init__(self, meter: Meter, precision: str):
-        self.meter, self.precision = meter, precision
+    def __init__(self, meter: Meter, settings: TrainConfig):
+        self.meter, self.precision, self.targets = meter, settings.precision, settings.objective != "instance"
         self.kept, self.loss_scale = 0, 1.0
 
     def autocast(self) -> AbstractContextManager:
-        self.meter.phase = "target" if self.meter.phase == "start" else "online"
+        self.meter.phase = "target" if self.meter.phase == "start" and self.targets else "online"
         return protocol.autocast("cpu", self.precision)
 
     def micro(self, loss: Tensor, last: bool) -> None:

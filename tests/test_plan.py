@@ -115,7 +115,7 @@ def test_activations_are_what_autograd_saves(more, block):
         predicted = predictor(torch.cat(projections), len(projections)).split([len(x) for x in projections])
         loss = (bootstrap.ensemble_loss(predicted[0::2], of_target[1::2])
                 + bootstrap.ensemble_loss(predicted[1::2], of_target[0::2])).sum()
-    for tensor in [*projections, *predicted, loss]:
+    for tensor in [*projections, loss]:
         hold(tensor)
     given = {t.untyped_storage()._cdata for t in [*views, *online.parameters(), *predictor.parameters(),
                                                   *online.buffers(), *predictor.buffers()]}
@@ -147,6 +147,15 @@ def test_multiply_adds_are_those_of_the_networks(tiny):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             predictor(torch.zeros(8 * len(everything), 8), len(everything))
         assert (macs[1] - macs[0]) * 8 * 2 == counter.get_total_flops()
+
+
+def test_instance_discrimination_needs_no_target_network_and_fewer_paths_are_less_work(tiny):
+    whole, instance, few = (counts(*more).micro(0, [], 3, 8).phases for more in (
+        (), ("train.objective=instance",), ("train.paths=2",)))
+    assert not len(instance["target"]) and few["target"][:, :2].sum() < whole["target"][:, :2].sum()
+    assert few["online"][:, :2].sum() < whole["online"][:, :2].sum()
+    both = counts("train.objective=both").micro(0, [], 3, 8).phases
+    assert both["online"][:, :2].sum() > whole["online"][:, :2].sum() > instance["online"][:, :2].sum()
 
 
 def test_a_backward_pass_is_two_forward_passes(tiny):

@@ -94,6 +94,37 @@ def test_every_sampled_candidate_moves_and_no_other(name):
     assert not any(k.startswith(("blocks.1", "projectors.1")) for k in moved), "later blocks are not trained"
 
 
+def test_instance_loss_is_cross_entropy_over_the_images_in_both_directions():
+    a, b = torch.randn(2, 3, 5, 7, dtype=torch.float64)
+    found = bootstrap.instance_loss(list(a), list(b), 0.3)
+    for p in range(3):
+        table = F.normalize(a[p]) @ F.normalize(b[p]).T / 0.3
+        right = torch.arange(5)
+        expected = (F.cross_entropy(table, right) + F.cross_entropy(table.T, right)) / 2
+        assert found[p].item() == pytest.approx(expected.item(), abs=1e-12)
+    assert bootstrap.instance_loss([torch.ones(4, 2)], [torch.ones(4, 2)], 0.1).item() == pytest.approx(math.log(4))
+
+
+def test_objectives_and_the_number_of_paths():
+    """Instance discrimination leaves the predictor alone; both losses add up; fewer paths train fewer candidates."""
+    moved = {}
+    for objective in ("bootstrap", "instance", "both"):
+        run = setup("nats", objective=objective)
+        before = snapshot(run.predictor)
+        step, = train(run, steps=1)
+        changed = [k for k, v in run.predictor.state_dict().items() if not torch.equal(v, before[k])]
+        assert bool(changed) == (objective != "instance")
+        moved[objective] = step.loss
+    assert moved["both"] == pytest.approx(moved["bootstrap"] + moved["instance"], abs=1e-5)
+    assert 0 < moved["instance"] < 2 * math.log(8) and -4 <= moved["bootstrap"] <= 4
+    run = setup("nats", paths=2)
+    train(run, steps=1)
+    cell = run.online.blocks[0][1].first.norms
+    fresh = setup("nats").online.blocks[0][1].first.norms
+    used = {i for i in range(8) if not torch.equal(cell[i].weight, fresh[i].weight)}
+    assert used == {path[1] for path in sample_paths(run.space, 0, [], 0, 0)[:2]}
+
+
 def test_loss_and_gradient_follow_the_method():
     """One step against METHOD 3.3 written out: sum over paths, ensemble targets, mean logged."""
     run = setup(lr=1e-3)

@@ -7,8 +7,13 @@ import json
 import pytest
 import ranks
 
+OBJECTIVES = [{"engine": "ddp", "space": "nats", "objective": "instance", "paths": 3},
+              {"engine": "fsdp2", "space": "hytra", "objective": "both"},
+              {"engine": "fsdp2", "space": "nats", "objective": "instance"}]
 DEEPSPEED = [{"engine": "deepspeed", "space": "hytra", "section": {"zero_optimization": {"stage": stage}},
               "rate": stage == 2} for stage in (0, 2)]
+DEEPSPEED.append({"engine": "deepspeed", "space": "nats", "section": {"zero_optimization": {"stage": 1}},
+                  "objective": "instance"})
 OWN = [{"engine": engine, "space": space, "recompute": recompute} for engine, space, recompute in (
     ("ddp", "hytra", False), ("ddp", "mbconv", True), ("ddp", "nats", False), ("fsdp2", "hytra", False),
     ("fsdp2", "hytra", True), ("fsdp2", "mbconv", False), ("fsdp2", "mbconv", True), ("fsdp2", "nats", False),
@@ -24,7 +29,7 @@ def start(cases):
 
 
 def test_two_ranks_train_as_the_method_says_and_with_synchronised_norms_as_one_rank():
-    start(OWN + SYNC)
+    start(OWN + OBJECTIVES + SYNC)
 
 
 def test_two_deepspeed_ranks_train_and_rate_as_the_method_says():

@@ -1,6 +1,7 @@
 """One rank of test_train_ranks.py: training steps and a rating on several ranks against one process doing it all.
 
-Arguments: JSON list of cases: engine, space, and optionally section, recompute, sync, own_group, rate (afterwards).
+Arguments: JSON list of cases: engine, space, and optionally section, recompute, sync, own_group, objective, paths, rate
+(afterwards).
 In float64, with engine deepspeed in float32.
 """
 
@@ -27,6 +28,7 @@ from bossnas.train import SHUFFLE, RunState, sample_paths, train_block
 
 N, ACCUMULATE, LR, STEPS = 4, 2, 0.1, 2
 EPOCHS, STEPS_PER_EPOCH = 2, 2
+TEMPERATURE = 0.3
 WIDTHS = {"hytra": 0.125, "mbconv": 0.125, "nats": 0.25}
 
 
@@ -43,7 +45,8 @@ def views_of(space, rank: int, micro: int, dtype: torch.dtype) -> list[torch.Ten
 
 
 @cache
-def by_hand(world: int, name: str, dtype: torch.dtype, shuffled: bool = True) -> tuple[list, list, float]:
+def by_hand(world: int, name: str, dtype: torch.dtype, shuffled: bool = True, objective: str = "bootstrap",
+            most: int | None = None) -> tuple[list, list, float]:
     """METHOD 3.3 and 3.4 for all ranks in one process; the engine and the loop have no part in it. -> parameters of the
     trained modules, of the target network, loss of the last step."""
     space, online, target, predictor = build(name, dtype)
@@ -53,7 +56,7 @@ def by_hand(world: int, name: str, dtype: torch.dtype, shuffled: bool = True) ->
     for step in range(STEPS):
         logged = []
         for micro in range(step * ACCUMULATE, (step + 1) * ACCUMULATE):
-            paths = sample_paths(space, 0, [], 0, micro)
+            paths = sample_paths(space, 0, [], 0, micro)[:most]
             views = [views_of(space, r, micro, dtype) for r in range(world)]
             order = np.random.default_rng([0, SHUFFLE, 0, micro]).permutation(N * world)
             order = torch.from_numpy(order if shuffled else np.arange(N * world))
@@ -71,9 +74,14 @@ def by_hand(world: int, name: str, dtype: torch.dtype, shuffled: bool = True) ->
             for r in range(world):
                 mine = slice(r * N, (r + 1) * N)
                 for j, path in enumerate(paths):
-                    a, b = (predictor(online.embed(0, [Item(path, views[r][v])])[0])
-                            for v in (j % pairs, j % pairs + pairs))
-                    loss = bootstrap.path_loss(a, b, t_a[mine], t_b[mine]).mean()
+                    o_a, o_b = (online.embed(0, [Item(path, views[r][v])])[0] for v in (j % pairs, j % pairs + pairs))
+                    loss = torch.zeros((), dtype=dtype)
+                    if objective != "instance":
+                        loss = bootstrap.path_loss(predictor(o_a), predictor(o_b), t_a[mine], t_b[mine]).mean()
+                    if objective != "bootstrap":
+                        table = F.normalize(o_a) @ F.normalize(o_b).T / TEMPERATURE
+                        right = torch.arange(N)
+                        loss = loss + (F.cross_entropy(table, right) + F.cross_entropy(table.T, right)) / 2
                     (loss / ACCUMULATE / world).backward()
                     logged.append(loss.item())
         optimizer.step()
@@ -97,7 +105,8 @@ def train(case: dict, dtype: torch.dtype, batches: list[list[torch.Tensor]], gro
     part, followers = engine.wrap(trained, target.part(0), lambda module, followers, sharded: LARS(
         parameter_groups(module, followers), LR, sharded=sharded))
     settings = TrainConfig(batch=n * world * ACCUMULATE, micro_batch=n, epochs=EPOCHS, lr=LR, warmup_epochs=0,
-                           activation_checkpointing=case.get("recompute", False))
+                           activation_checkpointing=case.get("recompute", False), temperature=TEMPERATURE,
+                           objective=case.get("objective", "bootstrap"), paths=case.get("paths"))
     steps = train_block(
         online.replaced(0, part), target.replaced(0, followers), part["predictor"], space, engine, iter(batches),
         RunState(), settings, prefix=[], accumulate=ACCUMULATE, steps_per_epoch=STEPS_PER_EPOCH, seed=0,
@@ -125,7 +134,8 @@ def check(case: dict) -> None:
     space = build(case["space"], dtype)[0]
     mine = [views_of(space, rank, micro, dtype) for micro in range(STEPS * ACCUMULATE)]
     group = torch.distributed.new_group(list(range(world))) if case.get("own_group") else None
-    expected = dist.from_main(lambda: by_hand(world, case["space"], dtype))
+    plan = {"objective": case.get("objective", "bootstrap"), "most": case.get("paths")}
+    expected = dist.from_main(lambda: by_hand(world, case["space"], dtype, **plan))
     if case.get("sync"):  # as one process with the whole batch, in which no group has more than one rank
         alone = [torch.distributed.new_group([r]) for r in range(world)][rank]
         views = [[views_of(space, r, micro, dtype) for r in range(world)] for micro in range(STEPS * ACCUMULATE)]
@@ -133,8 +143,11 @@ def check(case: dict) -> None:
         *_, truth_target, _, truth, last = train({"engine": "ddp", "space": case["space"]}, dtype, whole, alone)
         other, expected = expected, (tensors(truth), tensors(truth_target), last.loss)
         what = "norms of one rank"
+    elif case.get("objective") == "instance":
+        other, what = dist.from_main(lambda: by_hand(world, case["space"], dtype)), "the other objective"
     else:
-        other, what = dist.from_main(lambda: by_hand(world, case["space"], dtype, shuffled=False)), "a missing shuffle"
+        other = dist.from_main(lambda: by_hand(world, case["space"], dtype, shuffled=False, **plan))
+        what = "a missing shuffle"
     space, online, target, predictor, trained, step = train(case, dtype, mine, group)
     assert abs(step.loss - expected[2]) < 1e-5, (case, step.loss, expected[2])
     off = difference(tensors(trained), expected[0]), difference(tensors(target), expected[1])
