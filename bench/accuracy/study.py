@@ -77,6 +77,8 @@ def _settings() -> dict[str, Setting]:
     for temperature in ("0.1", "0.5"):
         found[f"instance-t{temperature}"] = Setting((instance, f"train.temperature={temperature}"))
         found[f"untrained-t{temperature}"] = Setting((f"rating.temperature={temperature}",), train=False)
+    found["untrained-t1"] = Setting(("rating.temperature=1",), train=False)
+    found["bootstrap-score-t0.5"] = Setting((bootstrap, "rating.temperature=0.5"))
     found["untrained-images32"] = Setting(("space.image_size=32",), train=False)
     found["untrained-val2048"] = Setting(("data.val_images=2048",), train=False)
     return found
