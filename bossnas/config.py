@@ -89,7 +89,7 @@ class TrainConfig(Section):
 class RatingConfig(Section):
     score: Literal["population_centre", "instance_discrimination", "pooled_instance_discrimination", "view_agreement",
                    "pooled_view_agreement", "effective_rank"] = Field(
-        "population_centre", description="which score chooses the winners; the ratings hold all of them. Of the "
+        "pooled_instance_discrimination", description="which score chooses the winners; the ratings hold all. Of the "
         "projections, or (pooled) of the block's output, averaged over the map")
     temperature: float = Field(0.2, gt=0, description="of instance discrimination")
     max_gib: float | None = Field(None, gt=0, description="memory for the paths that are rated together, GiB; null: "
