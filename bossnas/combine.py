@@ -21,7 +21,7 @@ HOW = {
 
 def combined(scores: Mapping[str, float], how: str) -> dict[str, float]:
     """A block's scores (encoded path -> value), made fit to be added to those of other blocks; which of two values is
-    the better one stays as it is. ``how``: a name of HOW. Equal scores become zeros."""
+    the better one stays as it is, and equal ones stay equal. ``how``: a name of HOW."""
     values = np.array(list(scores.values()), np.float64)
     if how == "standardised":
         values = standardised(values)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bossnas import cost, spaces, standalone
-from bossnas.baselines import DEFINITIONS, size_baselines
+from bossnas.baselines import DEFINITIONS, log_channels, size_baselines
 from bossnas.paths import decode
 
 
@@ -59,3 +59,17 @@ def test_the_whole_space_is_counted():
     assert len(every) == 32_768 and all(len(values) == 32_768 for values in found.values())
     assert len(np.unique(found["sum_log_channels"])) == 336  # as many products of five widths
     assert found["params"].dtype == found["macs"].dtype == np.int64
+
+
+@pytest.mark.parametrize("name, text", [("nats", "03|47|5"), ("hytra", "5433|3230|0010|0000")])
+@pytest.mark.parametrize("known", [True, False])
+def test_log_channels_of_blocks_add_up_to_those_of_the_architecture(name, text, known):
+    space, (architecture,), found = sizes(name, [text], width=0.25)
+    table, total = cost.CostTable.of(space, 32), 0.0
+    for block, path in enumerate(architecture):
+        prefix = architecture[:block] if known or name == "hytra" else []
+        paths = space.paths(block, architecture[:block])
+        logs = log_channels(table, block, prefix, paths)
+        assert list(logs) == paths
+        total += logs[path]
+    assert total == pytest.approx(found["sum_log_channels"][0])

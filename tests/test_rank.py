@@ -266,8 +266,8 @@ def test_hytra_ratings_hold_only_at_the_scale_where_they_were_made(tmp_path):
     texts = {"5444|2222|0000|0000": 15, "5444|3333|0000|1111": 17, "5444|2222|0000|0010": None,
              "5433|2222|0000|0000": None}
     wanted = reader.read_all(dict.fromkeys(texts, 0.0), "--accuracy", run)
-    rated, sums = compare._rate(reader, tables.read_scores([run]), list(wanted), [run])
-    assert {"|".join(map(encode, architecture)): value for architecture, value in zip(rated, sums, strict=True)} == {
+    found = compare._rate(reader, tables.read_scores([run]), list(wanted), run, "sum")
+    assert {"|".join(map(encode, architecture)): sum(blocks) for architecture, blocks in found.items()} == {
         text: value for text, value in texts.items() if value is not None}
 
 
@@ -285,6 +285,80 @@ def test_ratings_without_a_prefix_hold_everywhere_and_a_wrong_prefix_is_refused(
         run = run_folder(tmp_path / name, {"name": "hytra"}, winners, hytra)
         said = refused(capsys, run, "--accuracy", tmp_path / "hytra.csv")
         assert f"block 1 was rated on {winners[0]}, which the space does not have" in said
+
+
+def seed_folders(folder, count=3, noise=2.0):
+    """Run folders of a NATS search whose seeds see the ids of the widths through noise of their own; block 1 is on
+    another scale."""
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        ratings = [{encode(p): float(scale * (sum(p) + noise * rng.normal())) for p in all_paths([8] * layers)}
+                   for layers, scale in ((2, 1), (2, 0.01), (1, 1))]
+        run_folder(folder / f"seed{seed}", {"name": "nats", "image_size": 32}, ["77", "77"], ratings, better="higher")
+    return [folder / f"seed{seed}" for seed in range(count)]
+
+
+def test_several_seeds_are_summed_and_compared(tmp_path, capsys):
+    """Every figure of a seed is that of the seed ranked by itself; their sum is better than each, and they agree as
+    much as the noise leaves them."""
+    runs, out = seed_folders(tmp_path), tmp_path / "out.json"
+    _, accuracy = nats_files(tmp_path, every=150)
+    code, said = ranked(capsys, *runs, "--seeds", "--accuracy", accuracy, "--bootstrap", "10", "--json", out)
+    whole = json.loads(out.read_text())
+    assert code == 0 and "mean ± deviation" in said and "their sum" in said and all(str(r.name) in said for r in runs)
+    alone = []
+    for run in runs:
+        assert ranked(capsys, run, "--accuracy", accuracy, "--bootstrap", "10", "--json", out)[0] == 0
+        alone.append(json.loads(out.read_text()))
+        assert "seeds" not in alone[-1]
+    for key in COEFFICIENTS:
+        of_seeds = [found[key]["value"] for found in alone]
+        assert [row[key] for row in whole["seeds"]["each"]] == pytest.approx(of_seeds)
+        assert whole["seeds"]["mean"][key] == pytest.approx(np.mean(of_seeds))
+        assert whole["seeds"]["std"][key] == pytest.approx(np.std(of_seeds, ddof=1))
+        assert whole[key]["value"] > max(of_seeds)
+    for block in range(3):
+        of_seeds = [found["blocks"][block]["spearman"] for found in alone]
+        assert [row["spearman"] for row in whole["seeds"]["blocks"][block]["each"]] == pytest.approx(of_seeds)
+    agreement = whole["seeds"]["agreement"]
+    values = [list(json.loads((run / "ratings/block_0.json").read_text())["scores"]["a"].values()) for run in runs]
+    pairs = [stats.spearmanr(values[i], values[j])[0] for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert agreement["blocks"][0] == pytest.approx({"paths": 64, "mean": np.mean(pairs), "least": min(pairs)})
+    assert 0.3 < agreement["together"]["least"] <= agreement["together"]["mean"] < 0.95
+
+
+def test_how_blocks_are_put_together_and_size(tmp_path, capsys):
+    """A block on another scale hardly counts in the plain sum, but does otherwise; with size the result orders as a sum
+    by hand does."""
+    run, out = seed_folders(tmp_path, 1)[0], tmp_path / "out.json"
+    _, accuracy = nats_files(tmp_path, every=150)
+    found = {}
+    for how in ("sum", "standardised", "layers", "ranks"):
+        code, said = ranked(capsys, run, "--accuracy", accuracy, "--combine", how, "--bootstrap", "10", "--json", out)
+        found[how] = json.loads(out.read_text())
+        assert code == 0 and found[how]["combine"] == how and "block 2" in said
+        assert [row["spearman"] for row in found[how]["blocks"]] == pytest.approx(
+            [row["spearman"] for row in found["sum"]["blocks"]])
+    assert all(found[how]["spearman"]["value"] > found["sum"]["spearman"]["value"] + 0.1
+               for how in ("standardised", "layers", "ranks"))
+    channels = list(itertools.product(range(8, 65, 8), repeat=5))[::150]
+    ratings = [json.loads((run / f"ratings/block_{b}.json").read_text())["scores"]["a"] for b in range(3)]
+    score = np.array([sum(ratings[b]["".join(str(c // 8 - 1) for c in part)] for b, part in enumerate(
+        (row[:2], row[2:4], row[4:]))) for row in channels])
+    size, truth = np.log(channels).sum(1), np.sum(channels, 1)
+    both = (score - score.mean()) / score.std() + (size - size.mean()) / size.std()
+    assert found["sum"]["with_size"]["spearman"]["value"] == pytest.approx(stats.spearmanr(both, truth)[0])
+
+
+def test_seeds_that_cannot_be_summed_are_refused(tmp_path, capsys):
+    runs = seed_folders(tmp_path, 2)
+    scores, accuracy = nats_files(tmp_path)
+    assert "--seeds: puts ratings of several seeds" in refused(capsys, runs[0], "--seeds", "--accuracy", accuracy)
+    assert "named twice" in refused(capsys, runs[0], runs[0], "--seeds", "--accuracy", accuracy)
+    assert "no ratings of the same kind" in refused(capsys, runs[0], scores, "--seeds", "--accuracy", accuracy)
+    assert "--combine: 'best' is not known; use sum" in refused(capsys, runs[0], "--accuracy", accuracy, "--combine",
+                                                                "best")
+    assert "cannot tell what" in refused(capsys, *runs, "--accuracy", accuracy)
 
 
 def test_equal_sets_of_paths_are_kept_once():

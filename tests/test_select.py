@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from torch import nn
 
-from bossnas import cli, cost, runfolder, select, spaces
+from bossnas import cli, combine, cost, runfolder, select, spaces
 from bossnas.config import dump, load
 from bossnas.cost import COSTS, CostTable
 from bossnas.errors import ConfigError
@@ -366,6 +367,79 @@ def test_another_score_for_which_higher_is_better(run, tables):
     best = sum(max(r.scores.values()) for r in read_ratings(run, "view_agreement"))
     assert result["better"] == "higher" and result["top"][0]["score"] == pytest.approx(best)
     assert result["top"][0]["score"] >= result["top"][-1]["score"]
+
+
+def other_seed(run, seed):
+    """The files of another run of the same search; its scores are a thousand times as large."""
+    folder = run.with_name(f"seed{seed}")
+    shutil.copytree(run, folder)
+    for file in (folder / "ratings").glob("*.json"):
+        values, rng = json.loads(file.read_text()), np.random.default_rng(seed)
+        for scores in (values["paths"], *values["scores"].values()):
+            scores.update({path: 1000 * rng.uniform() for path in scores})
+        values["scores"][values["score"]] = values["paths"]
+        runfolder.write_json(file, values)
+    return folder
+
+
+def totals(ratings, how="sum"):
+    """Of all combinations of the blocks' paths; blocks put together as one says; [8^5]."""
+    blocks = [np.array(list(combine.combined(scores, how).values())) for scores in ratings]
+    return np.add.outer(np.add.outer(blocks[0], blocks[1]), blocks[2]).ravel()
+
+
+@pytest.mark.parametrize("how", ["sum", "standardised"])
+@pytest.mark.parametrize("with_size", [False, True])
+def test_several_seeds_and_size_count_alike(run, tables, capsys, how, with_size):
+    """The best of all architectures by a sum of standardised totals, which looks at every one of them."""
+    runs = [run, other_seed(run, 5), other_seed(run, 6)]
+    size = ["--with-size"] if with_size else []
+    result = select_json(run, str(runs[1]), str(runs[2]), "--combine", how, "--top", "3", *size)
+    found = [[rating.scores for rating in read_ratings(r)] for r in runs]
+    values = -sum(combine.standardised(totals(ratings, how)) for ratings in found)
+    logs = np.log([8 * (i + 1) for i in range(8)])
+    if with_size:
+        channels = [np.add.outer(logs, logs).ravel(), np.add.outer(logs, logs).ravel(), logs]
+        values = combine.standardised(values) + combine.standardised(
+            np.add.outer(np.add.outer(channels[0], channels[1]), channels[2]).ravel())
+    names = ["|".join(parts) for parts in itertools.product(*(of.keys() for of in found[0]))]
+    assert [row["architecture"] for row in result["top"]] == [names[i] for i in np.argsort(-values)[:3]]
+    assert result["runs"] == [str(r) for r in runs] and (result["combine"], result["with_size"]) == (how, with_size)
+    text = capsys.readouterr().out
+    assert "of 3 runs" in text and ("with size" in text) == with_size and (f", {how}" in text) == (how != "sum")
+
+
+def test_size_does_not_count_where_all_have_the_same_channels(tmp_path, capfd, tables):
+    folder = tmp_path / "run"
+    (folder / "ratings").mkdir(parents=True)
+    config = load(None, ["space.name=mbconv", "space.image_size=64", f"out={folder}"])
+    runfolder.write_text(folder / "config.json", dump(config))
+    for rating in random_ratings(tables["mbconv"], 0):
+        runfolder.write_json(folder / f"ratings/block_{rating.block}.json", {
+            "block": rating.block, "prefix": [], "score": "population_centre", "paths": rating.scores,
+            "candidates": rating.candidates})
+    with pytest.raises(SystemExit):
+        cli.main(["select", str(folder), "--with-size"])
+    assert "--with-size: all rated architectures have the same numbers of channels" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda run, other: [shutil.rmtree(other), other.symlink_to(run)], "RUN: the same run is named twice"),
+    (lambda run, other: runfolder.write_text(other / "config.json", dump(load(None, ["space.name=nats"]))),
+     "searched in another space"),
+    (lambda run, other: [damage(file, "score", "view_agreement") for file in (other / "ratings").glob("*.json")],
+     "--score: "),
+    (lambda run, other: damage(other / "ratings/block_1.json", "scores", {"population_centre": {"00": 1.0}}),
+     "block 1 was rated with other paths in"),
+    (lambda run, other: (other / "ratings/block_2.json").unlink(), "has ratings of 2"),
+    (lambda run, other: (other / "config.json").unlink(), "config.json")])
+def test_runs_that_cannot_be_summed_are_refused(run, capfd, change, words):
+    other = other_seed(run, 5)
+    change(run, other)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["select", str(run), str(other)])
+    errors = capfd.readouterr().err.splitlines()
+    assert caught.value.code == 2 and len(errors) == 1 and words in errors[0], errors
 
 
 def test_older_files_hold_one_score(run):

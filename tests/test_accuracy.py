@@ -1,0 +1,187 @@
+"""The rating study under bench/accuracy: its runs, its faults of the original release, its report."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import itertools
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from bossnas.scores import BETTER
+
+TINY = ["space.width=0.125", "heads.hidden=16", "heads.out=8", "data.val_images=12", "train.batch=8",
+        "train.micro_batch=8", "train.steps_per_epoch=2", "train.warmup_epochs=0", "rating.batch=12",
+        "rating.calibration_images=16", "space.image_size=8"]
+
+
+def load(name):
+    path = list(sys.path)
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent / f"bench/accuracy/{name}.py")
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    sys.path[:] = path
+    return sys.modules[name]
+
+
+study, report = load("study"), load("report")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of shards with 40 images to train and 12 to validate."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for name, count in (("train-0", 40), ("test-0", 12)):
+        with tarfile.open(folder / f"{name}.tar", "w") as tar:
+            for i in range(count):
+                file = io.BytesIO()
+                pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+                Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR).save(file, "JPEG")
+                member = tarfile.TarInfo(f"{name}-{i}.jpg")
+                member.size = file.tell()
+                tar.addfile(member, io.BytesIO(file.getvalue()))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def plain(images):
+    return study.run(study.Setting(("train.objective=bootstrap",)), 0, images, TINY)
+
+
+def values(run, block, score, moment="end"):
+    return list(run["blocks"][block]["ratings"][moment][score].values())
+
+
+def test_a_setting_is_rated_on_its_way_and_at_its_end(plain, images):
+    assert [len(values(plain, block, "effective_rank")) for block in range(3)] == [64, 64, 8]
+    for block in plain["blocks"]:
+        assert set(block["ratings"]["end"]) == set(BETTER)
+        assert block["winner"] == max(block["ratings"]["end"][study.OWN], key=block["ratings"]["end"][study.OWN].get)
+    assert plain["blocks"][2]["prefix"] == [block["winner"] for block in plain["blocks"][:2]]
+    assert min(plain["cpu_seconds"].values()) > 0
+    midway = study.run(study.Setting(("train.objective=bootstrap",), rate_at=(2,)), 0, images, TINY)
+    assert midway["blocks"][0]["ratings"]["2"] != midway["blocks"][0]["ratings"]["end"]
+    for ours, theirs in zip(midway["blocks"], plain["blocks"], strict=True):  # a rating on the way changes nothing
+        assert ours["ratings"]["end"] == theirs["ratings"]["end"]
+    untrained = study.run(study.SETTINGS["untrained"], 0, images, TINY)
+    assert untrained["cpu_seconds"]["train"] == 0 and values(untrained, 0, "effective_rank") != values(
+        plain, 0, "effective_rank")
+
+
+@pytest.mark.parametrize("fault, first_block, scores", [
+    ("stacked", 0, set(BETTER)), ("prefix", 1, set(BETTER)), ("norms", 0, set(BETTER)), ("adapters", 0, set(BETTER)),
+    ("predictor", 0, {"population_centre"})])
+def test_a_fault_changes_what_it_says_and_nothing_before(plain, images, fault, first_block, scores):
+    """``first_block``: the first whose ratings change; ``scores``: those that do there."""
+    faulty = study.run(study.SETTINGS[f"fault-{fault}"], 0, images, TINY)
+    for block in range(first_block):
+        assert faulty["blocks"][block]["ratings"] == plain["blocks"][block]["ratings"]
+    changed = {score for score in BETTER if values(faulty, first_block, score) != values(plain, first_block, score)}
+    assert changed == scores
+
+
+def test_blocks_in_parallel_are_rated_too(images):
+    found = study.run(study.SETTINGS["instance-parallel"], 0, images, TINY)
+    assert [len(values(found, block, study.OWN)) for block in range(3)] == [64, 64, 8]
+
+
+def test_runs_are_shared_and_never_made_twice(images, tmp_path, capsys):
+    arguments = ["--data", images, "--out", str(tmp_path), "--only", "untrained", "--seeds", "0", "1", "--set", *TINY]
+    (tmp_path / "untrained-seed1.begun").touch()  # another process is at it
+    study.main(arguments)
+    assert capsys.readouterr().out == "untrained, seed 0\n"
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["untrained-seed0.json", "untrained-seed1.begun"]
+    study.main(arguments)
+    assert capsys.readouterr().out == ""
+
+
+# ---- the report
+
+
+CHANNELS = list(itertools.product(range(8, 65, 8), repeat=5))[::7]  # 7 is prime to 8: every path is there
+
+
+@pytest.fixture(scope="module")
+def accuracy():
+    """It grows with the channels of every layer, in the first block as far as the third width only."""
+    c = np.array(CHANNELS) / 8
+    return np.minimum(c[:, :2], 3).sum(1) + np.log(c[:, 2:]).sum(1)
+
+
+def ratings(seed, noise, first=lambda ids: np.minimum(ids, 2).sum()):
+    rng = np.random.default_rng(seed)
+    blocks = [list(itertools.product(range(8), repeat=layers)) for layers in (2, 2, 1)]
+    return [{"".join(map(str, ids)): float((first(np.array(ids)) if b == 0 else np.log1p(ids).sum())
+                                           + noise * rng.normal()) for ids in paths} for b, paths in enumerate(blocks)]
+
+
+def write_runs(folder, setting, seeds, noise):
+    for seed in seeds:
+        blocks = [{"ratings": {"end": {"effective_rank": scores}}, "prefix": [], "winner": ""}
+                  for scores in ratings(seed, noise)]
+        (folder / f"{setting}-seed{seed}.json").write_text(json.dumps(
+            {"setting": setting, "seed": seed, "blocks": blocks, "cpu_seconds": {"train": 1.0, "rate": 2.0}}))
+
+
+def test_the_choice_sees_a_fifth_and_needs_all_seeds(accuracy, tmp_path):
+    texts = [":".join(map(str, c)) for c in CHANNELS]
+    truth = report.Truth(texts, accuracy)
+    parts = set(truth.choosing), set(truth.reporting)
+    assert not parts[0] & parts[1] and len(parts[0]) == int(len(texts) * 0.2) and len(parts[0] | parts[1]) == len(texts)
+    for setting, seeds, noise in (("untrained", range(4), 1.0), ("both", range(3), 3.0), ("instance", [0], 0.0)):
+        write_runs(tmp_path, setting, seeds, noise)
+    rows = report.read(tmp_path)
+    choice = report.chosen(truth, rows)
+    assert [row["setting"] for row in choice[::4]] == ["untrained", "both", "instance"]
+    assert choice[-1]["spearman"] > choice[0]["spearman"] and choice[0]["cpu_seconds"] == 3
+    other = accuracy.copy()
+    other[truth.reporting] = np.random.default_rng(0).normal(size=len(truth.reporting))
+    assert report.chosen(report.Truth(texts, other), rows) == choice
+    other[truth.choosing] = np.random.default_rng(0).normal(size=len(truth.choosing))
+    assert report.chosen(report.Truth(texts, other), rows) != choice
+
+
+def test_figures_are_of_the_other_four_fifths(accuracy, tmp_path):
+    texts = [":".join(map(str, c)) for c in CHANNELS]
+    truth = report.Truth(texts, accuracy)
+    write_runs(tmp_path, "untrained", range(4), 1.0)
+    row = report.read(tmp_path)["untrained", "effective_rank"]
+    found = report.compared(truth, row, "sum")
+    ids = ["".join(str(c // 8 - 1) for c in row) for row in CHANNELS]
+    totals = [np.array([sum(blocks[b][i[a:z]] for b, (a, z) in enumerate(((0, 2), (2, 4), (4, 5)))) for i in ids])
+              for blocks in (ratings(seed, 1.0) for seed in range(4))]
+    part = truth.reporting
+    alone = [stats.spearmanr(total[part], accuracy[part])[0] for total in totals]
+    assert [figures["spearman"] for figures in found["alone"]["each"]] == pytest.approx(alone[:3])
+    assert found["alone"]["mean"]["spearman"] == pytest.approx(np.mean(alone[:3]))
+    assert found["alone"]["std"]["spearman"] == pytest.approx(np.std(alone[:3], ddof=1))
+    normal = [(total - total.mean()) / total.std() for total in totals]
+    assert found["summed"]["spearman"] == pytest.approx(stats.spearmanr(sum(normal[:3])[part], accuracy[part])[0])
+    details = report.details(truth, row, "sum")
+    assert details["figures"]["4 seeds"]["spearman"] == pytest.approx(
+        stats.spearmanr(sum(normal)[part], accuracy[part])[0])
+    assert all(max(values) < ceiling for values, ceiling in zip(details["blocks"], details["ceiling"], strict=True))
+
+
+def test_the_report_is_printed_and_written(accuracy, tmp_path, monkeypatch, capsys):
+    (tmp_path / "accuracy.csv").write_text("channels,accuracy\n" + "".join(
+        f"{':'.join(map(str, c))},{a}\n" for c, a in zip(CHANNELS, accuracy, strict=True)))
+    monkeypatch.setattr(sys, "argv", ["report.py", "--ratings", str(tmp_path / "runs"), "--accuracy",
+                                      str(tmp_path / "accuracy.csv"), "--json", str(tmp_path / "out.json")])
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(SystemExit):
+        report.main()
+    assert "holds no files of study.py" in capsys.readouterr().err and not (tmp_path / "out.json").exists()
+    write_runs(tmp_path / "runs", "untrained", range(3), 1.0)
+    write_runs(tmp_path / "runs", "instance-lr1.5", [0], 1.0)
+    report.main()
+    said, found = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    assert found["choice"][0]["setting"] == "untrained" and set(found["best"]["how"]) == set(report.combine.HOW)
+    assert "| untrained | effective_rank |" in said and "block 2 alone" in said
