@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bossnas import __version__, cli_networks, dist
-from bossnas.cli_options import Combine, ConfigFile, LocalRank, Overrides, Resume, check_combine, check_writable
+from bossnas.cli_options import Combine, ConfigFile, LocalRank, Overrides, Resume, check_together, check_writable
 from bossnas.config import load
 from bossnas.errors import ConfigError
 
@@ -57,8 +57,8 @@ def select(run: Annotated[list[Path], typer.Argument(help="Folder of a finished 
                                                           "seed: the sum of their ratings.")],
            score: Annotated[str | None, typer.Option(help="Score of the rating files; default: the run's own.")] = None,
            combine: Combine = "sum",
-           with_size: Annotated[bool, typer.Option("--with-size", help="Count the log of the layers' channels as much "
-                                                   "as the rating.")] = False,
+           size_weight: Annotated[float, typer.Option(help="How much the log of the layers' channels counts beside the "
+                                                      "rating; 1: as much.")] = 0.0,
            max_macs: Annotated[str | None, typer.Option(help="Most multiply-adds of an image, such as 600M.")] = None,
            max_params: Annotated[str | None, typer.Option(help="Most parameters, such as 5M.")] = None,
            max_latency_ms: Annotated[str | None, typer.Option(help="Most milliseconds; needs --latency.")] = None,
@@ -70,7 +70,7 @@ def select(run: Annotated[list[Path], typer.Argument(help="Folder of a finished 
     from bossnas import select as selection
     from bossnas.runfolder import write_json
 
-    check_combine(combine)
+    check_together(combine, size_weight)
     costs = {name: cost for cost, name in selection.NAMES.items()}
     if front is not None and front not in costs:
         raise ConfigError("--front", f"there is no cost {front!r}", f"choose {', '.join(costs)}")
@@ -78,7 +78,7 @@ def select(run: Annotated[list[Path], typer.Argument(help="Folder of a finished 
              "latency_ns": ("--max-latency-ms", max_latency_ms, 10 ** 6)}
     limits = {cost: _amount(*value) for cost, value in given.items() if value[1] is not None}
     check_writable(json)
-    result = selection.select(run, score=score, how=combine, with_size=with_size, limits=limits, top=top,
+    result = selection.select(run, score=score, how=combine, size_weight=size_weight, limits=limits, top=top,
                               latencies=latency, front_cost=None if front is None else costs[front])
     typer.echo("\n".join(selection.lines(result)))
     if json is not None:
@@ -147,6 +147,8 @@ def rank_command(ratings: Annotated[list[Path], typer.Argument(
                  combine: Combine = "sum",
                  seeds: Annotated[bool, typer.Option("--seeds", help="RATINGS are of several seeds: mean, deviation "
                                                      "and agreement, and figures of their sum.")] = False,
+                 size_weight: Annotated[float, typer.Option(help="How much the log of the layers' channels counts in "
+                                                            "the row of rating and size.")] = 1.0,
                  column: Annotated[str | None, typer.Option(help="Column of --accuracy; NATS-Bench: data set.")] = None,
                  image_size: Annotated[int | None, typer.Option(min=1, help="Of the networks, pixels.")] = None,
                  proxies: Annotated[str | None, typer.Option(help="Of synflow, naswot, gradnorm, zico.")] = None,
@@ -165,15 +167,16 @@ def rank_command(ratings: Annotated[list[Path], typer.Argument(
 
     if better not in ("higher", "lower"):
         raise ConfigError("--better", f"{better!r} is not known", "use higher or lower")
-    check_combine(combine)
+    check_together(combine, size_weight)
     names = [] if proxies is None else chosen(proxies)
     check_writable(json)
     check_writable(plot, "--plot")
     if plot is not None:
         rank.check_picture(plot)
     log.setup(None)
-    found = compare(ratings, accuracy, space=space, score=score, better=better, how=combine, seeds=seeds, column=column,
-                    image_size=image_size, seed=seed, resamples=bootstrap, proxy_names=names, sample=sample)
+    found = compare(ratings, accuracy, space=space, score=score, better=better, how=combine, seeds=seeds,
+                    size_weight=size_weight, column=column, image_size=image_size, seed=seed, resamples=bootstrap,
+                    proxy_names=names, sample=sample)
     rank.show(found.result, Console(width=None if sys.stdout.isatty() else 150))
     if json is not None:
         write_json(json, found.result)

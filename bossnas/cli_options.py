@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated
@@ -22,9 +23,12 @@ Combine = Annotated[str, typer.Option("--combine", help="How the scores of block
 LocalRank = Annotated[int, typer.Option("--local_rank", hidden=True)]  # DeepSpeed's launcher gives it
 
 
-def check_combine(how: str) -> None:
+def check_together(how: str, size_weight: float) -> None:
+    """Of --combine and --size-weight."""
     if how not in HOW:
         raise ConfigError("--combine", f"{how!r} is not known", f"use {', '.join(HOW)}")
+    if not 0 <= size_weight < math.inf:
+        raise ConfigError("--size-weight", f"{size_weight:g} is no weight", "use 0 or more")
 
 
 def check_writable(file: Path | None, field: str = "--json") -> None:

@@ -39,15 +39,18 @@ def standardised(values: np.ndarray) -> np.ndarray:
     return (values - values.mean()) / values.std() if spread else np.zeros(len(values))
 
 
-def together(ratings: Sequence[Sequence[Mapping[str, float]]], how: str) -> list[dict[str, float]]:
-    """Several ratings of the same paths as one, the mean of them; each rating is a list of its blocks' scores.
+def together(ratings: Sequence[Sequence[Mapping[str, float]]], how: str,
+             weights: Sequence[float] | None = None) -> list[dict[str, float]]:
+    """Several ratings of the same paths as one, their weighted mean; each rating is a list of its blocks' scores.
 
     The blocks of each are `combined`, and then divided by the standard deviation of their sum over all combinations of
-    paths, so that every rating counts alike. A rating that is alone keeps its scale.
+    paths, so that every rating counts by its weight (None: alike). A rating that is alone keeps its scale.
     """
     found = [[combined(block, how) for block in rating] for rating in ratings]
     if len(found) == 1:
         return found[0]
     spreads = [math.sqrt(sum(np.var(list(block.values())) for block in rating)) or 1.0 for rating in found]
-    return [{path: sum(rating[b][path] / spread for rating, spread in zip(found, spreads, strict=True)) / len(found)
+    weights = [1.0] * len(found) if weights is None else weights
+    factors = [weight / spread / sum(weights) for weight, spread in zip(weights, spreads, strict=True)]
+    return [{path: sum(factor * rating[b][path] for rating, factor in zip(found, factors, strict=True))
              for path in block} for b, block in enumerate(found[0])]

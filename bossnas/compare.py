@@ -40,14 +40,15 @@ class Comparison:
 
 
 def compare(sources: list[File], accuracy: File, *, space: str | None = None, score: str | None = None,
-            better: str = "higher", how: str = "sum", seeds: bool = False, column: str | None = None,
-            image_size: int | None = None, seed: int = 0, resamples: int = 1000, proxy_names: Sequence[str] = (),
-            sample: int = 200) -> Comparison:
+            better: str = "higher", how: str = "sum", seeds: bool = False, size_weight: float = 1.0,
+            column: str | None = None, image_size: int | None = None, seed: int = 0, resamples: int = 1000,
+            proxy_names: Sequence[str] = (), sample: int = 200) -> Comparison:
     """Reads ratings and accuracies, matches their architectures and computes every figure.
 
     ``space`` names the space where the ratings are no run folder and the texts do not tell it. ``how``: how the scores
     of blocks are put together, a name of combine.HOW. ``seeds``: every source is a rating of its own, of the same
     search with another seed; they are summed, after standardising each over the architectures that all of them rate.
+    ``size_weight``: how much the sum of log channels counts in the figures of rating and size.
     Raises ConfigError for everything that cannot be read or matched.
     """
     ratings = _read(sources, score, better, seeds)
@@ -68,7 +69,7 @@ def compare(sources: list[File], accuracy: File, *, space: str | None = None, sc
     totals = blocks.sum(1)
     values = sum(map(combine.standardised, totals)) if seeds else totals[0]
     name = first.name if first.name not in {*sizes, *proxy_names} else f"{first.name} (given)"
-    with_size = combine.standardised(values) + combine.standardised(sizes["sum_log_channels"])
+    with_size = combine.standardised(values) + size_weight * combine.standardised(sizes["sum_log_channels"])
     scores = {name: values, f"{name} + size": with_size, **sizes}
     figures = rank.report(scores, truth, sizes, resamples=resamples, seed=seed)
     offered = max(math.prod(map(len, r.blocks)) if isinstance(r, tables.BlockScores) else len(r.values)
@@ -76,7 +77,8 @@ def compare(sources: list[File], accuracy: File, *, space: str | None = None, sc
     result = {
         "ratings": [str(source) for source in sources], "accuracy": str(accuracy), "space": chosen.name,
         "space_from": chosen.told_by, "image_size": chosen.image_size, "classes": chosen.classes,
-        "score": name, "better": first.better, "score_negated": sign < 0, "combine": how, "n": len(rated),
+        "score": name, "better": first.better, "score_negated": sign < 0, "combine": how,
+        "size_weight": size_weight, "n": len(rated),
         "missing": {"without_score": len(measured) - len(rated), "without_accuracy": offered - len(rated)},
         "seed": seed, "bootstrap": resamples,
         **figures[name], "with_size": figures[f"{name} + size"], "baselines": {name: figures[name] for name in sizes}}

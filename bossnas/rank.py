@@ -37,7 +37,8 @@ DEFINITIONS = {
     "regret": "best accuracy among the architectures of at most `budget_params` parameters, minus the accuracy of the "
               "one with the best score there (mean accuracy of those that share the best score); budgets are the 10, "
               "25, 50, 75 and 100 % quantiles of the parameters",
-    "with_size": "the score plus the sum of log channels, each minus its mean by its standard deviation",
+    "with_size": "the score plus size_weight times the sum of log channels, each minus its mean by its standard "
+                 "deviation",
     "blocks": "of each block's score alone",
     "seeds": "each: of each rating by itself; mean, std: of these, with n - 1; agreement: Spearman's rho between the "
              "ratings of two seeds, of architectures (together) and of a block's paths, over all pairs of seeds",

@@ -26,15 +26,15 @@ NAMES = {"macs": "macs", "params": "params", "latency_ns": "latency_ms"}  # of t
 FLAGS = {"macs": "--max-macs", "params": "--max-params", "latency_ns": "--max-latency-ms"}
 
 
-def select(folders: Sequence[Folder], *, score: str | None = None, how: str = "sum", with_size: bool = False,
+def select(folders: Sequence[Folder], *, score: str | None = None, how: str = "sum", size_weight: float = 0.0,
            limits: dict[str, int] | None = None, top: int = 5, front_cost: str | None = None,
            latencies: Folder | None = None) -> dict[str, Any]:
     """Selects from the ratings of a finished run, or of several that differ in their seed; plain values, for JSON.
 
-    ``how``: how the scores of blocks are put together, a name of combine.HOW. ``with_size``: the rating and the sum of
-    the logarithms of the layers' channels count alike. ``limits``: the highest value allowed of each cost, by name of
-    COSTS. ``front_cost``: a name of COSTS, adds the Pareto front against it. ``latencies``: a file of `bossnas cost
-    --measure`. Raises ConfigError for what the user can mend, such as limits that no rated architecture meets.
+    ``how``: how the scores of blocks are put together, a name of combine.HOW. ``size_weight``: how much the sum of the
+    logarithms of the layers' channels counts beside the rating, 1: as much. ``limits``: the highest value allowed of
+    each cost, by name of COSTS. ``front_cost``: a name of COSTS, adds the Pareto front against it. ``latencies``: a
+    file of `bossnas cost --measure`. Raises ConfigError for what the user can mend, such as limits that no rated architecture meets.
     """
     folder = folders[0]
     limits, config = limits or {}, runfolder.read_config(folder)
@@ -43,7 +43,7 @@ def select(folders: Sequence[Folder], *, score: str | None = None, how: str = "s
     runs = _read(folders, score)
     space = spaces.make(**config.space.model_dump())
     table = CostTable.of(space, config.space.image_size)
-    ratings = _together(runs, how, table if with_size else None)
+    ratings = _together(runs, how, table, size_weight)
     if latencies is not None:
         table = latency.attach(table, latencies, f"bossnas cost --config {folder}/config.json --measure --json FILE")
     graph = Graph(table, ratings)
@@ -60,7 +60,7 @@ def select(folders: Sequence[Folder], *, score: str | None = None, how: str = "s
                 "describe": space.describe(selected.architecture)}
 
     result = {"runs": [str(f) for f in folders], "space": config.space.model_dump(mode="json"),
-              "score": ratings[0].score, "better": ratings[0].better, "combine": how, "with_size": with_size,
+              "score": ratings[0].score, "better": ratings[0].better, "combine": how, "size_weight": size_weight,
               "architectures": size(table), "rated": graph.size(),
               "limits": {NAMES[name]: value / 1e6 if name == "latency_ns" else value for name, value in limits.items()},
               "greedy": row(plain) if plain else None, "top": [row(selected) for selected in chosen]}
@@ -95,20 +95,20 @@ def _read(folders: Sequence[Folder], score: str | None) -> list[list[runfolder.B
 
 
 def _together(runs: list[list[runfolder.BlockRating]], how: str,
-              table: CostTable | None) -> list[runfolder.BlockRating]:
-    """The runs' ratings as one; with a table, half of it the sum of log channels."""
+              table: CostTable, size_weight: float) -> list[runfolder.BlockRating]:
+    """The runs' ratings as one, and with it the sum of log channels, as far as that counts."""
     first = runs[0]
     blocks = combine.together([[rating.scores for rating in ratings] for ratings in runs], how)
-    if table is not None:
+    if size_weight:
         sign = 1 if first[0].better == "higher" else -1
         sizes = []
         for r in first:
             logs = baselines.log_channels(table, r.block, [decode(p) for p in r.prefix], map(decode, r.scores))
             sizes.append({encode(path): sign * value for path, value in logs.items()})
         if all(len(set(size.values())) == 1 for size in sizes):
-            raise ConfigError("--with-size", "all rated architectures have the same numbers of channels",
+            raise ConfigError("--size-weight", "all rated architectures have the same numbers of channels",
                               "leave it out; a limit such as --max-params keeps sizes apart")
-        blocks = combine.together([blocks, sizes], "sum")
+        blocks = combine.together([blocks, sizes], "sum", [1, size_weight])
     return [replace(rating, scores=scores) for rating, scores in zip(first, blocks, strict=True)]
 
 
@@ -123,7 +123,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     limits = ", ".join(f"{name} <= {value}" for name, value in result["limits"].items()) or "none"
     seeds = f" of {len(result['runs'])} runs" if len(result["runs"]) > 1 else ""
     how = "" if result["combine"] == "sum" else f", {result['combine']}"
-    size = " with size" if result["with_size"] else ""
+    size = f" and size x {result['size_weight']:g}" if result["size_weight"] else ""
     text = [f"{result['space']['name']}, {result['score']}{seeds}{how}{size} ({result['better']} is better); limits: "
             f"{limits}",
             f"the ratings cover {result['rated']} of the space's {result['architectures']} architectures",

@@ -49,5 +49,7 @@ def test_every_rating_counts_alike_whatever_its_scale():
     assert combine.together([one], "sum") == one
     assert combine.together([one, one], "layers")[0] == pytest.approx(
         {path: value / 3 ** 0.5 for path, value in combine.combined(one[0], "layers").items()})
+    heavy = totals(combine.together([one, other], "sum", [1, 3]))
+    assert heavy == pytest.approx((totals(one) / totals(one).std() + 3 * totals(other) / totals(other).std()) / 4)
     flat = [dict.fromkeys(block, 2.0) for block in one]
     assert stats.spearmanr(totals(combine.together([one, flat], "sum")), totals(one))[0] == pytest.approx(1)

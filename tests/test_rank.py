@@ -348,6 +348,10 @@ def test_how_blocks_are_put_together_and_size(tmp_path, capsys):
     size, truth = np.log(channels).sum(1), np.sum(channels, 1)
     both = (score - score.mean()) / score.std() + (size - size.mean()) / size.std()
     assert found["sum"]["with_size"]["spearman"]["value"] == pytest.approx(stats.spearmanr(both, truth)[0])
+    assert ranked(capsys, run, "--accuracy", accuracy, "--size-weight", "3", "--bootstrap", "10", "--json", out)[0] == 0
+    both = (score - score.mean()) / score.std() + 3 * (size - size.mean()) / size.std()
+    assert json.loads(out.read_text())["with_size"]["spearman"]["value"] == pytest.approx(
+        stats.spearmanr(both, truth)[0])
 
 
 def test_seeds_that_cannot_be_summed_are_refused(tmp_path, capsys):
@@ -358,6 +362,7 @@ def test_seeds_that_cannot_be_summed_are_refused(tmp_path, capsys):
     assert "no ratings of the same kind" in refused(capsys, runs[0], scores, "--seeds", "--accuracy", accuracy)
     assert "--combine: 'best' is not known; use sum" in refused(capsys, runs[0], "--accuracy", accuracy, "--combine",
                                                                 "best")
+    assert "--size-weight: nan is no weight" in refused(capsys, runs[0], "--accuracy", accuracy, "--size-weight", "nan")
     assert "cannot tell what" in refused(capsys, *runs, "--accuracy", accuracy)
 
 

@@ -389,24 +389,24 @@ def totals(ratings, how="sum"):
 
 
 @pytest.mark.parametrize("how", ["sum", "standardised"])
-@pytest.mark.parametrize("with_size", [False, True])
-def test_several_seeds_and_size_count_alike(run, tables, capsys, how, with_size):
+@pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
+def test_several_seeds_count_alike_and_size_by_its_weight(run, tables, capsys, how, weight):
     """The best of all architectures by a sum of standardised totals, which looks at every one of them."""
     runs = [run, other_seed(run, 5), other_seed(run, 6)]
-    size = ["--with-size"] if with_size else []
-    result = select_json(run, str(runs[1]), str(runs[2]), "--combine", how, "--top", "3", *size)
+    result = select_json(run, str(runs[1]), str(runs[2]), "--combine", how, "--top", "3",
+                         "--size-weight", str(weight))
     found = [[rating.scores for rating in read_ratings(r)] for r in runs]
     values = -sum(combine.standardised(totals(ratings, how)) for ratings in found)
     logs = np.log([8 * (i + 1) for i in range(8)])
-    if with_size:
-        channels = [np.add.outer(logs, logs).ravel(), np.add.outer(logs, logs).ravel(), logs]
-        values = combine.standardised(values) + combine.standardised(
-            np.add.outer(np.add.outer(channels[0], channels[1]), channels[2]).ravel())
+    channels = [np.add.outer(logs, logs).ravel(), np.add.outer(logs, logs).ravel(), logs]
+    values = combine.standardised(values) + weight * combine.standardised(
+        np.add.outer(np.add.outer(channels[0], channels[1]), channels[2]).ravel())
     names = ["|".join(parts) for parts in itertools.product(*(of.keys() for of in found[0]))]
     assert [row["architecture"] for row in result["top"]] == [names[i] for i in np.argsort(-values)[:3]]
-    assert result["runs"] == [str(r) for r in runs] and (result["combine"], result["with_size"]) == (how, with_size)
+    assert result["runs"] == [str(r) for r in runs] and (result["combine"], result["size_weight"]) == (how, weight)
     text = capsys.readouterr().out
-    assert "of 3 runs" in text and ("with size" in text) == with_size and (f", {how}" in text) == (how != "sum")
+    assert "of 3 runs" in text and (f"and size x {weight:g}" in text) == (weight > 0)
+    assert (f", {how}" in text) == (how != "sum")
 
 
 def test_size_does_not_count_where_all_have_the_same_channels(tmp_path, capfd, tables):
@@ -419,8 +419,8 @@ def test_size_does_not_count_where_all_have_the_same_channels(tmp_path, capfd, t
             "block": rating.block, "prefix": [], "score": "population_centre", "paths": rating.scores,
             "candidates": rating.candidates})
     with pytest.raises(SystemExit):
-        cli.main(["select", str(folder), "--with-size"])
-    assert "--with-size: all rated architectures have the same numbers of channels" in capfd.readouterr().err
+        cli.main(["select", str(folder), "--size-weight", "1"])
+    assert "--size-weight: all rated architectures have the same numbers of channels" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("change, words", [
@@ -486,6 +486,8 @@ def damage(file, key, value):
     (["--front", "latency_ms"], None, "--latency: is needed"),
     (["--latency", "nowhere.json"], None, "--latency: cannot read nowhere.json"),
     (["--score", "beauty"], None, "--score: "),
+    (["--size-weight", "-1"], None, "--size-weight: -1 is no weight"),
+    (["--combine", "best"], None, "--combine: 'best' is not known"),
     (["--json", "/nowhere/a.json"], None, "--json: cannot write"),
     ([], lambda run: (run / "ratings/block_1.json").unlink(), "block_1.json"),
     ([], lambda run: (run / "ratings/block_2.json").unlink(), "RUN: has ratings of 2 of 3 blocks"),
