@@ -34,7 +34,8 @@ def select(folders: Sequence[Folder], *, score: str | None = None, how: str = "s
     ``how``: how the scores of blocks are put together, a name of combine.HOW. ``size_weight``: how much the sum of the
     logarithms of the layers' channels counts beside the rating, 1: as much. ``limits``: the highest value allowed of
     each cost, by name of COSTS. ``front_cost``: a name of COSTS, adds the Pareto front against it. ``latencies``: a
-    file of `bossnas cost --measure`. Raises ConfigError for what the user can mend, such as limits that no rated architecture meets.
+    file of `bossnas cost --measure`. Raises ConfigError for what the user can mend, such as limits that no rated
+    architecture meets.
     """
     folder = folders[0]
     limits, config = limits or {}, runfolder.read_config(folder)
