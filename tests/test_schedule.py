@@ -28,7 +28,7 @@ OWN = ("images_per_second", "waited_seconds")  # of a run itself, not of its res
 
 
 def settings(out, *more, space=HOP):
-    return [*TINY, f"space.name={space}", f"out={out}", *more]
+    return [*TINY, "rating.score=population_centre", f"space.name={space}", f"out={out}", *more]
 
 
 def start(count, *tasks):

@@ -66,8 +66,9 @@ def test_the_run_folder_holds_everything(finished):
         rated = ratings(finished)[f"block_{block}.json"]
         paths = run.space.paths(block, [decode(w) for w in winners[:block]])
         assert [decode(p) for p in rated["paths"]] == paths and rated["prefix"] == winners[:block]
-        assert min(rated["paths"], key=rated["paths"].get) == winners[block]
-        assert all(-4 <= s <= 4 for s in rated["paths"].values())
+        assert rated["score"] == "pooled_instance_discrimination" and max(rated["paths"].values()) <= 0
+        assert max(rated["paths"], key=rated["paths"].get) == winners[block]
+        assert all(-4 <= s <= 4 for s in rated["scores"]["population_centre"].values())
         assert rated["scores"].keys() == rated["better"].keys() and rated["scores"][rated["score"]] == rated["paths"]
         assert all(values.keys() == rated["paths"].keys() for values in rated["scores"].values())
         assert f"block_{block}_epoch_1.json" in ratings(finished)
@@ -118,7 +119,8 @@ def test_a_rating_that_was_cut_goes_on(finished, tmp_path, monkeypatch):
     before = (folder / "ratings/block_1.json").read_bytes()
     monkeypatch.setattr(rating, "SAVE_SECONDS", 0)
     monkeypatch.setattr(rating, "CPU_GIB", 1e-3)
-    counts, limit = [], [150]
+    paths = len(json.loads(before)["paths"])
+    counts, limit = [], [3 * paths]  # of 5: calibrated, and two batches by two networks
 
     def advance(self, info="", count=1):
         counts.append(count)
@@ -133,7 +135,6 @@ def test_a_rating_that_was_cut_goes_on(finished, tmp_path, monkeypatch):
     limit[0], first = 10**9, sum(counts[:-1])
     counts.clear()
     rating.rerate(folder, [1])
-    paths = len(json.loads(before)["paths"])
     assert not partial.exists() and sum(counts) <= paths * (1 + 2 * 2) - first + paths  # calibrated once more
     again = ratings(folder)["block_1.json"]
     monkeypatch.undo()
