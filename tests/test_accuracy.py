@@ -138,14 +138,23 @@ def test_the_choice_sees_a_fifth_and_needs_all_seeds(accuracy, tmp_path):
     for setting, seeds, noise in (("untrained", range(4), 1.0), ("both", range(3), 3.0), ("instance", [0], 0.0)):
         write_runs(tmp_path, setting, seeds, noise)
     rows = report.read(tmp_path)
-    choice = report.chosen(truth, rows)
+    choice = report.ranked(truth, rows)
     assert [row["setting"] for row in choice[::4]] == ["untrained", "both", "instance"]
-    assert choice[-1]["spearman"] > choice[0]["spearman"] and choice[0]["cpu_seconds"] == 3
+    assert choice[-1]["mean"] > choice[0]["mean"] and choice[0]["cpu_seconds"] == 3
     other = accuracy.copy()
     other[truth.reporting] = np.random.default_rng(0).normal(size=len(truth.reporting))
-    assert report.chosen(report.Truth(texts, other), rows) == choice
+    assert report.ranked(report.Truth(texts, other), rows) == choice
     other[truth.choosing] = np.random.default_rng(0).normal(size=len(truth.choosing))
-    assert report.chosen(report.Truth(texts, other), rows) != choice
+    assert report.ranked(report.Truth(texts, other), rows) != choice
+
+
+def test_a_tie_goes_to_the_cheaper():
+    def row(name, mean, std, seconds, seeds=3):
+        return {"setting": name, "mean": mean, "std": std, "cpu_seconds": seconds, "seeds": seeds}
+
+    best = row("best", 0.9, 0.05, 100)
+    assert report.decided([best, row("cheap", 0.86, 0.2, 20), row("poor", 0.84, 0.2, 1)])["setting"] == "cheap"
+    assert report.decided([best, row("as dear", 0.89, 0.05, 99), row("one", 0.9, None, 1, 1)])["setting"] == "best"
 
 
 def test_figures_are_of_the_other_four_fifths(accuracy, tmp_path):
@@ -159,15 +168,32 @@ def test_figures_are_of_the_other_four_fifths(accuracy, tmp_path):
               for blocks in (ratings(seed, 1.0) for seed in range(4))]
     part = truth.reporting
     alone = [stats.spearmanr(total[part], accuracy[part])[0] for total in totals]
-    assert [figures["spearman"] for figures in found["alone"]["each"]] == pytest.approx(alone[:3])
-    assert found["alone"]["mean"]["spearman"] == pytest.approx(np.mean(alone[:3]))
-    assert found["alone"]["std"]["spearman"] == pytest.approx(np.std(alone[:3], ddof=1))
+    assert found["alone"]["spearman"] == pytest.approx({"mean": np.mean(alone[:3]), "std": np.std(alone[:3], ddof=1)})
     normal = [(total - total.mean()) / total.std() for total in totals]
     assert found["summed"]["spearman"] == pytest.approx(stats.spearmanr(sum(normal[:3])[part], accuracy[part])[0])
-    details = report.details(truth, row, "sum")
-    assert details["figures"]["4 seeds"]["spearman"] == pytest.approx(
-        stats.spearmanr(sum(normal)[part], accuracy[part])[0])
-    assert all(max(values) < ceiling for values, ceiling in zip(details["blocks"], details["ceiling"], strict=True))
+    size = np.log(CHANNELS).sum(1)
+    size = (size - size.mean()) / size.std()
+    three = sum(normal[:3]) / sum(normal[:3]).std()
+    key = "untrained", "effective_rank"
+    beside = report.beside_size(truth, {key: row}, "sum")
+    for name, score in (("untrained, effective_rank + 3 x size", three + 3 * size),
+                        ("size, last layer x 0.8", np.log(CHANNELS) @ [1, 1, 1, 1, 0.8])):
+        for of, rows in (("reporting", part), ("choosing", truth.choosing)):
+            assert beside[name][of]["spearman"] == pytest.approx(
+                stats.spearmanr(score[rows].round(9), accuracy[rows])[0], abs=1e-6)
+    assert all(0 < block["mean"] < block["ceiling"] for block in report.blocks(truth, row))
+
+
+def test_sums_of_seeds_of_nine(accuracy, tmp_path):
+    truth = report.Truth([":".join(map(str, c)) for c in CHANNELS], accuracy)
+    write_runs(tmp_path, "untrained", range(9), 2.0)
+    row = report.read(tmp_path)["untrained", "effective_rank"]
+    found = report.many(truth, row, "sum")
+    assert found["one"]["spearman"]["mean"] < found["three"]["spearman"]["mean"] < found["nine"]["spearman"]["mean"]
+    assert found["nine"]["spearman"]["std"] is None and found["three"]["spearman"]["std"] > 0
+    row.ratings = dict(list(row.ratings.items())[:3])
+    assert report.compared(truth, row, "sum")["summed"]["spearman"] == pytest.approx(
+        report.many(truth, row, "sum")["nine"]["spearman"]["mean"])
 
 
 def test_the_report_is_printed_and_written(accuracy, tmp_path, monkeypatch, capsys):
@@ -183,5 +209,6 @@ def test_the_report_is_printed_and_written(accuracy, tmp_path, monkeypatch, caps
     write_runs(tmp_path / "runs", "instance-lr1.5", [0], 1.0)
     report.main()
     said, found = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
-    assert found["choice"][0]["setting"] == "untrained" and set(found["best"]["how"]) == set(report.combine.HOW)
-    assert "| untrained | effective_rank |" in said and "block 2 alone" in said
+    assert found["chosen"]["setting"] == "untrained" and "instance-lr1.5" in said
+    assert [row["combine"] for row in found["tables"]["How blocks are put together"]] == list(report.combine.HOW)
+    assert "| untrained | effective_rank | sum |" in said and "| size, last layer x 0.8 |" in said

@@ -3,13 +3,15 @@
     python bench/accuracy/report.py --ratings runs/study --accuracy nats_ss_cifar10.csv --json study.json
 
 First the choice: every setting, moment and score, by its Spearman's correlation on the choosing part. Then the tables:
-on the reporting part, block scores put together as the best of the choice is.
+on the reporting part, block scores put together as the chosen one's are.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,11 +29,14 @@ from bossnas.cost import CostTable  # noqa: E402
 
 SPLIT_SEED, CHOOSING = 0, 0.2
 LAYERS = (2, 2, 1)
+WEIGHTS = (1, 2, 3, 5, 10)  # of size beside a rating
+LAST = (1, 0.9, 0.8, 0.7, 0.6, 0.5)  # how much the last layer's channels count
 SEEDS = (0, 1, 2)  # that every row of the tables is of, where a setting has them
 Rating = Sequence[Mapping[str, float]]  # of every block: path -> score, larger is better
 CENTRE, INSTANCE, POOLED = "population_centre", "instance_discrimination", "pooled_instance_discrimination"
 AGREEMENT, POOLED_AGREEMENT, RANK = "view_agreement", "pooled_view_agreement", "effective_rank"
 FAULTS = ("stacked", "prefix", "norms", "adapters", "predictor", "all")
+MAIN = ("untrained", "bootstrap", "instance at 25", "instance", "both")
 VARIED = ("lr0.15", "lr1.5", "paths2", "paths8", "batch256", "parallel", "images32", "steps300")
 TABLES: dict[str, list[tuple[str, str]]] = {
     "The scores": [(setting, score) for setting in ("untrained", "bootstrap", "instance", "both")
@@ -58,14 +63,19 @@ def main() -> None:
     truth, rows = Truth.read(options.accuracy), read(options.ratings)
     if not rows:
         parser.error(f"--ratings: {options.ratings} holds no files of study.py")
-    choice = chosen(truth, rows)
-    how = choice[0]["combine"]
-    result = {"choice": choice, "combine": how, "sizes": truth.figures(truth.sizes)}
+    choice = ranked(truth, rows)
+    chosen = decided(choice)
+    best, how = rows[chosen["setting"], chosen["score"]], chosen["combine"]
+    result = {"choice": choice, "chosen": chosen, "sizes": truth.figures(truth.sizes)}
     result["tables"] = {title: [compared(truth, rows[key], how) for key in keys if key in rows]
                         for title, keys in TABLES.items()}
-    best = rows[choice[0]["setting"], choice[0]["score"]]
-    result["best"] = {"how": {how: compared(truth, best, how) for how in combine.HOW},
-                      "details": details(truth, best, how)}
+    result["tables"]["How blocks are put together"] = [compared(truth, best, how) for how in combine.HOW]
+    result["many"] = {f"{setting}, {score}": many(truth, row, how) for (setting, score), row in rows.items()
+                      if len(row.ratings) >= 3 * len(SEEDS) and score in (INSTANCE, POOLED)}
+    result["blocks"] = {f"{setting}, {score}": blocks(truth, rows[setting, score]) for setting in MAIN
+                        for score in (CENTRE, POOLED) if (setting, score) in rows}
+    result["size"] = beside_size(truth, {key: rows[key] for key in itertools.product(MAIN, (INSTANCE, POOLED))
+                                         if key in rows}, how)
     print("\n".join(markdown(result)))
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -117,6 +127,7 @@ class Truth:
             self.names.append(names.tolist())
             self.places.append(places)
         architectures = [tuple(tuple(map(int, path)) for path in of) for of in zip(*paths, strict=True)]
+        self.last_channels = np.array([space.widths[choice[-1]] for choice in choices])
         self.sizes = baselines.size_baselines(CostTable.of(space, 32), architectures, 10)
         order = np.random.default_rng(SPLIT_SEED).permutation(len(texts))
         cut = int(CHOOSING * len(texts))
@@ -135,30 +146,35 @@ class Truth:
             result += np.array([scores[name] for name in self.names[block]])[self.places[block]]
         return result
 
-    def with_size(self, score: np.ndarray) -> np.ndarray:
-        """The score and the sum of log channels, both standardised, half each."""
-        return combine.standardised(score) + combine.standardised(self.sizes["sum_log_channels"])
+    def summed(self, ratings: Iterable[Rating], how: str, blocks: Sequence[int] = (0, 1, 2)) -> np.ndarray:
+        """Of several seeds, each standardised."""
+        return combine.standardised(sum(combine.standardised(self.total(r, how, blocks)) for r in ratings))
 
-    def with_size_ranks(self, score: np.ndarray) -> np.ndarray:
-        """The ranks of both, half each."""
-        return stats.rankdata(score) + stats.rankdata(self.sizes["sum_log_channels"])
+    def with_size(self, score: np.ndarray, weight: float = 1) -> np.ndarray:
+        """The score and the sum of log channels, both standardised."""
+        return combine.standardised(score) + weight * combine.standardised(self.sizes["sum_log_channels"])
+
+    def log_channels(self, last: float) -> np.ndarray:
+        """The sum of log channels, in which the last layer counts ``last``."""
+        return (self.sizes["sum_log_channels"] - (1 - last) * np.log(self.last_channels)).round(9)  # ties stay ties
 
     def spearman(self, score: np.ndarray, part: np.ndarray) -> float:
         return float(stats.spearmanr(score[part], self.accuracy[part]).statistic)
 
-    def figures(self, scores: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-        """Of each score Spearman and Kendall, and Kendall within 10 % of parameters, on the reporting part."""
-        part = self.reporting
+    def figures(self, scores: Mapping[str, np.ndarray], part: np.ndarray | None = None) -> dict[str, dict[str, float]]:
+        """Of each score Spearman, Kendall, Kendall within 10 % of parameters and among the best tenth, on a part (None:
+        the reporting part)."""
+        part = self.reporting if part is None else part
         of_part, accuracy = {name: score[part] for name, score in scores.items()}, self.accuracy[part]
         within = rank.within(self.sizes["params"][part], of_part, accuracy)
         top = accuracy >= np.quantile(accuracy, 1 - rank.TOP)
-        return {name: {"spearman": self.spearman(scores[name], part),
-                       "kendall": float(stats.kendalltau(score, accuracy).statistic), "within": within[name],
+        return {name: {"spearman": self.spearman(scores[name], part), "within": within[name],
+                       "kendall": float(stats.kendalltau(score, accuracy).statistic),
                        "top": float(stats.kendalltau(score[top], accuracy[top]).statistic)}
                 for name, score in of_part.items()}
 
 
-def chosen(truth: Truth, rows: Mapping[Any, Row]) -> list[dict[str, Any]]:
+def ranked(truth: Truth, rows: Mapping[Any, Row]) -> list[dict[str, Any]]:
     """Every setting, score and way to put blocks together, the best first: Spearman on the choosing part."""
     found = []
     for row in rows.values():
@@ -166,32 +182,40 @@ def chosen(truth: Truth, rows: Mapping[Any, Row]) -> list[dict[str, Any]]:
             values = [truth.spearman(truth.total(r, how), truth.choosing) for r in row.of_seeds]
             if values:
                 found.append({"setting": row.setting, "score": row.score, "combine": how, "seeds": len(values),
-                              "spearman": float(np.mean(values)), "std": deviation(values),
-                              "cpu_seconds": float(np.mean(row.cpu_seconds))})
+                              **_spread(values), "cpu_seconds": float(np.mean(row.cpu_seconds))})
     # a setting of one seed is no candidate: chance would choose it
-    return sorted(found, key=lambda r: (r["seeds"] == len(SEEDS), r["spearman"]), reverse=True)
+    return sorted(found, key=lambda r: (r["seeds"] == len(SEEDS), r["mean"]), reverse=True)
 
 
-def deviation(values: Sequence[float]) -> float | None:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+def decided(choice: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The cheapest of those that are as good as the best within its seeds' deviation; costs of the same power of two
+    count as equal, and then the better one is taken."""
+    best = choice[0]
+    ties = [row for row in choice if row["seeds"] == best["seeds"] and row["mean"] >= best["mean"] - (best["std"] or 0)]
+    return min(ties, key=lambda row: (round(math.log2(row["cpu_seconds"])), -row["mean"]))
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+
+
+def _spreads(figures: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Mean and deviation of every figure over ratings."""
+    return {key: _spread([row[key] for row in figures]) for key in figures[0]}
 
 
 def compared(truth: Truth, row: Row, how: str) -> dict[str, Any]:
     """Figures of the seeds 0 to 2, each alone and with size, and of their sum; how far they agree."""
-    totals = [combine.standardised(truth.total(rating, how)) for rating in row.of_seeds]
+    totals = [truth.summed([rating], how) for rating in row.of_seeds]
     scores = {}
     for i, total in enumerate(totals):
         scores |= {f"alone {i}": total, f"with size {i}": truth.with_size(total)}
-    summed = sum(totals)
-    scores |= {"summed": summed, "summed with size": truth.with_size(summed)}
+    scores |= {"summed": sum(totals), "summed with size": truth.with_size(sum(totals))}
     found = truth.figures(scores)
     result: dict[str, Any] = {"setting": row.setting, "score": row.score, "combine": how, "seeds": len(totals),
                               "cpu_seconds": float(np.mean(row.cpu_seconds))}
     for kind in ("alone", "with size"):
-        of_seeds = [found[f"{kind} {i}"] for i in range(len(totals))]
-        columns = {key: [figures[key] for figures in of_seeds] for key in of_seeds[0]}
-        result[kind] = {"each": of_seeds, "mean": {key: float(np.mean(values)) for key, values in columns.items()},
-                        "std": {key: deviation(values) for key, values in columns.items()}}
+        result[kind] = _spreads([found[f"{kind} {i}"] for i in range(len(totals))])
     if len(totals) > 1:
         result |= {"summed": found["summed"], "summed with size": found["summed with size"]}
         result["between_seeds"] = float(np.mean([stats.spearmanr(totals[i], totals[j]).statistic
@@ -199,56 +223,69 @@ def compared(truth: Truth, row: Row, how: str) -> dict[str, Any]:
     return result
 
 
-def details(truth: Truth, row: Row, how: str) -> dict[str, Any]:
-    """Of the best row: each block alone, blocks left out, ranks summed with size, and all of its seeds summed."""
-    part, ratings = truth.reporting, row.of_seeds
-    blocks = [[truth.spearman(truth.total(r, how, [b]), part) for r in ratings] for b in range(len(LAYERS))]
-    # the best that any score of the block alone could do: its paths' mean accuracies
-    ceiling = [truth.spearman(_means(truth, b), part) for b in range(len(LAYERS))]
-    scores = {"blocks 0, 1": sum(combine.standardised(truth.total(r, how, [0, 1])) for r in ratings)}
-    summed = sum(combine.standardised(truth.total(r, how)) for r in ratings)
-    scores["with size, by ranks"] = truth.with_size_ranks(summed)
-    everyone = [combine.standardised(truth.total(r, how)) for r in row.ratings.values()]
-    scores |= {f"{len(everyone)} seeds": sum(everyone),
-               f"{len(everyone)} seeds with size": truth.with_size(sum(everyone))}
-    return {"blocks": blocks, "ceiling": ceiling, "figures": truth.figures(scores)}
+def many(truth: Truth, row: Row, how: str) -> dict[str, Any]:
+    """Of nine seeds: each, sums of three, and all of them."""
+    ratings, result = [row.ratings[seed] for seed in sorted(row.ratings)][:3 * len(SEEDS)], {}
+    for name, count in (("one", 1), ("three", len(SEEDS)), ("nine", len(ratings))):
+        sums = [truth.summed(ratings[i:i + count], how) for i in range(0, len(ratings), count)]
+        for kind, scores in ((name, sums), (f"{name} with size", map(truth.with_size, sums))):
+            result[kind] = _spreads(list(truth.figures({str(i): s for i, s in enumerate(scores)}).values()))
+    return result
 
 
-def _means(truth: Truth, block: int) -> np.ndarray:
-    places = truth.places[block]
-    return (np.bincount(places, truth.accuracy) / np.bincount(places))[places]
+def blocks(truth: Truth, row: Row) -> list[dict[str, Any]]:
+    """Spearman of each block alone, and the best that any score of the block could do: its paths' mean accuracies."""
+    result = []
+    for block, places in enumerate(truth.places):
+        means = (np.bincount(places, truth.accuracy) / np.bincount(places))[places]
+        values = [truth.spearman(truth.total(rating, "sum", [block]), truth.reporting) for rating in row.of_seeds]
+        result.append({**_spread(values), "ceiling": truth.spearman(means, truth.reporting)})
+    return result
+
+
+def beside_size(truth: Truth, rows: Mapping[tuple[str, str], Row], how: str) -> dict[str, Any]:
+    """What the seeds' sums add to size: by how much size counts, without the last block, and by ranks; and size alone
+    in which the last layer counts less. On both parts."""
+    scores = {f"size, last layer x {last}": truth.log_channels(last) for last in LAST}
+    for (setting, score), row in rows.items():
+        whole, first = (truth.summed(row.of_seeds, how, of) for of in ((0, 1, 2), (0, 1)))
+        for weight in WEIGHTS:
+            scores[f"{setting}, {score} + {weight} x size"] = truth.with_size(whole, weight)
+            scores[f"{setting}, {score} of blocks 0, 1 + {weight} x size"] = truth.with_size(first, weight)
+        scores[f"{setting}, {score}, by ranks + size"] = stats.rankdata(whole) + stats.rankdata(
+            truth.sizes["sum_log_channels"])
+    both = truth.figures(scores, truth.choosing), truth.figures(scores, truth.reporting)
+    return {name: {"choosing": both[0][name], "reporting": both[1][name]} for name in scores}
 
 
 # ---- Markdown
 
 
 def markdown(result: Mapping[str, Any]) -> list[str]:
-    keys = ("spearman", "kendall", "within", "top")
-    lines = ["| size | Spearman | Kendall | within 10 % | top 10 % |", "|---|---|---|---|---|"]
-    lines += [_line(name, *(f"{figures[key]:.3f}" for key in keys)) for name, figures in result["sizes"].items()]
-    lines += ["", "### The choice", "", "| setting | score | blocks | seeds | Spearman, choosing part | CPU s |",
-              "|---|---|---|---|---|---|"]
-    for row in result["choice"][:12]:
-        lines.append(_line(row["setting"], row["score"], row["combine"], row["seeds"],
-                           f"{row['spearman']:.3f}" + _plus(row["std"]), f"{row['cpu_seconds']:.0f}"))
-    for title, rows in {**result["tables"], "How blocks are put together": result["best"]["how"].values()}.items():
-        lines += ["", f"### {title}", "", "| setting | score | blocks | Spearman | within 10 % | with size: Spearman | "
-                  "within 10 % | seeds summed: Spearman | within 10 % | with size: Spearman | within 10 % | "
-                  "between seeds | CPU s |", "|---" * 13 + "|"]
+    chosen = result["chosen"]
+    lines = ["### The choice", "", "| setting | score | blocks | Spearman, choosing part | CPU s |", "|---" * 5 + "|"]
+    lines += [_line(row["setting"], row["score"], row["combine"], _mean(row), f"{row['cpu_seconds']:.0f}")
+              for row in result["choice"][:12]]
+    lines += ["", f"Chosen: {chosen['setting']}, {chosen['score']}, {chosen['combine']}.", "", "### Size", "",
+              "| size | Spearman | within 10 % | Kendall | top 10 % |", "|---" * 5 + "|"]
+    lines += [_line(name, *(f"{value:.3f}" for value in figures.values())) for name, figures in result["sizes"].items()]
+    for title, rows in result["tables"].items():
+        lines += ["", f"### {title}", "", "| setting | score | blocks | one seed | with size | sum of three | "
+                  "with size | between seeds | CPU s |", "|---" * 9 + "|"]
         for row in rows:
-            cells = [f"{row[kind]['mean'][key]:.3f}" + _plus(row[kind]["std"][key])
-                     for kind in ("alone", "with size") for key in ("spearman", "within")]
-            cells += [f"{row[kind][key]:.3f}" if kind in row else "" for kind in ("summed", "summed with size")
-                      for key in ("spearman", "within")]
-            cells += [f"{row['between_seeds']:.2f}" if "between_seeds" in row else "", f"{row['cpu_seconds']:.0f}"]
-            lines.append(_line(row["setting"], row["score"], row["combine"], *cells))
-    best = result["best"]["details"]
-    lines += ["", "### The best of the choice, further", "", "| | Spearman | Kendall | within 10 % | top 10 % |",
-              "|---|---|---|---|---|"]
-    for block, (values, ceiling) in enumerate(zip(best["blocks"], best["ceiling"], strict=True)):
-        lines.append(_line(f"block {block} alone (at most {ceiling:.3f})",
-                           f"{np.mean(values):.3f}" + _plus(deviation(values)), "", "", ""))
-    lines += [_line(name, *(f"{figures[key]:.3f}" for key in keys)) for name, figures in best["figures"].items()]
+            lines.append(_line(row["setting"], row["score"], row["combine"], *(
+                _two(row.get(kind)) for kind in ("alone", "with size", "summed", "summed with size")),
+                f"{row['between_seeds']:.2f}" if "between_seeds" in row else "", f"{row['cpu_seconds']:.0f}"))
+    lines += ["", "### Nine seeds", "", "| rating | one | sum of three | with size | sum of nine | with size |",
+              "|---" * 6 + "|"]
+    for name, row in result["many"].items():
+        lines.append(_line(name, *(_two(row[kind]) for kind in (
+            "one", "three", "three with size", "nine", "nine with size"))))
+    lines += ["", "### Blocks alone", "", "| rating | block 0 | block 1 | block 2 |", "|---" * 4 + "|"]
+    lines += [_line(name, *(f"{_mean(block)} of {block['ceiling']:.3f}" for block in of))
+              for name, of in result["blocks"].items()]
+    lines += ["", "### Beside size", "", "| score | choosing part | reporting part |", "|---" * 3 + "|"]
+    lines += [_line(name, _two(parts["choosing"]), _two(parts["reporting"])) for name, parts in result["size"].items()]
     return lines
 
 
@@ -256,8 +293,16 @@ def _line(*cells: Any) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def _plus(std: float | None) -> str:
-    return "" if std is None else f" ± {std:.3f}"
+def _mean(of: Mapping[str, float | None]) -> str:
+    return f"{of['mean']:.3f}" + ("" if of["std"] is None else f" ± {of['std']:.3f}")
+
+
+def _two(figures: Mapping[str, Any] | None) -> str:
+    """Spearman / Kendall within 10 % of parameters."""
+    if figures is None:
+        return ""
+    values = [figures[key] for key in ("spearman", "within")]
+    return " / ".join(_mean(v) if isinstance(v, Mapping) else f"{v:.3f}" for v in values)
 
 
 if __name__ == "__main__":
