@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy import stats
 
@@ -65,7 +66,7 @@ def test_a_setting_is_rated_on_its_way_and_at_its_end(plain, images):
         assert set(block["ratings"]["end"]) == set(BETTER)
         assert block["winner"] == max(block["ratings"]["end"][study.OWN], key=block["ratings"]["end"][study.OWN].get)
     assert plain["blocks"][2]["prefix"] == [block["winner"] for block in plain["blocks"][:2]]
-    assert min(plain["cpu_seconds"].values()) > 0
+    assert 0 < plain["cpu_seconds"]["train"] < plain["cpu_seconds"]["all"] and plain["sets"][-len(TINY):] == TINY
     midway = study.run(study.Setting(("train.objective=bootstrap",), rate_at=(2,)), 0, images, TINY)
     assert midway["blocks"][0]["ratings"]["2"] != midway["blocks"][0]["ratings"]["end"]
     for ours, theirs in zip(midway["blocks"], plain["blocks"], strict=True):  # a rating on the way changes nothing
@@ -77,7 +78,7 @@ def test_a_setting_is_rated_on_its_way_and_at_its_end(plain, images):
 
 @pytest.mark.parametrize("fault, first_block, scores", [
     ("stacked", 0, set(BETTER)), ("prefix", 1, set(BETTER)), ("norms", 0, set(BETTER)), ("adapters", 0, set(BETTER)),
-    ("predictor", 0, {"population_centre"})])
+    ("predictor", 0, {"population_centre"}), ("all", 0, set(BETTER))])
 def test_a_fault_changes_what_it_says_and_nothing_before(plain, images, fault, first_block, scores):
     """``first_block``: the first whose ratings change; ``scores``: those that do there."""
     faulty = study.run(study.SETTINGS[f"fault-{fault}"], 0, images, TINY)
@@ -85,6 +86,35 @@ def test_a_fault_changes_what_it_says_and_nothing_before(plain, images, fault, f
         assert faulty["blocks"][block]["ratings"] == plain["blocks"][block]["ratings"]
     changed = {score for score in BETTER if values(faulty, first_block, score) != values(plain, first_block, score)}
     assert changed == scores
+
+
+def test_the_prefix_goes_on_training_and_the_target_follows_with_its_own(images, monkeypatch):
+    config = study.load(None, [*study.BASE, f"data.train={images}/train-*.tar", f"data.val={images}/test-*.tar", *TINY])
+    run = study.build(config)
+    study.rating.freeze_winner(run, (3, 5))
+    before = {name: [p.clone() for p in network.part(0)["block"].parameters()]
+              for name, network in (("online", run.online), ("target", run.target))}
+    seen, remember = [], study._BehindOwnPrefix.remember
+
+    def watch(self, features, views, prefix):
+        remember(self, features, views, prefix)
+        seen.extend([features[0], self.own[id(features[0])]])
+
+    monkeypatch.setattr(study._BehindOwnPrefix, "remember", watch)
+    setting = study.Setting(faults=("prefix",))
+    assert list(study.training(run, setting)) == [1, 2, 3, 4]
+    moved = {name: sum(not torch.equal(p, q) for p, q in zip(before[name], network.part(0)["block"].parameters(),
+                                                            strict=True))
+             for name, network in (("online", run.online), ("target", run.target))}
+    assert moved["online"] == moved["target"] > 0
+    ours, theirs = seen[-2:]
+    assert ours.requires_grad and not theirs.requires_grad and not torch.equal(ours, theirs)
+    assert 0.5 < ours.std() / theirs.std() < 2, "both have the statistics of the batch"
+    study.rate_all(run, setting)
+    x, = study.rating._Calibration(run)
+    calibrated = run.target.features([(3, 5)], x)
+    run.target.part(0).train()
+    assert torch.allclose(run.target.features([(3, 5)], x), calibrated, atol=0.05), "it is calibrated where it is now"
 
 
 def test_blocks_in_parallel_are_rated_too(images):
@@ -96,10 +126,11 @@ def test_runs_are_shared_and_never_made_twice(images, tmp_path, capsys):
     arguments = ["--data", images, "--out", str(tmp_path), "--only", "untrained", "--seeds", "0", "1", "--set", *TINY]
     (tmp_path / "untrained-seed1.begun").touch()  # another process is at it
     study.main(arguments)
-    assert capsys.readouterr().out == "untrained, seed 0\n"
+    busy = f"untrained, seed 1: begun by another process (if there is none, remove {tmp_path}/untrained-seed1.begun)\n"
+    assert capsys.readouterr().out == "untrained, seed 0\n" + busy
     assert sorted(f.name for f in tmp_path.iterdir()) == ["untrained-seed0.json", "untrained-seed1.begun"]
     study.main(arguments)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == busy
 
 
 # ---- the report
@@ -127,7 +158,7 @@ def write_runs(folder, setting, seeds, noise):
         blocks = [{"ratings": {"end": {"effective_rank": scores}}, "prefix": [], "winner": ""}
                   for scores in ratings(seed, noise)]
         (folder / f"{setting}-seed{seed}.json").write_text(json.dumps(
-            {"setting": setting, "seed": seed, "blocks": blocks, "cpu_seconds": {"train": 1.0, "rate": 2.0}}))
+            {"setting": setting, "seed": seed, "blocks": blocks, "cpu_seconds": {"all": 3.0, "train": 1.0}}))
 
 
 def test_the_choice_sees_a_fifth_and_needs_all_seeds(accuracy, tmp_path):
@@ -143,9 +174,10 @@ def test_the_choice_sees_a_fifth_and_needs_all_seeds(accuracy, tmp_path):
     assert choice[-1]["mean"] > choice[0]["mean"] and choice[0]["cpu_seconds"] == 3
     other = accuracy.copy()
     other[truth.reporting] = np.random.default_rng(0).normal(size=len(truth.reporting))
-    assert report.ranked(report.Truth(texts, other), rows) == choice
+    again = report.ranked(report.Truth(texts, other), rows)
+    assert [{**row, "reporting": None} for row in again] == [{**row, "reporting": None} for row in choice] != again
     other[truth.choosing] = np.random.default_rng(0).normal(size=len(truth.choosing))
-    assert report.ranked(report.Truth(texts, other), rows) != choice
+    assert [row["mean"] for row in report.ranked(report.Truth(texts, other), rows)] != [row["mean"] for row in choice]
 
 
 def test_a_tie_goes_to_the_cheaper():

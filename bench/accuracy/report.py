@@ -29,6 +29,7 @@ from bossnas.cost import CostTable  # noqa: E402
 
 SPLIT_SEED, CHOOSING = 0, 0.2
 LAYERS = (2, 2, 1)
+STEPS = 100  # of a block, where a setting is rated on the way, too
 WEIGHTS = (1, 2, 3, 5, 10)  # of size beside a rating
 LAST = (1, 0.9, 0.8, 0.7, 0.6, 0.5)  # how much the last layer's channels count
 SEEDS = (0, 1, 2)  # that every row of the tables is of, where a setting has them
@@ -88,25 +89,40 @@ class Row:
     setting: str
     score: str
     ratings: dict[int, Rating]
-    cpu_seconds: list[float]
+    seconds: dict[int, float]  # of CPU: up to there, and one rating
 
     @property
     def of_seeds(self) -> list[Rating]:
         """Those of the tables' seeds."""
         return [self.ratings[seed] for seed in SEEDS if seed in self.ratings]
 
+    @property
+    def cpu_seconds(self) -> float:
+        """Mean over the tables' seeds."""
+        return float(np.mean([self.seconds[seed] for seed in SEEDS if seed in self.seconds]))
+
 
 def read(folder: Path) -> dict[tuple[str, str], Row]:
+    """All rows that have one of the tables' seeds."""
     rows: dict[tuple[str, str], Row] = {}
     for file in sorted(folder.glob("*-seed*.json")):
         run = json.loads(file.read_text(encoding="utf-8"))
-        for moment, scores in run["blocks"][0]["ratings"].items():
+        moments = run["blocks"][0]["ratings"]
+        for moment, scores in moments.items():
             name = run["setting"] + ("" if moment == "end" else f" at {moment}")
             for score in scores:
-                row = rows.setdefault((name, score), Row(name, score, {}, []))
+                row = rows.setdefault((name, score), Row(name, score, {}, {}))
                 row.ratings[run["seed"]] = [block["ratings"][moment][score] for block in run["blocks"]]
-                row.cpu_seconds.append(sum(run["cpu_seconds"].values()))
-    return rows
+                row.seconds[run["seed"]] = _seconds(run["cpu_seconds"], moment, len(moments))
+    return {key: row for key, row in rows.items() if row.of_seeds}
+
+
+def _seconds(of: Mapping[str, float | None], moment: str, ratings: int) -> float:
+    """The training as far as that moment, and one of the ratings."""
+    if of["train"] is None:
+        return of["all"]
+    share = 1 if moment == "end" else int(moment) / STEPS
+    return of["train"] * share + (of["all"] - of["train"]) / ratings
 
 
 class Truth:
@@ -175,14 +191,16 @@ class Truth:
 
 
 def ranked(truth: Truth, rows: Mapping[Any, Row]) -> list[dict[str, Any]]:
-    """Every setting, score and way to put blocks together, the best first: Spearman on the choosing part."""
+    """Every setting, score and way to put blocks together, the best first: Spearman on the choosing part; beside it
+    that on the reporting part, by which nothing is chosen."""
     found = []
     for row in rows.values():
         for how in combine.HOW:
-            values = [truth.spearman(truth.total(r, how), truth.choosing) for r in row.of_seeds]
-            if values:
-                found.append({"setting": row.setting, "score": row.score, "combine": how, "seeds": len(values),
-                              **_spread(values), "cpu_seconds": float(np.mean(row.cpu_seconds))})
+            totals = [truth.total(rating, how) for rating in row.of_seeds]
+            found.append({"setting": row.setting, "score": row.score, "combine": how, "seeds": len(totals),
+                          **_spread([truth.spearman(total, truth.choosing) for total in totals]),
+                          "reporting": _spread([truth.spearman(total, truth.reporting) for total in totals]),
+                          "cpu_seconds": row.cpu_seconds})
     # a setting of one seed is no candidate: chance would choose it
     return sorted(found, key=lambda r: (r["seeds"] == len(SEEDS), r["mean"]), reverse=True)
 
@@ -190,6 +208,7 @@ def ranked(truth: Truth, rows: Mapping[Any, Row]) -> list[dict[str, Any]]:
 def decided(choice: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The cheapest of those that are as good as the best within its seeds' deviation; costs of the same power of two
     count as equal, and then the better one is taken."""
+    choice = [row for row in choice if not row["setting"].startswith("fault-")]  # which nobody would choose
     best = choice[0]
     ties = [row for row in choice if row["seeds"] == best["seeds"] and row["mean"] >= best["mean"] - (best["std"] or 0)]
     return min(ties, key=lambda row: (round(math.log2(row["cpu_seconds"])), -row["mean"]))
@@ -213,7 +232,7 @@ def compared(truth: Truth, row: Row, how: str) -> dict[str, Any]:
     scores |= {"summed": sum(totals), "summed with size": truth.with_size(sum(totals))}
     found = truth.figures(scores)
     result: dict[str, Any] = {"setting": row.setting, "score": row.score, "combine": how, "seeds": len(totals),
-                              "cpu_seconds": float(np.mean(row.cpu_seconds))}
+                              "cpu_seconds": row.cpu_seconds}
     for kind in ("alone", "with size"):
         result[kind] = _spreads([found[f"{kind} {i}"] for i in range(len(totals))])
     if len(totals) > 1:
@@ -234,7 +253,7 @@ def many(truth: Truth, row: Row, how: str) -> dict[str, Any]:
 
 
 def blocks(truth: Truth, row: Row) -> list[dict[str, Any]]:
-    """Spearman of each block alone, and the best that any score of the block could do: its paths' mean accuracies."""
+    """Spearman of each block alone, and of its paths' mean accuracies, about the best that a block's score can do."""
     result = []
     for block, places in enumerate(truth.places):
         means = (np.bincount(places, truth.accuracy) / np.bincount(places))[places]
@@ -263,8 +282,10 @@ def beside_size(truth: Truth, rows: Mapping[tuple[str, str], Row], how: str) -> 
 
 def markdown(result: Mapping[str, Any]) -> list[str]:
     chosen = result["chosen"]
-    lines = ["### The choice", "", "| setting | score | blocks | Spearman, choosing part | CPU s |", "|---" * 5 + "|"]
-    lines += [_line(row["setting"], row["score"], row["combine"], _mean(row), f"{row['cpu_seconds']:.0f}")
+    lines = ["### The choice", "", "| setting | score | blocks | choosing part | reporting part | CPU s |",
+             "|---" * 6 + "|"]
+    lines += [_line(row["setting"], row["score"], row["combine"], _mean(row), _mean(row["reporting"]),
+                    f"{row['cpu_seconds']:.0f}")
               for row in result["choice"][:12]]
     lines += ["", f"Chosen: {chosen['setting']}, {chosen['score']}, {chosen['combine']}.", "", "### Size", "",
               "| size | Spearman | within 10 % | Kendall | top 10 % |", "|---" * 5 + "|"]
@@ -273,7 +294,8 @@ def markdown(result: Mapping[str, Any]) -> list[str]:
         lines += ["", f"### {title}", "", "| setting | score | blocks | one seed | with size | sum of three | "
                   "with size | between seeds | CPU s |", "|---" * 9 + "|"]
         for row in rows:
-            lines.append(_line(row["setting"], row["score"], row["combine"], *(
+            name = row["setting"] + ("" if row["seeds"] == len(SEEDS) else f" ({row['seeds']} seed(s))")
+            lines.append(_line(name, row["score"], row["combine"], *(
                 _two(row.get(kind)) for kind in ("alone", "with size", "summed", "summed with size")),
                 f"{row['between_seeds']:.2f}" if "between_seeds" in row else "", f"{row['cpu_seconds']:.0f}"))
     lines += ["", "### Nine seeds", "", "| rating | one | sum of three | with size | sum of nine | with size |",

@@ -34,7 +34,7 @@ from bossnas.run import Run, build, make_engine  # noqa: E402
 from bossnas.runfolder import write_json  # noqa: E402
 from bossnas.scores import BETTER  # noqa: E402
 from bossnas.search import search  # noqa: E402
-from bossnas.supernet import Item  # noqa: E402
+from bossnas.supernet import Item, Supernet  # noqa: E402
 from bossnas.train import train_block  # noqa: E402
 
 BASE = ["space.name=nats", "space.split=cifar10", "space.image_size=16", "heads.hidden=512", "heads.out=128",
@@ -106,6 +106,9 @@ def main(arguments: list[str] | None = None) -> None:
                     print(f"{name}, seed {seed}", flush=True)
                     write_json(file, {"setting": name, "seed": seed, **run(SETTINGS[name], seed, options.data,
                                                                           options.set)})
+                elif not file.exists():
+                    print(f"{name}, seed {seed}: begun by another process (if there is none, remove "
+                          f"{file.with_suffix('.begun')})", flush=True)
 
 
 @contextlib.contextmanager
@@ -132,40 +135,35 @@ def run(setting: Setting, seed: int, data: str, more: list[str]) -> dict[str, An
                          f"rating.score={setting.chosen_by}", *setting.sets, *more])
     began = time.process_time()
     if config.schedule == "block_parallel":
-        blocks, trained = _all_at_once(config)
+        blocks, trained = _all_at_once(config), None
     else:
         blocks, trained = _one_by_one(config, setting)
     total = time.process_time() - began
-    return {"sets": list(setting.sets), "faults": list(setting.faults), "chosen_by": setting.chosen_by,
+    return {"sets": [*setting.sets, *more], "faults": list(setting.faults), "chosen_by": setting.chosen_by,
             "blocks": blocks, "torch": torch.__version__,
-            "cpu_seconds": {"train": round(trained, 1), "rate": round(total - trained, 1)}}
+            "cpu_seconds": {"all": round(total, 1), "train": None if trained is None else round(trained, 1)}}
 
 
-def _all_at_once(config: Config) -> tuple[list[dict[str, Any]], float]:
+def _all_at_once(config: Config) -> list[dict[str, Any]]:
     """A whole search of the schedule block_parallel, on one process."""
     with tempfile.TemporaryDirectory() as folder:
-        trace = stage.Trace()
-        out = search(override(config, [f"out={folder}/run", f"checkpoint.every_steps={config.train.steps_per_epoch}"]),
-                     trace=trace)
+        out = search(override(config, [f"out={folder}/run", f"checkpoint.every_steps={config.train.steps_per_epoch}"]))
         files = [json.loads((out / "ratings" / f"block_{b}.json").read_text(encoding="utf-8")) for b in range(3)]
-    blocks = [{"prefix": of["prefix"], "winner": _best(_signed(of["scores"]), of["score"]),
-               "ratings": {"end": _signed(of["scores"])}} for of in files]
-    return blocks, sum(seconds for name, seconds in trace.seconds.items() if name.startswith("block"))
+    return [{"prefix": of["prefix"], "winner": _best(_signed(of["scores"]), of["score"]),
+             "ratings": {"end": _signed(of["scores"])}} for of in files]
 
 
 def _one_by_one(config: Config, setting: Setting) -> tuple[list[dict[str, Any]], float]:
     run = build(config)
     blocks, state, trained = [], run.state, 0.0
     while state.block < run.space.blocks:
-        block, ratings = state.block, {}
+        ratings = {}
         if setting.train:
             started = time.process_time()
             for step in training(run, setting):
                 if step in setting.rate_at:
                     trained += time.process_time() - started
                     ratings[str(step)] = rate_all(run, setting)
-                    for network in (run.online, run.target):
-                        network.part(block).train()
                     started = time.process_time()
             trained += time.process_time() - started
         ratings["end"] = rate_all(run, setting)
@@ -191,14 +189,18 @@ def training(run: Run, setting: Setting) -> Iterator[int]:
     config, state, block = run.config, run.state, run.state.block
     own_leader: list[Path] = []  # of the fault "stacked"
     engine = make_engine(config, run.mesh)
-    follows_prefix = "prefix" in setting.faults and block > 0
+    before = range(block) if "prefix" in setting.faults else range(0)  # blocks that go on training
+    target = _BehindOwnPrefix(run.target) if before else run.target
 
     def inputs() -> Iterator[list[Tensor]]:
         for views in stage.train_batches(run, block * config.train.epochs, 0):
-            if follows_prefix:
-                yield [_moving_features(run, own_leader, x) for x in views]
+            prefix = state.winners + own_leader
+            if before:
+                features = [_with_gradient(run.online, prefix, x) for x in views]
+                target.remember(features, views, prefix)
             else:
-                yield [run.target.features(state.winners + own_leader, x) for x in views]
+                features = [run.target.features(prefix, x) for x in views]
+            yield features
 
     def optimizer(module: nn.Module, followers: nn.Module | None, sharded: bool) -> LARS:
         train, groups = config.train, parameter_groups(module, followers)
@@ -210,11 +212,16 @@ def training(run: Run, setting: Setting) -> Iterator[int]:
                 group["excluded"] = group["name"].endswith("bias")
         return LARS(groups, train.lr, train.momentum, train.weight_decay, train.trust)
 
-    parts = {**run.online.part(block), "predictor": run.predictors[block]}
-    if follows_prefix:
-        parts["prefix"] = nn.ModuleList(run.online.part(b).requires_grad_(True) for b in range(block))
-    engine.wrap(nn.ModuleDict(parts), run.target.part(block), optimizer)
-    steps = train_block(run.online, run.target, run.predictors[block], run.space, engine, inputs(), state, config.train,
+    def parts(network: Supernet) -> nn.ModuleDict:
+        return nn.ModuleDict({**network.part(block), **{f"before{b}": network.part(b) for b in before}})
+
+    trained, followers = nn.ModuleDict({**parts(run.online), "predictor": run.predictors[block]}), parts(run.target)
+    for part in (trained, followers):
+        part.train()
+    for b in before:
+        run.online.part(b).requires_grad_(True)
+    engine.wrap(trained, followers, optimizer)
+    steps = train_block(run.online, target, run.predictors[block], run.space, engine, inputs(), state, config.train,
                         prefix=state.winners, accumulate=run.accumulate, steps_per_epoch=run.steps_per_epoch,
                         seed=config.seed, device=run.device)
     half = stage.total_steps(run) // 2
@@ -222,14 +229,41 @@ def training(run: Run, setting: Setting) -> Iterator[int]:
         if step is None:
             continue
         yield state.step
+        for part in (trained, followers):  # a rating may have come between
+            part.train()
         if "stacked" in setting.faults and state.step == half:
             scores = rate_all(run, setting)["population_centre"]
             own_leader.append(decode(max(scores, key=scores.get)))
             for network in (run.online, run.target):
-                network.part(block).train()
                 if block == 0:
                     _take_features_too(network.blocks[0][0])
+            for part in (trained, followers):
+                part.train()
     engine.close()
+
+
+def _with_gradient(network: Supernet, prefix: list[Path], x: Tensor) -> Tensor:
+    """What `Supernet.features` gives without."""
+    for block, path in enumerate(prefix):
+        x = network(block, [Item(path, x)])[0]
+    return x
+
+
+class _BehindOwnPrefix:
+    """The target network on the features of its own prefix, which moves: of the fault "prefix"."""
+
+    def __init__(self, target: Supernet):
+        self.target, self.own = target, {}
+
+    def part(self, block: int) -> nn.ModuleDict:
+        return self.target.part(block)
+
+    def remember(self, features: list[Tensor], views: list[Tensor], prefix: list[Path]) -> None:
+        """Of which images the online network's features are."""
+        self.own = {id(x): self.target.features(prefix, view) for x, view in zip(features, views, strict=True)}
+
+    def embed(self, block: int, items: list[Item]) -> list[Tensor]:
+        return self.target.embed(block, [item._replace(x=self.own[id(item.x)]) for item in items])
 
 
 def _take_features_too(first: nn.Module) -> None:
@@ -238,15 +272,12 @@ def _take_features_too(first: nn.Module) -> None:
     first.forward = lambda x, *rest: whole(x, *rest) if x.shape[1] == 3 else first.cell(x, *rest)
 
 
-def _moving_features(run: Run, own_leader: list[Path], x: Tensor) -> Tensor:
-    """Of the online network's own prefix, which gets gradients."""
-    for block, path in enumerate(run.state.winners + own_leader):
-        x = run.online.forward(block, [Item(path, x)])[0]
-    return x
-
-
 def rate_all(run: Run, setting: Setting) -> dict[str, dict[str, float]]:
     """Every score of every path of the state's block; larger is better."""
+    if "prefix" in setting.faults:  # it has moved: calibrated statistics again
+        for block, winner in enumerate(run.state.winners):
+            run.target.part(block).eval()
+            rating.calibrate_path(run, block, run.state.winners[:block], winner)
     with _uncalibrated() if "predictor" in setting.faults else contextlib.nullcontext():
         scores = rating.rate(run, run.state.block)
     return _signed({score: {encode(path): value for path, value in values.items()} for score, values in scores.items()})
