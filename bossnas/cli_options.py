@@ -28,7 +28,7 @@ def check_together(how: str, size_weight: float) -> None:
     if how not in HOW:
         raise ConfigError("--combine", f"{how!r} is not known", f"use {', '.join(HOW)}")
     if not 0 <= size_weight < math.inf:
-        raise ConfigError("--size-weight", f"{size_weight:g} is no weight", "use 0 or more")
+        raise ConfigError("--size-weight", f"{size_weight:g} is no weight", "use a finite number, 0 or more")
 
 
 def check_writable(file: Path | None, field: str = "--json") -> None:

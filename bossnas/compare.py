@@ -47,12 +47,14 @@ def compare(sources: list[File], accuracy: File, *, space: str | None = None, sc
 
     ``space`` names the space where the ratings are no run folder and the texts do not tell it. ``how``: how the scores
     of blocks are put together, a name of combine.HOW. ``seeds``: every source is a rating of its own, of the same
-    search with another seed; they are summed, after standardising each over the architectures that all of them rate.
+    search with another seed; they are summed, after standardising each over the architectures that are compared.
     ``size_weight``: how much the sum of log channels counts in the figures of rating and size.
     Raises ConfigError for everything that cannot be read or matched.
     """
     ratings = _read(sources, score, better, seeds)
     first = ratings[0]
+    if how != "sum" and isinstance(first, tables.TableScores):
+        raise ConfigError("--combine", f"{sources[0]} holds one score per architecture, none of blocks", "leave it out")
     table = tables.read_accuracies(accuracy, column)
     chosen = _choose_space(sources, first, table, space, image_size)
     reader = _Reader(chosen.space)
@@ -60,9 +62,6 @@ def compare(sources: list[File], accuracy: File, *, space: str | None = None, sc
     sign = 1 if first.better == "higher" else -1
     rated, blocks = _rate_all(reader, ratings, list(measured), sources, how)
     blocks = sign * blocks  # [seeds, blocks, architectures]
-    if len(rated) < rank.MINIMUM:
-        raise ConfigError("--accuracy", f"of its {len(measured)} architectures {len(rated)} have a score, too few to "
-                          "rank", "name ratings and accuracies of the same architectures")
     truth = np.array([measured[architecture] for architecture in rated])
     costs = CostTable.of(chosen.space, chosen.image_size)
     sizes = baselines.size_baselines(costs, rated, chosen.classes)
@@ -248,6 +247,9 @@ def _rate_all(reader: _Reader, ratings: list[tables.Scores], wanted: list[Archit
     table [ratings, 1, n]."""
     found = [_rate(reader, rating, wanted, source, how) for rating, source in zip(ratings, sources, strict=False)]
     rated = [a for a in wanted if all(a in values for values in found)]
+    if len(rated) < rank.MINIMUM:
+        raise ConfigError("--accuracy", f"of its {len(wanted)} architectures {len(rated)} have a score, too few to "
+                          "rank", "name ratings and accuracies of the same architectures")
     return rated, np.array([[values[a] for a in rated] for values in found], np.float64).reshape(
         len(found), len(rated), -1).transpose(0, 2, 1)
 

@@ -101,6 +101,7 @@ def _together(runs: list[list[runfolder.BlockRating]], how: str,
     first = runs[0]
     blocks = combine.together([[rating.scores for rating in ratings] for ratings in runs], how)
     if size_weight:
+        Graph(table, first)  # refuses paths that the space does not have
         sign = 1 if first[0].better == "higher" else -1
         sizes = []
         for r in first:

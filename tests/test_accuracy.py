@@ -32,7 +32,7 @@ def load(name):
     return sys.modules[name]
 
 
-study, report = load("study"), load("report")
+study, report, counts = load("study"), load("report"), load("agreement")
 
 
 @pytest.fixture(scope="module")
@@ -244,3 +244,45 @@ def test_the_report_is_printed_and_written(accuracy, tmp_path, monkeypatch, caps
     assert found["chosen"]["setting"] == "untrained" and "instance-lr1.5" in said
     assert [row["combine"] for row in found["tables"]["How blocks are put together"]] == list(report.combine.HOW)
     assert "| untrained | effective_rank | sum |" in said and "| size, last layer x 0.8 |" in said
+
+
+# ---- what a rating counts
+
+
+def rated_run(folder, seed, score="effective_rank", image_size=32):
+    (folder / "ratings").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"space": {"name": "nats", "image_size": image_size}}))
+    for block, scores in enumerate(ratings(seed, 0.3)):
+        lower = {path: -value for path, value in scores.items()}
+        (folder / f"ratings/block_{block}.json").write_text(json.dumps({
+            "block": block, "prefix": ["34", "50"][:block], "score": score, "paths": scores, "candidates": [],
+            "scores": {"effective_rank": scores, "population_centre": lower},
+            "better": {"effective_rank": "higher", "population_centre": "lower"}}))
+    return str(folder)
+
+
+def test_agreement_is_with_sizes_behind_the_prefix_and_between_seeds(tmp_path, capsys):
+    runs = [rated_run(tmp_path / f"seed{seed}", seed) for seed in range(3)]
+    counts.main([*runs, "--scores", "effective_rank", "population_centre", "--json", str(tmp_path / "out.json")])
+    found = json.loads((tmp_path / "out.json").read_text())["scores"]
+    assert found["effective_rank"] == found["population_centre"], "a score for which lower is better is turned"
+    assert [row["paths"] for row in found["effective_rank"]] == [64, 64, 8]
+    space = counts.spaces.make("nats", width=1.0, image_size=32, restricted=True, split="cifar10")
+    table = counts.CostTable.of(space, 32)
+    scores = [ratings(seed, 0.3)[1] for seed in range(3)]
+    params = [table.cost([(3, 4), tuple(map(int, path))]).params for path in scores[0]]
+    assert found["effective_rank"][1]["params"] == pytest.approx(
+        [stats.spearmanr(list(s.values()), params)[0] for s in scores])
+    values = [list(s.values()) for s in scores]
+    assert found["effective_rank"][1]["between_seeds"] == pytest.approx(
+        [stats.spearmanr(values[i], values[j])[0] for i, j in ((1, 0), (2, 0), (2, 1))])
+    assert "| effective_rank | 1 | 64 |" in capsys.readouterr().out
+
+
+def test_runs_of_different_spaces_are_not_compared(tmp_path, capsys):
+    runs = [rated_run(tmp_path / "a", 0), rated_run(tmp_path / "b", 1, image_size=16)]
+    for arguments, words in ((runs, "different spaces"), ([str(tmp_path / "none")], "holds no config.json"),
+                             ([runs[0], "--scores", "beauty"], "has no score 'beauty'")):
+        with pytest.raises(SystemExit) as end:
+            counts.main(arguments)
+        assert end.value.code == 2 and words in capsys.readouterr().err

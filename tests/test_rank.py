@@ -362,6 +362,15 @@ def test_seeds_that_cannot_be_summed_are_refused(tmp_path, capsys):
     assert "no ratings of the same kind" in refused(capsys, runs[0], scores, "--seeds", "--accuracy", accuracy)
     assert "--combine: 'best' is not known; use sum" in refused(capsys, runs[0], "--accuracy", accuracy, "--combine",
                                                                 "best")
+    assert "--combine: " in refused(capsys, scores, "--accuracy", accuracy, "--combine", "ranks")
+    other = seed_folders(tmp_path / "hytra", 1)[0]
+    (other / "config.json").write_text('{"space": {"name": "hytra"}}')
+    for block, path in enumerate(("5444", "2222", "0000", "0000")):
+        (other / f"ratings/block_{block}.json").write_text(json.dumps({
+            "block": block, "prefix": ["5444", "2222", "0000"][:block], "score": "a", "better": {"a": "higher"},
+            "candidates": [], "paths": {path: 1.0}, "scores": {"a": {path: 1.0}}}))
+    (tmp_path / "other.csv").write_text("architecture,accuracy\n5433|3230|0010|0000,1\n5433|3230|0010|0001,2\n")
+    assert "0 have a score, too few" in refused(capsys, other, "--accuracy", tmp_path / "other.csv")
     assert "--size-weight: nan is no weight" in refused(capsys, runs[0], "--accuracy", accuracy, "--size-weight", "nan")
     assert "cannot tell what" in refused(capsys, *runs, "--accuracy", accuracy)
 

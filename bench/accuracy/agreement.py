@@ -36,12 +36,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args(arguments)
     try:
-        space = runfolder.read_config(options.runs[0]).space
+        space, *others = [runfolder.read_config(run).space for run in options.runs]
+        if any(other != space for other in others):
+            parser.error("the runs are of different spaces: name runs that differ in their seed alone")
         table = CostTable.of(spaces.make(**space.model_dump()), space.image_size)
         found = {}
-        for score in options.scores or [None]:
+        for score in options.scores or [runfolder.read_ratings(options.runs[0])[0].score]:
             runs = [runfolder.read_ratings(run, score) for run in options.runs]
-            found[runs[0][0].score] = [agreement(table, of_runs) for of_runs in zip(*runs, strict=False)]
+            if len({len(run) for run in runs}) > 1:
+                parser.error("the runs have ratings of different numbers of blocks: finish all of them first")
+            found[score] = [agreement(table, of_runs) for of_runs in zip(*runs, strict=True)]
     except ConfigError as error:
         parser.error(str(error))
     print("| score | block | paths | against MACs | against parameters | between seeds |")
