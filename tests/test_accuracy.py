@@ -207,9 +207,9 @@ def test_figures_are_of_the_other_four_fifths(accuracy, tmp_path):
     size = (size - size.mean()) / size.std()
     three = sum(normal[:3]) / sum(normal[:3]).std()
     key = "untrained", "effective_rank"
-    beside = report.beside_size(truth, {key: row}, "sum")
-    for name, score in (("untrained, effective_rank + 3 x size", three + 3 * size),
-                        ("size, last layer x 0.8", np.log(CHANNELS) @ [1, 1, 1, 1, 0.8])):
+    beside = {(found["name"], found["weight"]): found for found in report.beside_size(truth, {key: row}, "sum")}
+    for name, score in ((("untrained, effective_rank + size x", 3), three + 3 * size),
+                        (("size, last layer x", 0.8), np.log(CHANNELS) @ [1, 1, 1, 1, 0.8])):
         for of, rows in (("reporting", part), ("choosing", truth.choosing)):
             assert beside[name][of]["spearman"] == pytest.approx(
                 stats.spearmanr(score[rows].round(9), accuracy[rows])[0], abs=1e-6)
@@ -243,7 +243,7 @@ def test_the_report_is_printed_and_written(accuracy, tmp_path, monkeypatch, caps
     said, found = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
     assert found["chosen"]["setting"] == "untrained" and "instance-lr1.5" in said
     assert [row["combine"] for row in found["tables"]["How blocks are put together"]] == list(report.combine.HOW)
-    assert "| untrained | effective_rank | sum |" in said and "| size, last layer x 0.8 |" in said
+    assert "| untrained | effective_rank | sum |" in said and "| size, last layer x 1 |" in said
 
 
 # ---- what a rating counts

@@ -177,7 +177,7 @@ class Truth:
     def spearman(self, score: np.ndarray, part: np.ndarray) -> float:
         return float(stats.spearmanr(score[part], self.accuracy[part]).statistic)
 
-    def figures(self, scores: Mapping[str, np.ndarray], part: np.ndarray | None = None) -> dict[str, dict[str, float]]:
+    def figures(self, scores: Mapping[Any, np.ndarray], part: np.ndarray | None = None) -> dict[Any, dict[str, float]]:
         """Of each score Spearman, Kendall, Kendall within 10 % of parameters and among the best tenth, on a part (None:
         the reporting part)."""
         part = self.reporting if part is None else part
@@ -262,19 +262,18 @@ def blocks(truth: Truth, row: Row) -> list[dict[str, Any]]:
     return result
 
 
-def beside_size(truth: Truth, rows: Mapping[tuple[str, str], Row], how: str) -> dict[str, Any]:
-    """What the seeds' sums add to size: by how much size counts, without the last block, and by ranks; and size alone
-    in which the last layer counts less. On both parts."""
-    scores = {f"size, last layer x {last}": truth.log_channels(last) for last in LAST}
+def beside_size(truth: Truth, rows: Mapping[tuple[str, str], Row], how: str) -> list[dict[str, Any]]:
+    """What the seeds' sums add to size, of all blocks and without the last one, by how much size counts (None: ranks
+    added up); and, as a control, size alone in which the last layer counts less. On both parts."""
+    scores: dict[tuple[str, float | None], np.ndarray] = {("size, last layer x", last): truth.log_channels(last)
+                                                          for last in LAST}
     for (setting, score), row in rows.items():
-        whole, first = (truth.summed(row.of_seeds, how, of) for of in ((0, 1, 2), (0, 1)))
-        for weight in WEIGHTS:
-            scores[f"{setting}, {score} + {weight} x size"] = truth.with_size(whole, weight)
-            scores[f"{setting}, {score} of blocks 0, 1 + {weight} x size"] = truth.with_size(first, weight)
-        scores[f"{setting}, {score}, by ranks + size"] = stats.rankdata(whole) + stats.rankdata(
-            truth.sizes["sum_log_channels"])
+        for of, name in (((0, 1, 2), f"{setting}, {score}"), ((0, 1), f"{setting}, {score} of blocks 0, 1")):
+            total = truth.summed(row.of_seeds, how, of)
+            scores |= {(f"{name} + size x", weight): truth.with_size(total, weight) for weight in WEIGHTS}
+            scores[f"{name} + size", None] = stats.rankdata(total) + stats.rankdata(truth.sizes["sum_log_channels"])
     both = truth.figures(scores, truth.choosing), truth.figures(scores, truth.reporting)
-    return {name: {"choosing": both[0][name], "reporting": both[1][name]} for name in scores}
+    return [{"name": key[0], "weight": key[1], "choosing": both[0][key], "reporting": both[1][key]} for key in scores]
 
 
 # ---- Markdown
@@ -306,8 +305,14 @@ def markdown(result: Mapping[str, Any]) -> list[str]:
     lines += ["", "### Blocks alone", "", "| rating | block 0 | block 1 | block 2 |", "|---" * 4 + "|"]
     lines += [_line(name, *(f"{_mean(block)} of {block['ceiling']:.3f}" for block in of))
               for name, of in result["blocks"].items()]
-    lines += ["", "### Beside size", "", "| score | choosing part | reporting part |", "|---" * 3 + "|"]
-    lines += [_line(name, _two(parts["choosing"]), _two(parts["reporting"])) for name, parts in result["size"].items()]
+    lines += ["", "### Beside size: half each, and the best weight by the choosing part", "",
+              "| score | choosing part | reporting part |", "|---" * 3 + "|"]
+    for name, rows in itertools.groupby(result["size"], key=lambda row: row["name"]):
+        rows = list(rows)
+        best = max(rows, key=lambda row: row["choosing"]["spearman"])
+        for row in rows[:1] + [best] * (best is not rows[0]):
+            text = name if row["weight"] is None else f"{name} {row['weight']}"
+            lines.append(_line(text, _two(row["choosing"]), _two(row["reporting"])))
     return lines
 
 
