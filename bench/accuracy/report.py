@@ -79,7 +79,7 @@ def main() -> None:
                                          if key in rows}, how)
     print("\n".join(markdown(result)))
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
 @dataclass
