@@ -424,8 +424,8 @@ def test_proxies_stand_beside_the_others_on_one_sample(tmp_path, capsys):
                         "--proxies", "synflow", "--sample", "8")
     found = json.loads((tmp_path / "out.json").read_text())["proxies"]
     assert code == 0 and "seconds per architecture" in said and found["sample"] == 8
-    assert list(found["figures"]) == ["score", "params", "macs", "sum_channels", "sum_log_channels", "wide_candidates",
-                                      "synflow"]
+    assert list(found["figures"]) == ["score", "score + size", "params", "macs", "sum_channels", "sum_log_channels",
+                                      "wide_candidates", "synflow"]
     assert found["figures"]["score"]["kendall"]["value"] == pytest.approx(1)
     assert found["figures"]["synflow"]["kendall"]["value"] > 0.3  # on networks from 8 to 64 channels
     assert found["seconds_per_architecture"]["synflow"] > 0
