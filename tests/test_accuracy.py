@@ -131,6 +131,10 @@ def test_runs_are_shared_and_never_made_twice(images, tmp_path, capsys):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["untrained-seed0.json", "untrained-seed1.begun"]
     study.main(arguments)
     assert capsys.readouterr().out == busy
+    with pytest.raises(SystemExit) as end:
+        study.main(["--data", "nowhere", "--out", str(tmp_path / "other"), "--only", "untrained"])
+    assert end.value.code == 2 and "no file matches 'nowhere/train-*.tar'" in capsys.readouterr().err
+    assert not list((tmp_path / "other").iterdir())
 
 
 # ---- the report

@@ -27,6 +27,7 @@ sys.path[:0] = [str(root), str(root / "kernels")]
 
 from bossnas import log, rate, rating, stage  # noqa: E402
 from bossnas.config import Config, load, override  # noqa: E402
+from bossnas.errors import ConfigError  # noqa: E402
 from bossnas.ops import Statistics  # noqa: E402
 from bossnas.optim import LARS, parameter_groups  # noqa: E402
 from bossnas.paths import Path, decode, encode  # noqa: E402
@@ -104,8 +105,11 @@ def main(arguments: list[str] | None = None) -> None:
             with _claimed(file) as mine:
                 if mine:
                     print(f"{name}, seed {seed}", flush=True)
-                    write_json(file, {"setting": name, "seed": seed, **run(SETTINGS[name], seed, options.data,
-                                                                          options.set)})
+                    try:
+                        found = run(SETTINGS[name], seed, options.data, options.set)
+                    except ConfigError as error:
+                        parser.error(str(error))
+                    write_json(file, {"setting": name, "seed": seed, **found})
                 elif not file.exists():
                     print(f"{name}, seed {seed}: begun by another process (if there is none, remove "
                           f"{file.with_suffix('.begun')})", flush=True)
