@@ -18,7 +18,7 @@ setup(
     license_files=["LICENSE"],
     packages=[*find_packages(include=["bossnas", "bossnas.*"]), "bossnas_kernels"],
     package_dir={"bossnas_kernels": "kernels/bossnas_kernels"},
-    package_data={"bossnas.sample": ["*.tar.gz", "README.md", "LICENSE"]},
+    package_data={"bossnas.data.sample": ["*.tar.gz", "README.md", "LICENSE"]},
     entry_points={"console_scripts": ["bossnas = bossnas.cli:main"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
@@ -48,7 +48,7 @@ setup(
         "gpu": ["nvidia-ml-py"],  # what torch.cuda.utilization and temperature need
         "export": ["onnx", "onnxruntime", "onnxscript"],  # bossnas export --formats onnx
         "report": ["matplotlib", "tensorboard"],
-        "dev": ["aiohttp", "fvcore", "matplotlib", "onnx", "onnxruntime", "onnxscript", "pytest", "pytest-timeout",
+        "dev": ["aiohttp", "fvcore", "import-linter", "matplotlib", "onnx", "onnxruntime", "onnxscript", "pytest", "pytest-timeout",
                 "ruff"],
     },
 )

@@ -29,9 +29,13 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from bossnas import cost, dist, export, latency, networks, runfolder  # noqa: E402
-from bossnas.fusing import fuse_bn  # noqa: E402
-from bossnas.networks import Network, Spec  # noqa: E402
+from bossnas.distributed import launch
+from bossnas.files import write_json  # noqa: E402
+from bossnas.networks.export import export
+from bossnas.networks.fuse import fuse_bn  # noqa: E402
+from bossnas.networks.spec import Network, Spec, build_network  # noqa: E402
+from bossnas.selection import latency
+from bossnas.spaces import cost
 
 PARTS = ("golden", "sizes", "exports", "latency")
 NETWORKS = {"bossnet_t0_nose": 224, "bossnet_t0": 224, "bossnet_t0_288": 288, "bossnet_t1": 224, "bossnet_t1_256": 256}
@@ -57,7 +61,7 @@ def drawn(name: str, like: Tensor) -> Tensor:
 
 
 def made(spec: Spec) -> nn.Module:
-    model = networks.build(spec)
+    model = build_network(spec)
     model.load_state_dict({name: drawn(name, tensor) for name, tensor in model.state_dict().items()})
     return model.eval()
 
@@ -88,7 +92,7 @@ def sizes() -> dict:
     """Parameters and multiply-adds of the released networks."""
     result = {}
     for name, size in NETWORKS.items():
-        model, image = networks.build(Spec(name)).eval(), torch.zeros(1, 3, size, size)
+        model, image = build_network(Spec(name)).eval(), torch.zeros(1, 3, size, size)
         with torch.no_grad():
             macs = cost.count([model], lambda m=model, x=image: m(x))["macs"]
         result[name] = {"image_size": size, "parameters": sum(p.numel() for p in model.parameters()),
@@ -180,8 +184,8 @@ def main() -> None:
         for name, value in (result[part].get("sides") or result[part]).items():
             print(f"  {name}: {json.dumps(value)}")
     if options.json:
-        runfolder.write_json(options.json, result)
+        write_json(options.json, result)
 
 
 if __name__ == "__main__":
-    sys.exit(dist.run(main))
+    sys.exit(launch.run(main))

@@ -26,9 +26,11 @@ sys.path[:0] = [str(root), str(root / "kernels")]
 
 import torch  # noqa: E402
 
-from bossnas import checkpoint, dist, spaces  # noqa: E402
-from bossnas.heads import predictor  # noqa: E402
-from bossnas.supernet import Supernet  # noqa: E402
+from bossnas import spaces  # noqa: E402
+from bossnas.distributed import dist, launch
+from bossnas.runs import checkpoint
+from bossnas.supernet.heads import predictor  # noqa: E402
+from bossnas.supernet.supernet import Supernet  # noqa: E402
 
 HIDDEN, OUT = 1024, 256
 
@@ -43,7 +45,7 @@ def main() -> None:
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)  # started by this script, as one rank
     options = parser.parse_args()
     if options.rank_of is not None:
-        sys.exit(dist.run(lambda: measure(options)))
+        sys.exit(launch.run(lambda: measure(options)))
     rows = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for ranks in options.ranks:

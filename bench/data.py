@@ -38,12 +38,14 @@ import webdataset  # noqa: E402
 from PIL import Image, ImageFilter, ImageOps  # noqa: E402
 from torchvision import transforms as T  # noqa: E402
 
-from bossnas import data, views  # noqa: E402
-from bossnas.collate import Collate  # noqa: E402
+from bossnas.config import shared  # noqa: E402
+from bossnas.data import views
+from bossnas.data.batches import _Indexed
+from bossnas.data.collate import Collate  # noqa: E402
+from bossnas.data.images import decode  # noqa: E402
+from bossnas.data.shards import ShardIndex  # noqa: E402
+from bossnas.data.streams import ShardStream  # noqa: E402
 from bossnas.errors import ConfigError  # noqa: E402
-from bossnas.images import decode  # noqa: E402
-from bossnas.shards import ShardIndex  # noqa: E402
-from bossnas.stream import ShardStream  # noqa: E402
 
 PLACES = ("device", "worker_crops", "worker")
 PAIRS = {"imagenet": 4, "cifar": 1}
@@ -68,7 +70,7 @@ class Solarise(Blur):
 
 def official(recipe: str) -> Callable[[bytes], list[torch.Tensor]]:
     """From a file's bytes to all its views."""
-    end = [T.ToTensor(), T.Normalize(views.MEAN[recipe], views.STD[recipe])]
+    end = [T.ToTensor(), T.Normalize(shared.MEAN[recipe], shared.STD[recipe])]
     if recipe == "cifar":
         of_view = [T.Compose([T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), *end])] * 2
     else:
@@ -100,9 +102,9 @@ class Task:
     def collate(self, place: str) -> Collate:
         return Collate(self.recipe, tuple(range(2 * self.pairs)), self.pairs, 0, 0, place)
 
-    def dataset(self, place: str, samples: list[int]) -> data._Indexed:
+    def dataset(self, place: str, samples: list[int]) -> _Indexed:
         chunks = [np.array(samples[i:i + self.batch]) for i in range(0, len(samples), self.batch)]
-        return data._Indexed(self.index, self.collate(place), 0, chunks)
+        return _Indexed(self.index, self.collate(place), 0, chunks)
 
     def variants(self) -> dict[str, Callable[[list[int]], None]]:
         def loose(samples: list[int]) -> None:

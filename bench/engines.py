@@ -26,9 +26,9 @@ sys.path[:0] = [str(root), str(root / "kernels")]
 
 import torch  # noqa: E402
 
-from bossnas import checkpoint  # noqa: E402
-from bossnas.config import load  # noqa: E402
-from bossnas.run import build  # noqa: E402
+from bossnas.config.loading import load  # noqa: E402
+from bossnas.runs import checkpoint  # noqa: E402
+from bossnas.search.run import build  # noqa: E402
 
 WIDTHS = {"nats": 0.25, "hytra": 0.0625}
 RATES = {"nats": 0.48, "hytra": 4.8}  # the paper's, for a batch of 4096

@@ -36,7 +36,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch  # noqa: E402
 
-from bossnas import checkpoint, dist  # noqa: E402
+from bossnas.distributed import launch  # noqa: E402
+from bossnas.runs import checkpoint
 
 TINY = ["space.name=nats", "space.width=0.125", "space.image_size=32", "heads.hidden=16", "heads.out=8",
         "data.workers=0", "train.batch=16", "train.micro_batch=8", "train.epochs=1", "train.steps_per_epoch=8",
@@ -285,9 +286,9 @@ FAULTS = [
     Fault("term_everyone", "SIGTERM to every process, loaders too", _by_signal(signal.SIGTERM, everyone=True), lost=0,
           code=1, sets=("data.workers=1",), says=STOPPED.format("SIGTERM")),
     Fault("usr1_single", "SIGUSR1, one process", _by_signal(signal.SIGUSR1), ranks=1, engine="single", lost=0,
-          code=dist.RESUMABLE, says=STOPPED.format("SIGUSR1")),
+          code=launch.RESUMABLE, says=STOPPED.format("SIGUSR1")),
     Fault("int_single", "Ctrl-C, one process with a loader", _by_signal(signal.SIGINT, everyone=True), ranks=1,
-          engine="single", sets=("data.workers=1",), lost=0, code=dist.RESUMABLE, says=STOPPED.format("SIGINT")),
+          engine="single", sets=("data.workers=1",), lost=0, code=launch.RESUMABLE, says=STOPPED.format("SIGINT")),
     Fault("freeze_rank_1", "SIGSTOP of rank 1", _by_signal(signal.SIGSTOP, 1), code=0,
           says="rank 1 was last seen at .*no sign of life"),
     Fault("freeze_rank_0", "SIGSTOP of rank 0", _by_signal(signal.SIGSTOP, 0), code=0,
@@ -398,12 +399,12 @@ def measure(root: Path, fault: Fault, known: dict) -> dict:
 
 def inject(what: str, marker: str) -> None:
     """Makes this rank do something to itself in block 1, once for each marker file."""
-    from bossnas import train
-    from bossnas.engines import ddp
+    from bossnas.distributed.engines import ddp
+    from bossnas.supernet.train_block import sample_paths
 
     rank, marker = int(os.environ.get("RANK", "0")), Path(marker)
     position: dict[str, int] = {}
-    draw, micro, rename, replace, fsync = (train.sample_paths, ddp.DDPEngine.micro, Path.rename, os.replace, os.fsync)
+    draw, micro, rename, replace, fsync = (sample_paths, ddp.DDPEngine.micro, Path.rename, os.replace, os.fsync)
 
     def now() -> bool:
         """In block 1, from the 5th step on, whose one micro-batch each rank takes a share of."""
@@ -448,7 +449,7 @@ def inject(what: str, marker: str) -> None:
             die("tensors", path)
         return fsync(number)
 
-    train.sample_paths, ddp.DDPEngine.micro = drawn, hurt
+    sample_paths, ddp.DDPEngine.micro = drawn, hurt
     Path.rename, os.replace, os.fsync = renamed, replaced, synced
 
 

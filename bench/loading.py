@@ -40,11 +40,12 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from bossnas import data, views  # noqa: E402
-from bossnas.config import DataConfig  # noqa: E402
+from bossnas.config.search import DataConfig  # noqa: E402
+from bossnas.data import views  # noqa: E402
+from bossnas.data.batches import _order, view_batches
+from bossnas.data.shards import ShardIndex  # noqa: E402
+from bossnas.data.streams import ShardStream  # noqa: E402
 from bossnas.errors import ConfigError  # noqa: E402
-from bossnas.shards import ShardIndex  # noqa: E402
-from bossnas.stream import ShardStream  # noqa: E402
 
 PLACES = ("device", "worker_crops", "worker")
 broken: list[str] = []
@@ -63,7 +64,7 @@ def global_batches(index: ShardIndex, recipe: views.Recipe, pairs: int, batch: i
                    place: str, steps: int, start: int = 0) -> list[str]:
     """A hash of the pixels of every global batch, from all ranks' parts in turn."""
     settings = DataConfig(workers=workers, views_on=place)
-    ranks = [data.batches(index, recipe, range(2 * pairs), pairs, settings, seed=1, epoch=3, start=start, steps=steps,
+    ranks = [view_batches(index, recipe, range(2 * pairs), pairs, settings, seed=1, epoch=3, start=start, steps=steps,
                           batch=batch // world, rank=rank, world=world) for rank in range(world)]
     hashes = []
     for parts in zip(*ranks, strict=True):
@@ -97,7 +98,7 @@ def order(options: argparse.Namespace) -> None:
                     print(f"| {title} | {place} | {world} x {workers} | {len(found)} of {batch} | "
                           f"{check(found == first, name)} | {check(rest == first[half:], name + ' resumed')} |",
                           flush=True)
-        drawn = data._order(index, 1, 3, None)
+        drawn = _order(index, 1, 3, None)
         print(f"\n{title}: every sample once in an epoch: "
               f"{check(sorted(drawn.tolist()) == list(range(len(index))), title + ' once')}\n")
 
@@ -151,7 +152,7 @@ def read_all(source, log: io.StringIO, during: Callable[[int], None] = lambda i:
     settings = DataConfig(workers=1 if isinstance(source, ShardIndex) else 0, max_bad=0.02, buffer=10)
     taken, steps = 0, len(source) // 10
     try:
-        for i, (view,) in enumerate(data.batches(source, views.recipe("imagenet", 64), [0], 4, settings, seed=0,
+        for i, (view,) in enumerate(view_batches(source, views.recipe("imagenet", 64), [0], 4, settings, seed=0,
                                                  epoch=0, start=0, steps=steps, batch=10, bad=bad)):
             taken += len(view)
             during(i)
@@ -167,10 +168,10 @@ def faults(options: argparse.Namespace) -> None:
         raise SystemExit(f"--shards: no file matches {options.shards!r}")
     log = io.StringIO()
     handler = logging.StreamHandler(log)
-    for name in ("bossnas.data", "bossnas.shards", "bossnas.stream"):
+    for name in ("bossnas.data.batches", "bossnas.data.shards", "bossnas.data.streams"):
         logging.getLogger(name).addHandler(handler)
         logging.getLogger(name).propagate = False
-    logging.getLogger("bossnas.stream").setLevel(logging.WARNING)
+    logging.getLogger("bossnas.data.streams").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as root:
         def fault(title: str, prepare: Callable[[Fault], None], stream: bool = True) -> None:
             here = Fault(shards, Path(root) / str(time.monotonic_ns()))
@@ -308,7 +309,7 @@ def epochs(index: ShardIndex, count: int) -> Iterator[tuple[int, float, int]]:
     steps = len(index) // 250
     for epoch in range(count):
         memory = 0.0
-        for i, _ in enumerate(data.batches(index, recipe, range(2), 1, settings, seed=0, epoch=epoch, start=0,
+        for i, _ in enumerate(view_batches(index, recipe, range(2), 1, settings, seed=0, epoch=epoch, start=0,
                                            steps=steps, batch=250)):
             if i == steps // 2:
                 memory = resident_mib(os.getpid())
@@ -336,7 +337,8 @@ def kill(options: argparse.Namespace) -> None:
     print("| loaders | killed | gone after, s | left in /dev/shm | left in /tmp |\n|---|---|---|---|---|")
     for workers in (2, 4):
         code = (f"import sys; sys.argv = ['x', 'memory', '--cifar', {options.cifar!r}]; "
-                f"sys.path.insert(0, {str(ROOT / 'bench')!r}); import loading; from bossnas.config import DataConfig; "
+                f"sys.path.insert(0, {str(ROOT / 'bench')!r}); import loading; "
+                "from bossnas.config.search import DataConfig; "
                 f"loading.DataConfig = lambda **k: DataConfig(workers={workers}); "
                 "print('go', flush=True); list(loading.epochs(loading.ShardIndex.open(sys.argv[3]), 100))")
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)

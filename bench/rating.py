@@ -5,8 +5,9 @@
 
 "official" is the procedure of the BossNAS release: for every path and validation batch two calibration views and then
 two validation views pass the prefix and both networks, in NCHW, with torch's convolutions and batch norms and, for
-NATS, the plain 1x1 convolution to 2048 channels. "ours" is bossnas.rate.rate_block as a search calls it: channels_last,
-all scores, units of the automatic size; finding that size is timed apart (footprint_s), since it is done once.
+NATS, the plain 1x1 convolution to 2048 channels. "ours" is bossnas.supernet.rate_block as a search calls it:
+channels_last, all scores, units of the automatic size; finding that size is timed apart (footprint_s), since it is done
+once.
 
 Both must give the same scores. Times are CPU times of this process; the paths of the official procedure are timed in
 slices, with ours between them. ratio = official / ours, of the medians; formula = P B (8L + 4Lp) / (2T + 4TB), the
@@ -32,13 +33,15 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from bossnas import heads, spaces  # noqa: E402
-from bossnas.ops import GroupedBatchNorm, PooledPointwise, SlimConv  # noqa: E402
-from bossnas.paths import Path, decode  # noqa: E402
-from bossnas.rate import Validation, calibrate, rate_block  # noqa: E402
-from bossnas.rating import CPU_GIB  # noqa: E402
-from bossnas.supernet import Item, Supernet  # noqa: E402
-from bossnas.units import Footprint, Unit, peak_bytes, units  # noqa: E402
+from bossnas import spaces  # noqa: E402
+from bossnas.search.rating import CPU_GIB  # noqa: E402
+from bossnas.spaces.ops import GroupedBatchNorm, PooledPointwise, SlimConv  # noqa: E402
+from bossnas.spaces.paths import Path, decode  # noqa: E402
+from bossnas.supernet import heads
+from bossnas.supernet.memory import Footprint, peak_bytes
+from bossnas.supernet.rate_block import Validation, calibrate, rate_block  # noqa: E402
+from bossnas.supernet.supernet import Item, Supernet  # noqa: E402
+from bossnas.supernet.units import Unit, units  # noqa: E402
 
 SIZES = {"hytra": 64, "mbconv": 64, "nats": 32}  # pixels
 PREFIX = {"hytra": ["5433", "3230", "0010"]}  # of BossNet-T0; elsewhere the path in the middle of each block's list

@@ -26,12 +26,12 @@ sys.path[:0] = [str(root), str(root / "kernels")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from bossnas import dist  # noqa: E402
-from bossnas.config import load  # noqa: E402
-from bossnas.rank import coefficients  # noqa: E402
-from bossnas.runfolder import read_ratings  # noqa: E402
-from bossnas.search import search  # noqa: E402
-from bossnas.stage import WAITS, Trace  # noqa: E402
+from bossnas.config.loading import load  # noqa: E402
+from bossnas.distributed import dist, launch  # noqa: E402
+from bossnas.runs.ratings import read_ratings  # noqa: E402
+from bossnas.search.search import search  # noqa: E402
+from bossnas.search.stage import WAITS, Trace  # noqa: E402
+from bossnas.selection.ranking.correlation import coefficients  # noqa: E402
 
 BESIDE = ("rate", "save")  # spans that are no training
 
@@ -151,4 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(dist.run(main))
+    sys.exit(launch.run(main))

@@ -24,13 +24,16 @@ sys.path[:0] = [str(root), str(root / "kernels")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from bossnas import dist, latency, runfolder, select, spaces  # noqa: E402
-from bossnas.config import load  # noqa: E402
-from bossnas.cost import COSTS, CostTable, call_stem  # noqa: E402
-from bossnas.graph import Graph  # noqa: E402
-from bossnas.pareto import nondominated  # noqa: E402
-from bossnas.paths import encode  # noqa: E402
-from bossnas.runfolder import BlockRating  # noqa: E402
+from bossnas import spaces  # noqa: E402
+from bossnas.config.loading import load  # noqa: E402
+from bossnas.distributed import dist, launch
+from bossnas.files import write_json
+from bossnas.runs.ratings import BlockRating  # noqa: E402
+from bossnas.selection import latency, select
+from bossnas.selection.graph import Graph  # noqa: E402
+from bossnas.selection.pareto import nondominated  # noqa: E402
+from bossnas.spaces.cost import COSTS, CostTable, call_stem  # noqa: E402
+from bossnas.spaces.paths import encode  # noqa: E402
 
 TOP = 10
 ROUNDS = 5  # of --latency
@@ -175,8 +178,8 @@ def main() -> None:
                     print(row)
                     result.append(row)
     if options.json:
-        runfolder.write_json(options.json, result)
+        write_json(options.json, result)
 
 
 if __name__ == "__main__":
-    sys.exit(dist.run(main))
+    sys.exit(launch.run(main))

@@ -19,10 +19,11 @@ sys.path[:0] = [str(root), str(root / "kernels")]
 
 import torch  # noqa: E402
 
-from bossnas import dist, rating, search  # noqa: E402
-from bossnas.config import load  # noqa: E402
+from bossnas.config.loading import load  # noqa: E402
+from bossnas.distributed import launch
 from bossnas.errors import ConfigError  # noqa: E402
-from bossnas.paths import decode  # noqa: E402
+from bossnas.search import search, winners  # noqa: E402
+from bossnas.spaces.paths import decode  # noqa: E402
 
 
 def main() -> None:
@@ -50,7 +51,7 @@ def main() -> None:
         winner = prefix[block] if block < len(prefix) else paths[0]
         if winner not in paths:
             raise ConfigError("--prefix", f"block {block} has no such path", "see docs/method.md")
-        rating.freeze_winner(run, winner)
+        winners.freeze_winner(run, winner)
     engine, steps = search.start_block(run)
     seconds = []
     for _ in range(options.steps):
@@ -77,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(dist.run(main))
+    sys.exit(launch.run(main))

@@ -9,7 +9,7 @@ computed together; "item-" before a name computes them one by one, as the offici
 
 Parts: "step" is the sampled paths' two views through target and online network, loss, backward, LARS and moving
 average; "calibrate" passes one batch of two views through --paths paths with the batch's own statistics and scores
-them; "rate" is bossnas.rate.rate_block for the same paths: no "item-" there.
+them; "rate" is bossnas.supernet.rate_block.rate_block for the same paths: no "item-" there.
 
 All variants start from the same weights and must first agree on the mean scores of the rating passes and on the loss of
 a step; one that does not is not timed, and the exit code is 1. The parts are timed by the wall clock, the variants in
@@ -40,10 +40,13 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 import bossnas_kernels  # noqa: E402
-from bossnas import bootstrap, heads, rate, spaces  # noqa: E402
-from bossnas.optim import LARS, parameter_groups  # noqa: E402
-from bossnas.paths import Path, decode  # noqa: E402
-from bossnas.supernet import Item, Supernet  # noqa: E402
+from bossnas import spaces  # noqa: E402
+from bossnas.optim.groups import parameter_groups  # noqa: E402
+from bossnas.optim.lars import LARS
+from bossnas.spaces.paths import Path, decode  # noqa: E402
+from bossnas.supernet import heads, losses
+from bossnas.supernet.rate_block import Validation, rate_block
+from bossnas.supernet.supernet import Item, Supernet  # noqa: E402
 from bossnas_kernels import reference  # noqa: E402
 
 KERNELS = ("triton", "reference", "eager", "compile")
@@ -91,8 +94,8 @@ class Variant:
             targets = self._embed(self.target, items)
         with task.autocast():
             predicted = self._predict(self._embed(self.online, items))
-            loss = (bootstrap.ensemble_loss(predicted[0::2], targets[1::2])
-                    + bootstrap.ensemble_loss(predicted[1::2], targets[0::2])).sum()  # fmt: skip
+            loss = (losses.ensemble_loss(predicted[0::2], targets[1::2])
+                    + losses.ensemble_loss(predicted[1::2], targets[0::2])).sum()  # fmt: skip
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -105,17 +108,17 @@ class Variant:
         x = torch.cat([task.views[0], task.views[task.pairs]])
         items = [Item(path, x) for path in task.rated]
         with task.autocast():
-            targets = torch.stack([bootstrap.full(t) for t in self._embed(self.target, items)])
+            targets = torch.stack([losses.full(t) for t in self._embed(self.target, items)])
             centre_a, centre_b = targets.mean(0).chunk(2)
-            scores = [bootstrap.path_loss(*bootstrap.full(o).chunk(2), centre_a, centre_b).mean()
+            scores = [losses.path_loss(*losses.full(o).chunk(2), centre_a, centre_b).mean()
                       for o in self._predict(self._embed(self.online, items))]  # fmt: skip
         return torch.stack(scores).mean().item()
 
     def rate(self) -> float:
         """The rating procedure itself on one calibration and one validation batch; the mean score."""
         task = self.task
-        scores = rate.rate_block(self.online, self.target, self.predictor, task.block, task.winners, task.rated,
-                                 [task.images[0]], rate.Validation.held([task.images]), autocast=task.autocast)
+        scores = rate_block(self.online, self.target, self.predictor, task.block, task.winners, task.rated,
+                                 [task.images[0]], Validation.held([task.images]), autocast=task.autocast)
         return statistics.mean(scores["population_centre"].values())
 
     def _embed(self, network: Supernet, items: list[Item]) -> list[Tensor]:

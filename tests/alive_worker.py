@@ -14,8 +14,9 @@ import time
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from bossnas import dist, loader
-from bossnas.alive import Guard
+from bossnas.data import loader
+from bossnas.distributed import dist, launch
+from bossnas.distributed.alive import Guard
 
 
 class Served(Dataset):
@@ -95,5 +96,5 @@ if __name__ == "__main__":
     if sys.argv[-2] in ("served", "streamed"):
         load(Served() if sys.argv[-2] == "served" else Streamed(), sys.argv[-1])
     if sys.argv[-2] == "survive":
-        sys.exit(dist.run(survive, timeout_minutes=1))
-    sys.exit(dist.run(lambda: count(sys.argv[-2], float(sys.argv[-1])), timeout_minutes=1))
+        sys.exit(launch.run(survive, timeout_minutes=1))
+    sys.exit(launch.run(lambda: count(sys.argv[-2], float(sys.argv[-1])), timeout_minutes=1))

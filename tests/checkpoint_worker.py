@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bossnas import checkpoint, dist, tensorfiles
-from bossnas.engines import make
+from bossnas.distributed import dist, launch
+from bossnas.distributed.engines import make
 from bossnas.errors import ConfigError
-from bossnas.optim import LARS, parameter_groups
+from bossnas.optim.groups import parameter_groups
+from bossnas.optim.lars import LARS
+from bossnas.runs import checkpoint, tensorfiles
 
 
 def trained(name: str, steps: int = 2):
@@ -159,6 +161,6 @@ def hang(root: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "ranks":
-        dist.run(lambda: ranks(Path(sys.argv[2])))
+        launch.run(lambda: ranks(Path(sys.argv[2])))
     else:
         {"kills": kills, "hang": hang}[sys.argv[1]](Path(sys.argv[2]))

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from bossnas import dist
+from bossnas.distributed import dist, launch
 from bossnas.errors import ConfigError
 
 
@@ -63,4 +63,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(dist.run(main, timeout_minutes=1))
+    sys.exit(launch.run(main, timeout_minutes=1))

@@ -15,8 +15,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bossnas import dist, engines, optimizers
-from bossnas.optim import LARS, parameter_groups
+from bossnas.distributed import dist, engines, launch
+from bossnas.optim.groups import parameter_groups
+from bossnas.optim.lars import LARS
+from bossnas.optim.library import choose_optimizer
 
 ACCUMULATE, ROWS, BRANCHES, EMA = 2, 12, 5, 0.9  # rows of a micro-batch over all ranks
 SAMPLED = [[(0, 1), (1, 2)], [(2, 0), (0, 2)], [(1, 3), (3, 1)], [(3, 0), (2, 3)]]  # branch 4 never
@@ -116,7 +118,7 @@ def make(spec, module, target=None):
 
 
 def library(spec):
-    return optimizers.choose(spec["optimizer"], spec.get("fused", "auto"), torch.device("cpu"), weight_decay=0.1,
+    return choose_optimizer(spec["optimizer"], spec.get("fused", "auto"), torch.device("cpu"), weight_decay=0.1,
                              momentum=0.9, beta2=0.95, eps=1e-3, clip=spec.get("clip", 0.0))
 
 
@@ -163,4 +165,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     argument = next(a for a in sys.argv[1:] if not a.startswith("--local_rank"))
     specs = json.loads(argument)
-    sys.exit(dist.run(lambda: [run(spec) for spec in specs], timeout_minutes=1))
+    sys.exit(launch.run(lambda: [run(spec) for spec in specs], timeout_minutes=1))

@@ -3,8 +3,8 @@ depends on its path, and so do the paths of the block after it. `Hop2` has two b
 
 from torch import nn
 
-from bossnas.ops import conv_norm
-from bossnas.paths import all_paths, uniform_sample
+from bossnas.spaces.ops import conv_norm
+from bossnas.spaces.paths import all_paths, uniform_sample
 
 CHANNELS = (4, 6, 8, 10)  # by the number of halvings so far
 MOST = len(CHANNELS) - 1  # halvings of an architecture

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import torch
 
-from bossnas import dist, evaluate, pretrained
-from bossnas.config import ReaderConfig, load
-from bossnas.retrain import retrain
-from bossnas.retrain_config import RetrainConfig
+from bossnas.config.loading import load
+from bossnas.config.retrain import RetrainConfig
+from bossnas.config.shared import ReaderConfig
+from bossnas.distributed import dist, launch
+from bossnas.networks import pretrained
+from bossnas.retrain import evaluate
+from bossnas.retrain.train import retrain
 
 
 def work(job: dict) -> None:
@@ -38,4 +41,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     argument = next(a for a in sys.argv[1:] if not a.startswith("--local_rank"))
     jobs = json.loads(argument)
-    sys.exit(dist.run(lambda: [work(job) for job in jobs], timeout_minutes=1))
+    sys.exit(launch.run(lambda: [work(job) for job in jobs], timeout_minutes=1))

@@ -14,12 +14,12 @@ import time
 
 import torch
 
-from bossnas import dist, pipe
-from bossnas.alive import Guard
-from bossnas.config import load
+from bossnas.config.loading import load
+from bossnas.distributed import dist, launch, pipe
+from bossnas.distributed.alive import Guard
+from bossnas.distributed.pipe import Place, Receiver, Sender
 from bossnas.errors import Stopped
-from bossnas.pipe import Place, Receiver, Sender
-from bossnas.search import search
+from bossnas.search.search import search
 
 CPU = torch.device("cpu")
 
@@ -92,7 +92,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    import bossnas.search as module
+    from bossnas.search import search
 
-    module.Guard = Signalled
-    sys.exit(dist.run(main, timeout_minutes=2))
+    search.Guard = Signalled
+    sys.exit(launch.run(main, timeout_minutes=2))

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from bossnas.scores import BETTER
+from bossnas.supernet.scores import BETTER
 
 TINY = ["space.width=0.125", "heads.hidden=16", "heads.out=8", "data.val_images=12", "train.batch=8",
         "train.micro_batch=8", "train.steps_per_epoch=2", "train.warmup_epochs=0", "rating.batch=12",

@@ -14,8 +14,9 @@ from functools import partial
 import pytest
 import ranks
 
-from bossnas import alive, dist, loader
-from bossnas.alive import Guard
+from bossnas.data import loader
+from bossnas.distributed import alive, launch
+from bossnas.distributed.alive import Guard
 from bossnas.errors import ConfigError, Stopped
 
 
@@ -51,7 +52,7 @@ def test_dist_run_turns_it_into_an_exit_code(capfd):
         raise Stopped("stopped on SIGTERM at block 0 step 12")
 
     handler = signal.getsignal(signal.SIGTERM)
-    assert dist.run(program) == dist.RESUMABLE == 75
+    assert launch.run(program) == launch.RESUMABLE == 75
     assert capfd.readouterr().err == "stopped on SIGTERM at block 0 step 12\n"
     assert signal.getsignal(signal.SIGTERM) == handler
 
@@ -70,7 +71,7 @@ def run(how: str, minutes: float, launcher: str = "torchrun") -> tuple[int, str]
 
 
 def test_the_watchdog_ends_a_process_that_does_not_move():
-    program = ("import time\nfrom bossnas.alive import Guard\n"
+    program = ("import time\nfrom bossnas.distributed.alive import Guard\n"
                "with Guard(2 / 60) as guard:\n"
                "    for step in range(3):\n        guard.at(f'block 0 step {step}')\n        time.sleep(0.1)\n"
                "    time.sleep(60)\n")
@@ -113,7 +114,7 @@ def test_two_ranks_stop_after_the_same_step(how):
 def test_deepspeed_passes_the_exit_code_on():
     pytest.importorskip("deepspeed")
     code, output = run("usr1", 1, "deepspeed")
-    assert code == dist.RESUMABLE and "stopped on SIGUSR1 at step 7" in output, output
+    assert code == launch.RESUMABLE and "stopped on SIGUSR1 at step 7" in output, output
 
 
 def test_votes_of_ranks_that_run_apart_are_all_counted():
@@ -222,7 +223,7 @@ def test_a_rank_that_fails_says_where():
 
 
 def test_all_groups_get_the_timeout():
-    program = ("import torch.distributed as d\nfrom bossnas import dist\nfrom bossnas.alive import Guard\n"
+    program = ("import torch.distributed as d\nfrom bossnas import dist\nfrom bossnas.distributed.alive import Guard\n"
                "dist.ensure_group()\ngroups = [d.group.WORLD, d.new_group([0])]\ndist.set_timeout(2)\n"
                "print([g._get_backend(dist.device('cpu')).options._timeout.total_seconds() for g in groups])\n")
     done = subprocess.run([sys.executable, "-c", program], env=ranks.environment(), capture_output=True, text=True,

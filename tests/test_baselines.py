@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from bossnas import cost, spaces, standalone
-from bossnas.baselines import DEFINITIONS, log_channels, size_baselines
-from bossnas.paths import decode
+from bossnas import spaces
+from bossnas.networks.from_space import standalone
+from bossnas.selection.sizes import SIZE_DEFINITIONS, log_channels, size_baselines
+from bossnas.spaces import cost
+from bossnas.spaces.paths import decode
 
 
 def sizes(name, texts, classes=10, width=1.0, image_size=32, split="cifar10"):
@@ -21,9 +23,9 @@ def sizes(name, texts, classes=10, width=1.0, image_size=32, split="cifar10"):
     ("hytra", ["5433|3230|0010|0000", "5444|4333|2210|1111"])])
 def test_params_and_macs_are_those_of_the_whole_network(name, texts):
     space, architectures, found = sizes(name, texts, classes=7, width=0.25)
-    assert set(found) == set(DEFINITIONS)
+    assert set(found) == set(SIZE_DEFINITIONS)
     for i, architecture in enumerate(architectures):
-        net = standalone.standalone(space, architecture, 7).eval()
+        net = standalone(space, architecture, 7).eval()
         assert found["params"][i] == sum(p.numel() for p in net.parameters())
         assert found["macs"][i] == cost.count([net], lambda net=net: net(torch.zeros(1, 3, 32, 32)))["macs"]
 

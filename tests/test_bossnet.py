@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bossnas import cost, timm_models  # noqa: F401  (registers the networks in timm)
-from bossnas.bossnet import AttentionBlock, BossNet, ConvBlock, DropPath, SelfAttention
+from bossnas.networks import registry  # noqa: F401  (registers the networks in timm)
+from bossnas.networks.bossnet import AttentionBlock, BossNet, ConvBlock, DropPath, SelfAttention
+from bossnas.spaces import cost
 
 SMALL = ((1,), (), (1, 0), (0, 1))
 

@@ -15,8 +15,8 @@ import torch
 from checkpoint_worker import go, trained
 from ranks import start
 
-from bossnas import checkpoint, tensorfiles
 from bossnas.errors import ConfigError
+from bossnas.runs import checkpoint, tensorfiles
 
 BOTH = pytest.mark.parametrize("asynchronous", [False, True])
 

@@ -13,13 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bossnas import cli, networks
-from bossnas.bossnet import BossNet
+from bossnas import cli
+from bossnas.networks.bossnet import BossNet
+from bossnas.networks.spec import Spec, build_network
 
 NETWORK = {"width": 8, "encoding": [[1], [1], [0], [1]]}
 TINY = [f"model.options={json.dumps(NETWORK)}", "model.name=bossnet", "model.image_size=32", "data.workers=0",
         "data.val_images=64", "train.batch=32", "train.micro_batch=32", "train.epochs=1", "train.steps_per_epoch=2",
         "train.warmup_epochs=0", "train.ema=0", "augment.repeats=1", "evaluate.batch=32"]
+
+SHARDS = Path(cli.__file__).parents[1] / "data/sample/val-*.tar.gz"
 
 
 def call(*arguments):
@@ -58,7 +61,7 @@ def test_retrain_evaluate_export(trained, tmp_path, capfd):
     assert "on 64 images" in capfd.readouterr().out
     evaluated = json.loads((tmp_path / "e.json").read_text())
     assert evaluated["top1"] == found["best"]["top1"] and evaluated["ranks"] == 1 and evaluated["images"] == 64
-    assert call("evaluate", folder / "last.safetensors", "--val", Path(cli.__file__).parent / "sample/val-*.tar.gz",
+    assert call("evaluate", folder / "last.safetensors", "--val", SHARDS,
                 "--images", 64, "--workers", 0, "--fuse-bn", "--json", tmp_path / "f.json") in (0, None)
     fused = json.loads((tmp_path / "f.json").read_text())
     assert fused["loss"] == pytest.approx(evaluated["loss"], rel=1e-5)
@@ -109,7 +112,7 @@ class Evil:
 
 
 def test_bad_checkpoints_are_refused_in_one_line(tmp_path, capfd, trained):
-    shards = str(Path(cli.__file__).parent / "sample/val-*.tar.gz")
+    shards = str(SHARDS)
     options = ["--model", "bossnet", "--options", json.dumps(NETWORK), "--val", shards, "--workers", 0, "--classes", 10]
     net = BossNet(**NETWORK, num_classes=10)
     state, marker = net.state_dict(), tmp_path / "ran"
@@ -152,4 +155,4 @@ def test_a_description_fetches_nothing(tmp_path):
 
     for trick in ({"checkpoint_path": "/tmp/x.pth"}, {"pretrained": True}):
         with pytest.raises(ConfigError, match="model.options"):
-            networks.build(networks.Spec("resnet18", trick, 10))
+            build_network(Spec("resnet18", trick, 10))

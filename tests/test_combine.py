@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bossnas import combine
+from bossnas.selection import combine
 
 
 def rating(seed, scale=1.0):

@@ -5,9 +5,11 @@ import json
 import pytest
 import yaml
 
-from bossnas.config import Config, accumulation, dump, load, validate
+from bossnas.config.loading import dump, load, validate
+from bossnas.config.retrain import RetrainConfig
+from bossnas.config.search import Config
+from bossnas.config.shared import accumulation
 from bossnas.errors import ConfigError
-from bossnas.retrain_config import RetrainConfig
 
 
 def test_json_and_yaml_are_equal(tmp_path):

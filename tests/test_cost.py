@@ -9,12 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from bossnas import cli, cost, latency, spaces
-from bossnas.cost import CostTable, read_architecture
+from bossnas import cli, spaces
 from bossnas.errors import ConfigError
-from bossnas.paths import decode
-from bossnas.spaces import hytra, mbconv, nats
-from bossnas.supernet import Supernet
+from bossnas.selection import latency
+from bossnas.spaces import cost, hytra, mbconv, nats
+from bossnas.spaces.cost import CostTable, read_architecture
+from bossnas.spaces.paths import decode
+from bossnas.supernet.supernet import Supernet
 
 
 def make(name, width=0.125, size=32, split="cifar10", restricted=True):

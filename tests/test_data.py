@@ -17,11 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-from bossnas import collate, data, views
-from bossnas.config import DataConfig
+from bossnas.config.search import DataConfig
+from bossnas.data import collate, views
+from bossnas.data.batches import SAMPLE, Data, fixed_view_batches, open_data, readers, view_batches
+from bossnas.data.shards import ShardIndex
+from bossnas.data.streams import ShardStream
 from bossnas.errors import ConfigError
-from bossnas.shards import ShardIndex
-from bossnas.stream import ShardStream
 
 CIFAR = views.recipe("cifar", 8)
 IMAGENET = views.recipe("imagenet", 8)
@@ -68,8 +69,8 @@ def index(tmp_path) -> ShardIndex:
 
 
 @pytest.fixture(scope="module")
-def sample() -> data.Data:
-    return data.open_data(DataConfig())
+def sample() -> Data:
+    return open_data(DataConfig())
 
 
 def split(options: dict) -> tuple[DataConfig, dict]:
@@ -80,12 +81,12 @@ def split(options: dict) -> tuple[DataConfig, dict]:
 
 def batches(source, recipe, views, pairs, **options):
     settings, rest = split(options)
-    return data.batches(source, recipe, views, pairs, settings, **rest)
+    return view_batches(source, recipe, views, pairs, settings, **rest)
 
 
 def fixed(source, recipe, views, pairs, **options):
     settings, rest = split(options)
-    return data.fixed_batches(source, recipe, views, pairs, settings, **rest)
+    return fixed_view_batches(source, recipe, views, pairs, settings, **rest)
 
 
 def ids(source, **options) -> list[list[int]]:
@@ -93,7 +94,7 @@ def ids(source, **options) -> list[list[int]]:
     return [numbers(view) for view, in batches(source, IDENTITY, [0], 1, **given)]
 
 
-def one_epoch(sample: data.Data, world: int, workers: int, start: int = 0, seed: int = 5, epoch: int = 2,
+def one_epoch(sample: Data, world: int, workers: int, start: int = 0, seed: int = 5, epoch: int = 2,
               views_on: str = "worker"):
     """Four global micro-batches of 16 images: per view the ranks' tensors in one."""
     ranks = [batches(sample.train, IMAGENET, range(4), 2, seed=seed, epoch=epoch, start=start,
@@ -214,7 +215,7 @@ def test_loading_leaves_the_runs_random_numbers_alone(sample):
         assert torch.equal(torch.rand(3), expected) and (np.random.get_state()[1] == state).all()
 
 
-def many(sample: data.Data, workers: int):
+def many(sample: Data, workers: int):
     return batches(sample.train, CIFAR, [0, 1], 1, seed=0, epoch=0, start=0, steps=100, batch=16,
                         workers=workers)
 
@@ -254,7 +255,7 @@ def test_bad_images_are_replaced_counted_and_named(tmp_path, caplog, workers):
     expected = [[{10: 12, 11: 12, 59: 0}.get(i, i) for i in batch]
                 for batch in ids(make_index(clean, 60), batch=6)]
     bad: dict[str, str] = {}
-    with caplog.at_level(logging.WARNING, "bossnas.data"):
+    with caplog.at_level(logging.WARNING, "bossnas.data.batches"):
         assert ids(index, batch=6, max_bad=0.05, bad=bad, workers=workers) == expected
     assert [name[-4:] for name in sorted(bad)] == ["0010", "0011", "0059"]
     assert all("no JPEG, PNG or WebP" in problem for problem in bad.values())
@@ -326,19 +327,19 @@ def test_packaged_sample(sample):
         assert len(set(labels[:100])) == 10  # mixed
     (shown,), = fixed(sample.val, CIFAR, [0], 1, seed=0, count=64, batch=64, shuffle=False)
     assert 0.3 < shown.std() < 3
-    assert sum(path.stat().st_size for path in data.SAMPLE.glob("*.gz")) < 3e6
-    assert not list(data.SAMPLE.glob(".*.npz"))
+    assert sum(path.stat().st_size for path in SAMPLE.glob("*.gz")) < 3e6
+    assert not list(SAMPLE.glob(".*.npz"))
 
 
 def test_open_data_names_the_field(tmp_path, index):
     shards = str(tmp_path / "s-*.tar")
-    opened = data.open_data(DataConfig(train=shards, val=shards))
+    opened = open_data(DataConfig(train=shards, val=shards))
     assert len(opened.train) == 60 and not opened.is_sample
     absent = str(tmp_path / "v*")
     for train, val, field in ((shards, None, "data.val"), (None, shards, "data.train"),
                               (shards, absent, "data.val"), (absent, shards, "data.train")):
         with pytest.raises(ConfigError) as error:
-            data.open_data(DataConfig(train=train, val=val))
+            open_data(DataConfig(train=train, val=val))
         assert error.value.field == field
 
 
@@ -367,7 +368,7 @@ def test_a_streams_pixels_do_not_depend_on_where_an_epoch_is_taken_up(tmp_path):
 
 def test_a_reader_whose_shards_end_begins_them_again_and_says_so(tmp_path, caplog):
     source = stream(tmp_path, 50, shards=3)  # 16, 17 and 17 images
-    caplog.set_level(logging.WARNING, "bossnas.data")
+    caplog.set_level(logging.WARNING, "bossnas.data.batches")
     taken = [i for batch in ids(source, batch=25, steps=1, world=2, rank=0, workers=0, buffer=0) for i in batch]
     taken += [i for batch in ids(source, batch=25, steps=1, world=2, rank=1, workers=0, buffer=0) for i in batch]
     assert len(taken) == 50 and 40 <= len(set(taken)) < 50
@@ -377,7 +378,7 @@ def test_a_reader_whose_shards_end_begins_them_again_and_says_so(tmp_path, caplo
 def test_bad_images_of_a_stream_are_replaced_by_a_neighbour_and_named(tmp_path, caplog):
     source, bad = stream(tmp_path, 60, shards=3, bad=(0, 11, 59)), {}
     options = dict(batch=6, workers=0, buffer=0, epoch=0, max_bad=0.05)
-    with caplog.at_level(logging.WARNING, "bossnas.data"):
+    with caplog.at_level(logging.WARNING, "bossnas.data.batches"):
         taken = [i for batch in ids(source, bad=bad, **options) for i in batch]
     assert len(taken) == 60 and set(range(60)) - set(taken) == {0, 11, 59}
     assert [name[-4:] for name in sorted(bad)] == ["0000", "0011", "0059"] and caplog.text.count("is replaced") == 3
@@ -412,14 +413,14 @@ def test_a_stream_needs_its_number_of_images_and_enough_shards(tmp_path):
     make_index(tmp_path, 12, shards=2)
     shards = str(tmp_path / "s-*.tar")
     with pytest.raises(ConfigError, match="train.steps_per_epoch: is not set"):
-        data.open_data(DataConfig(train=shards, val=shards, reader="stream"))
+        open_data(DataConfig(train=shards, val=shards, reader="stream"))
     with pytest.raises(ConfigError, match="data.val_images: is not set"):
-        data.open_data(DataConfig(train=shards, val=shards, reader="stream"), 12)
-    opened = data.open_data(DataConfig(train=shards, val=shards, reader="stream", val_images=6), 12)
+        open_data(DataConfig(train=shards, val=shards, reader="stream"), 12)
+    opened = open_data(DataConfig(train=shards, val=shards, reader="stream", val_images=6), 12)
     assert (len(opened.train), len(opened.val)) == (12, 6)
-    assert data.readers(opened.train, DataConfig(workers=3), 2) == 6
-    assert data.readers(ShardIndex.open(shards), DataConfig(workers=3), 2) is None
+    assert readers(opened.train, DataConfig(workers=3), 2) == 6
+    assert readers(ShardIndex.open(shards), DataConfig(workers=3), 2) is None
     with pytest.raises(ConfigError, match="data.workers: 4 readers"):
         ids(opened.train, batch=2, steps=1, world=2, workers=2)
     with pytest.raises(ConfigError, match="data.train: .*runs a command"):
-        data.open_data(DataConfig(train="pipe:cat x.tar", val=shards))
+        open_data(DataConfig(train="pipe:cat x.tar", val=shards))

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from bossnas import spaces
-from bossnas.bossnet import BossNet
-from bossnas.config import load
-from bossnas.engines import make
+from bossnas.config.loading import load
+from bossnas.distributed.engines import make
 from bossnas.errors import ConfigError
-from bossnas.heads import predictor
-from bossnas.optim import LARS, parameter_groups
-from bossnas.supernet import Supernet
+from bossnas.networks.bossnet import BossNet
+from bossnas.optim.groups import parameter_groups
+from bossnas.optim.lars import LARS
+from bossnas.supernet.heads import predictor
+from bossnas.supernet.supernet import Supernet
 
 LIMIT = 3e-7  # float32 sums in another order, three updates
 HALF = 0.01  # forward passes in fp16, whose steps are 2**-10
@@ -257,7 +258,7 @@ class OwnLayer(nn.Module):
                 "predictor": 1}),  # the first layer with its shortcut
     ("nats", {"block.#": 2, "projector.adapter.fixes.#": 8, "projector.mlp": 1, "predictor": 1})])
 def test_units_are_candidates_heads_and_the_rest_of_layers(name, expected):
-    from bossnas.engines.fsdp2 import units
+    from bossnas.distributed.engines.fsdp2 import units
 
     supernet = Supernet(spaces.make(name, width=0.5, image_size=32, restricted=True, split="cifar10"), 8, 4)
     part = nn.ModuleDict({**supernet.part(0), "predictor": predictor(8, 4)})
@@ -268,7 +269,7 @@ def test_units_are_candidates_heads_and_the_rest_of_layers(name, expected):
 
 
 def test_units_of_a_network_are_its_blocks_and_the_rest():
-    from bossnas.engines.fsdp2 import units
+    from bossnas.distributed.engines.fsdp2 import units
 
     model = BossNet(((1,), (), (0, 1), (1,)), width=8)
     assert list(units(model)) == [model.layer1[0], model.layer3[0], model.layer3[1], model.layer4[0], model]
@@ -277,7 +278,7 @@ def test_units_of_a_network_are_its_blocks_and_the_rest():
 
 
 def test_candidates_that_share_weights_are_one_unit():
-    from bossnas.engines.fsdp2 import units
+    from bossnas.distributed.engines.fsdp2 import units
 
     layer, shared = OwnLayer(), OwnLayer(shared=True)
     assert list(units(nn.ModuleList([layer]))) == [*layer.candidates, layer]
@@ -299,7 +300,7 @@ def test_parameters_that_cannot_be_sharded_are_refused():
 
 
 def config(section, precision="fp32"):
-    from bossnas.engines.deepspeed import deepspeed_config
+    from bossnas.distributed.engines.deepspeed import deepspeed_config
 
     return deepspeed_config(section, 8, 4, precision, 2)
 
@@ -399,7 +400,7 @@ def test_values_of_a_wrong_kind_are_a_user_error():
 def test_make_refuses(monkeypatch):
     with pytest.raises(ConfigError, match="engine.name: there is no engine 'zero'"):
         make("zero", accumulate=1, micro_batch=1)
-    monkeypatch.setattr("bossnas.dist.world_size", lambda: 2)
+    monkeypatch.setattr("bossnas.distributed.dist.world_size", lambda: 2)
     with pytest.raises(ConfigError, match="engine.name: single runs one process, but 2 were started"):
         make("single", accumulate=1, micro_batch=1)
     with pytest.raises(ConfigError, match="zero_optimization.stage: ZeRO 3"):

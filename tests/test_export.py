@@ -14,9 +14,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from bossnas import export, networks
 from bossnas.errors import ConfigError
-from bossnas.networks import Network, Spec
+from bossnas.networks.export import export
+from bossnas.networks.spec import Network, Spec, build_network, load_network, save_network
 
 SIZE = 32
 BOSSNET = Spec("bossnet", {"width": 8, "encoding": [[1], [0], [1, 0], [0]]}, 10, SIZE)
@@ -29,7 +29,7 @@ HAS_ONNX = all(importlib.util.find_spec(package) for package in ("onnx", "onnxru
 def network(spec: Spec) -> Network:
     """With weights under which every layer matters."""
     torch.manual_seed(0)
-    model = networks.build(spec)
+    model = build_network(spec)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.weight.data.uniform_(0.5, 1.5)
@@ -39,7 +39,7 @@ def network(spec: Spec) -> Network:
 
 
 def logits(given: Network, images: Tensor) -> Tensor:
-    model = networks.build(given.spec)
+    model = build_network(given.spec)
     model.load_state_dict(given.weights)
     with torch.no_grad():
         return model.eval()(images)
@@ -71,7 +71,7 @@ def test_every_format_is_there_and_described(exported):
     for row in result["files"]:
         assert row["bytes"] == sum((out / file).stat().st_size for file in row["files"])
         assert row["difference"] <= row["limit"] and not row["fused"]
-    assert result["parameters"] == sum(p.numel() for p in networks.build(BOSSNET).parameters())
+    assert result["parameters"] == sum(p.numel() for p in build_network(BOSSNET).parameters())
     assert result["network"] == BOSSNET.to_json() and result["about"] == given.about
     assert result["multiply_adds"] > 0 and result["versions"]["torch"]
     readme = (out / "README.md").read_text()
@@ -84,7 +84,7 @@ def test_every_format_is_there_and_described(exported):
 def test_safetensors_and_the_hub_folder_load(exported):
     out, given, _ = exported
     wanted = logits(given, images(2))
-    read = networks.load(out / "bossnet.safetensors")
+    read = load_network(out / "bossnet.safetensors")
     assert read.spec == given.spec and read.about == given.about and near(logits(read, images(2)), wanted)
     model = timm.create_model(f"local-dir:{out / 'hub'}", pretrained=True).eval()
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_batch_norms_fold_in_programs_alone(tmp_path):
     formats = ["safetensors", "torchscript", *(["onnx"] if HAS_ONNX else [])]
     result = export.export_network(given, tmp_path / "out", formats, fuse=True, batch=2)
     assert [row["fused"] for row in result["files"]] == [False, True, True][:len(formats)]
-    assert networks.load(tmp_path / "out" / "bossnas_nats.safetensors").weights.keys() == given.weights.keys()
+    assert load_network(tmp_path / "out" / "bossnas_nats.safetensors").weights.keys() == given.weights.keys()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scripted = torch.jit.load(str(tmp_path / "out" / "bossnas_nats.torchscript.pt"))
@@ -243,7 +243,7 @@ def test_formats_and_what_they_need(tmp_path, monkeypatch):
 
 def test_a_file_is_opened_and_exported(tmp_path):
     given = network(NATS)
-    networks.save(tmp_path / "best.safetensors", given.spec, given.weights, given.about)
+    save_network(tmp_path / "best.safetensors", given.spec, given.weights, given.about)
     result = export.export(tmp_path / "best.safetensors", tmp_path / "out", ["safetensors"])
     assert result["network"] == given.spec.to_json() and result["files"][0]["difference"] == 0
     torch.save({"model": given.weights}, tmp_path / "other.pth")
@@ -263,8 +263,8 @@ def test_a_file_is_opened_and_exported(tmp_path):
 
 def test_all_formats_leave_out_what_a_network_of_timm_lacks(tmp_path):
     pytest.importorskip("onnxscript")
-    spec = networks.Spec("resnet18", {"channels": [8, 8, 8, 8], "layers": [1, 1, 1, 1]}, 3, 32)
-    network = networks.Network(spec, networks.build(spec).state_dict(), {})
+    spec = Spec("resnet18", {"channels": [8, 8, 8, 8], "layers": [1, 1, 1, 1]}, 3, 32)
+    network = Network(spec, build_network(spec).state_dict(), {})
     result = export.export_network(network, tmp_path / "out", export.chosen("all"))
     assert [row["format"] for row in result["files"]] == [name for name in export.FORMATS if name != "standalone"]
     modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "out").rglob("*") if file.is_file()}

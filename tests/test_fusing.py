@@ -7,11 +7,12 @@ import timm
 import torch
 from torch import nn
 
-from bossnas import fusing
-from bossnas.bossnet import BossNet, SelfAttention
 from bossnas.errors import ConfigError
-from bossnas.mbconv_net import MBConvNet
-from bossnas.nats_net import NatsNet
+from bossnas.networks import fuse
+from bossnas.networks.bossnet import BossNet, SelfAttention
+from bossnas.networks.fuse import fuse_bn
+from bossnas.networks.mbconv import MBConvNet
+from bossnas.networks.nats import NatsNet
 
 TINY = {"width": 8, "num_classes": 10}
 
@@ -43,13 +44,13 @@ def test_every_norm_of_a_bossnet_folds(options):
     torch.manual_seed(0)
     model = lively(BossNet(**TINY, **options, drop_path_rate=0.1)).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    fused = fusing.fuse_bn(model)
+    fused = fuse_bn(model)
     assert norms(model) > 10 and norms(fused) == 0
     assert not fused.training and model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "the network changed"
     images = torch.randn(3, 3, 48, 48)
     assert largest(model.eval(), fused, images) < 1e-5
-    double = fusing.fuse_bn(model.double())
+    double = fuse_bn(model.double())
     assert largest(model, double, images.double()) < 1e-13
 
 
@@ -57,7 +58,7 @@ def test_the_norm_after_self_attention_goes_into_the_values():
     torch.manual_seed(0)
     attention, norm = SelfAttention(128), lively(nn.BatchNorm2d(128))
     model = nn.Sequential(nn.Conv2d(3, 128, 3), attention, norm).eval()
-    fused = fusing.fuse_bn(model)
+    fused = fuse_bn(model)
     assert isinstance(fused[2], nn.Identity)
     assert torch.equal(fused[1].to_qkv.weight[:256], attention.to_qkv.weight[:256])
     assert not fused[1].to_qkv.bias[:256].any() and fused[1].to_qkv.bias[256:].any()
@@ -67,10 +68,10 @@ def test_the_norm_after_self_attention_goes_into_the_values():
 def test_the_networks_of_the_other_spaces_fold():
     torch.manual_seed(0)
     mbconv = lively(MBConvNet(["01", "2301", "0123", "3210", "1032"], width=0.25, num_classes=10)).eval()
-    assert norms(fused := fusing.fuse_bn(mbconv)) == 0
+    assert norms(fused := fuse_bn(mbconv)) == 0
     assert largest(mbconv, fused, torch.randn(2, 3, 64, 64)) < 1e-5
     nats = lively(NatsNet([8, 12, 8, 8, 8], num_classes=10)).eval()
-    assert norms(fused := fusing.fuse_bn(nats)) == 1, "the last one, which follows a sum, alone is left"
+    assert norms(fused := fuse_bn(nats)) == 1, "the last one, which follows a sum, alone is left"
     assert largest(nats, fused, torch.randn(2, 3, 32, 32)) < 1e-5
 
 
@@ -78,7 +79,7 @@ def test_the_networks_of_the_other_spaces_fold():
 def test_networks_of_timm_fold(name):
     torch.manual_seed(0)
     model = lively(timm.create_model(name, num_classes=10)).eval()
-    fused = fusing.fuse_bn(model)
+    fused = fuse_bn(model)
     assert norms(fused) == 0 and largest(model, fused, torch.randn(2, 3, 64, 64)) < 1e-5
 
 
@@ -100,7 +101,7 @@ class Forked(nn.Module):
 def test_what_something_else_reads_stays():
     torch.manual_seed(0)
     model = lively(Forked()).eval()
-    fused = fusing.fuse_bn(model)
+    fused = fuse_bn(model)
     assert [type(m) for m in (fused.bn1, fused.bn2, fused.bn3)] == [nn.BatchNorm2d, nn.BatchNorm2d, nn.Identity]
     assert largest(model, fused, torch.randn(2, 3, 8, 8)) < 1e-5
 
@@ -116,12 +117,12 @@ class ByValue(nn.Module):
 
 def test_what_cannot_be_folded_is_named():
     with pytest.raises(ConfigError, match="--fuse-bn: the network has no batch norm that can be folded"):
-        fusing.fuse_bn(timm.create_model("vit_tiny_patch16_224", depth=1))
+        fuse_bn(timm.create_model("vit_tiny_patch16_224", depth=1))
     with pytest.raises(ConfigError, match="forward pass of ByValue cannot be traced"):
-        fusing.fuse_bn(ByValue())
+        fuse_bn(ByValue())
 
 
 def test_a_wrong_fold_is_found(monkeypatch):
-    monkeypatch.setattr(fusing, "_fold", lambda conv, norm, rows=slice(None): None)
+    monkeypatch.setattr(fuse, "_fold", lambda conv, norm, rows=slice(None): None)
     with pytest.raises(ConfigError, match="folding the batch norms of BossNet changed its results by"):
-        fusing.fuse_bn(lively(BossNet(**TINY)))
+        fuse_bn(lively(BossNet(**TINY)))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bossnas import images
-from bossnas.images import BadImage, decode
+from bossnas.data import images
+from bossnas.data.images import BadImage, decode
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:

@@ -9,13 +9,20 @@ import pytest
 import torch
 from torch import nn
 
-from bossnas import checkpoint, inherit, networks, runfolder, search, spaces
-from bossnas.config import SpaceConfig, load
+from bossnas import spaces
+from bossnas.config.loading import load
+from bossnas.config.retrain import RetrainConfig
+from bossnas.config.shared import SpaceConfig
 from bossnas.errors import ConfigError
-from bossnas.ops import GroupedBatchNorm
-from bossnas.paths import decode
-from bossnas.retrain_config import RetrainConfig
-from bossnas.supernet import Supernet
+from bossnas.files import write_json
+from bossnas.networks.spec import Spec, build_network
+from bossnas.retrain import inherit
+from bossnas.runs import checkpoint
+from bossnas.runs.folder import prepare_folder, read_config
+from bossnas.search import search
+from bossnas.spaces.ops import GroupedBatchNorm
+from bossnas.spaces.paths import decode
+from bossnas.supernet.supernet import Supernet
 
 OWN = "tests/hop_space.py:Hop"
 HYTRA, MBCONV = "5433|3230|0010|0000", "21|1023|3210|0123|1132"
@@ -44,8 +51,8 @@ def found(folder, name, text, *more):
     """The folder of a finished search, without its weights."""
     config = load(None, [f"space.name={name}", f"space.width={WIDTH[name]}", "space.image_size=64", f"out={folder}",
                          *more])
-    runfolder.prepare(folder, config)
-    runfolder.write_json(folder / "architecture.json", {"architecture": text})
+    prepare_folder(folder, config)
+    write_json(folder / "architecture.json", {"architecture": text})
     return config
 
 
@@ -65,7 +72,7 @@ def finished(folder, name, text, change=None):
 def taken_over(folder, dtype=torch.float32, **options):
     spec = inherit.spec_of_run(folder, 5, options=options, inherited=True)
     torch.manual_seed(1)
-    net = randomise(networks.build(spec)).eval().to(dtype)
+    net = randomise(build_network(spec)).eval().to(dtype)
     return net, inherit.inherit(net, spec, folder)
 
 
@@ -89,11 +96,11 @@ def paths(text):
 def test_descriptions_of_what_searches_found(tmp_path):
     found(tmp_path / "h", "hytra", HYTRA)
     spec = inherit.spec_of_run(tmp_path / "h", 7)
-    assert spec == networks.Spec("bossnet", {"encoding": [[1], [1], [1, 1, 1, 0, 1], [0, 0, 0, 1, 0, 0, 0, 0, 0]],
+    assert spec == Spec("bossnet", {"encoding": [[1], [1], [1, 1, 1, 0, 1], [0, 0, 0, 1, 0, 0, 0, 0, 0]],
                                              "width": 4}, 7, 64)
     assert inherit.spec_of_run(tmp_path / "h", 7, 96, {"se": False}).model_args["se"] is False
     assert inherit.spec_of_run(tmp_path / "h", 7, 96).image_size == 96
-    assert networks.build(spec)(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
+    assert build_network(spec)(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
     found(tmp_path / "n", "nats", "74|33|2", "data.recipe=cifar", "space.width=1.0")
     spec = inherit.spec_of_run(tmp_path / "n", 10)
     assert spec.architecture == "bossnas_nats" and spec.model_args == {"widths": [64, 40, 32, 32, 24]}
@@ -102,7 +109,7 @@ def test_descriptions_of_what_searches_found(tmp_path):
     found(tmp_path / "m", "mbconv", MBCONV)
     assert inherit.spec_of_run(tmp_path / "m", 10).model_args == {"paths": MBCONV.split("|"), "width": 0.125}
     found(tmp_path / "o", OWN, "01|20|12")
-    assert inherit.spec_of_run(tmp_path / "o", 10) == networks.Spec(
+    assert inherit.spec_of_run(tmp_path / "o", 10) == Spec(
         "bossnas_own", {"space": str(Path(OWN).resolve()), "paths": ["01", "20", "12"], "width": 1.0}, 10, 64)
 
 
@@ -111,13 +118,13 @@ def test_descriptions_are_plain_data(tmp_path):
                                            OWN: "01|20|12"}.items()):
         found(tmp_path / str(number), name, text)
         spec = inherit.spec_of_run(tmp_path / str(number), 3)
-        assert networks.Spec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
-        networks.build(spec)
+        assert Spec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+        build_network(spec)
 
 
 def test_descriptions_of_texts():
     spec = inherit.spec_of_architecture(SpaceConfig(), HYTRA, 1000)
-    assert spec == networks.Spec("bossnet", {"encoding": [[1], [1], [1, 1, 1, 0, 1], [0, 0, 0, 1, 0, 0, 0, 0, 0]],
+    assert spec == Spec("bossnet", {"encoding": [[1], [1], [1, 1, 1, 0, 1], [0, 0, 0, 1, 0, 0, 0, 0, 0]],
                                              "width": 64}, 1000, 224)
     nats = SpaceConfig(name="nats", image_size=32, split="cifar100")
     assert inherit.spec_of_architecture(nats, "74|3|32", 100, options={"skip_relu": True}).model_args == {
@@ -142,7 +149,7 @@ def test_folders_of_no_finished_search(tmp_path):
     with pytest.raises(ConfigError, match="^model.run: .*holds no config.json"):
         inherit.spec_of_run(tmp_path / "nowhere", 10)
     retraining = load(None, ["model.name=bossnet_t0", f"out={tmp_path / 'b'}"], RetrainConfig)
-    runfolder.prepare(tmp_path / "b", retraining)
+    prepare_folder(tmp_path / "b", retraining)
     with pytest.raises(ConfigError, match="^model.run: .*holds a retraining"):
         inherit.spec_of_run(tmp_path / "b", 10)
 
@@ -242,15 +249,15 @@ def test_networks_of_another_architecture_or_shape(tmp_path):
     found(tmp_path / "b", "mbconv", "21|1023|3210|0123|1133")
     found(tmp_path / "c", "nats", "74|33|2")
     spec = inherit.spec_of_run(tmp_path / "a", 5)
-    net = networks.build(spec)
+    net = build_network(spec)
     for other in "bc":
         with pytest.raises(ConfigError, match="^model.inherit: .* found .*which the network bossnas_mbconv"):
             inherit.inherit(net, spec, tmp_path / other)
     narrow = inherit.spec_of_run(tmp_path / "a", 5, options={"width": 0.5})
     with pytest.raises(ConfigError, match="^model.inherit"):
-        inherit.inherit(networks.build(narrow), narrow, tmp_path / "a")
+        inherit.inherit(build_network(narrow), narrow, tmp_path / "a")
     grey = inherit.spec_of_run(tmp_path / "a", 5, options={"in_chans": 1, "last": False})
-    report = inherit.inherit(networks.build(grey), grey, tmp_path / "a")
+    report = inherit.inherit(build_network(grey), grey, tmp_path / "a")
     assert report.fresh == ["conv_stem.weight", "fc.weight", "fc.bias"]
     for file in (tmp_path / "a/checkpoints").rglob("*.distcp"):
         file.write_bytes(file.read_bytes()[:-1])
@@ -268,7 +275,7 @@ def test_after_a_real_search(tmp_path):
         "checkpoint.asynchronous=false", f"out={folder}"]))
     net, report = taken_over(folder)
     assert [part.partition(".")[0] for part in report.fresh] == ["head", "head"]
-    config = runfolder.read_config(folder)
+    config = read_config(folder)
     target = Supernet(spaces.make(**config.space.model_dump()), 16, 8).eval()
     state = checkpoint.read(checkpoint.latest(folder / "checkpoints"), ("target",))
     target.load_state_dict({key.removeprefix("target."): tensor for key, tensor in state.items()})

@@ -11,11 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import bossnas_kernels
-from bossnas import kernel_layers, ops
-from bossnas.bossnet import BossNet
 from bossnas.errors import ConfigError
-from bossnas.mbconv_net import MBConvNet
-from bossnas.nats_net import NatsNet
+from bossnas.networks.bossnet import BossNet
+from bossnas.networks.kernel_layers import KernelAttention, KernelNorm, use_kernels
+from bossnas.networks.mbconv import MBConvNet
+from bossnas.networks.nats import NatsNet
+from bossnas.spaces import ops
 
 CPU = torch.device("cpu")
 NETWORKS = {
@@ -41,7 +42,7 @@ def both(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.M
             module.weight.data.uniform_(0.5, 1.5)
             module.bias.data.uniform_(-0.3, 0.3)
     other = copy.deepcopy(plain)
-    assert kernel_layers.use_kernels(other, "reference", CPU) == "reference"
+    assert use_kernels(other, "reference", CPU) == "reference"
     return plain, other
 
 
@@ -84,9 +85,9 @@ def test_every_layer_that_has_a_kernel_is_one():
     _, other = both("bossnet")
     kinds = [type(module) for module in other.modules()]
     assert nn.BatchNorm2d not in kinds and nn.SiLU in kinds  # the one after a sum stays
-    assert kinds.count(kernel_layers.KernelAttention) == 3
+    assert kinds.count(KernelAttention) == 3
     assert kinds.count(ops.DepthwiseConv) == 5  # the PEGs
-    acts = [module.act for module in other.modules() if isinstance(module, kernel_layers.KernelNorm)]
+    acts = [module.act for module in other.modules() if isinstance(module, KernelNorm)]
     assert acts.count("silu") == 1 + 5 * 2  # the stem's; two in every block
     assert acts.count("none") == 5 + 4  # before every sum; the shortcuts that change the width
 
@@ -114,6 +115,6 @@ def test_a_copy_of_the_network_has_weights_of_its_own():
 
 def test_other_networks_are_refused():
     with pytest.raises(ConfigError, match="kernels: are not made for ResNet; set it to off"):
-        kernel_layers.use_kernels(timm.create_model("resnet18"), "auto", CPU)
+        use_kernels(timm.create_model("resnet18"), "auto", CPU)
     with pytest.raises(ConfigError, match="kernels: is 'fast'"):
-        kernel_layers.use_kernels(BossNet(width=8), "fast", CPU)
+        use_kernels(BossNet(width=8), "fast", CPU)

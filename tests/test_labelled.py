@@ -16,14 +16,23 @@ from PIL import Image
 from timm.data import create_transform
 from torch.nn import functional as F
 
-from bossnas import data, labelled
-from bossnas.config import ReaderConfig
+from bossnas.config.retrain import AugmentConfig
+from bossnas.config.shared import ReaderConfig
+from bossnas.data.batches import Data, open_data
+from bossnas.data.images import decode
+from bossnas.data.shards import ShardIndex
+from bossnas.data.streams import ShardStream
 from bossnas.errors import ConfigError
-from bossnas.images import decode
-from bossnas.networks import Spec
-from bossnas.retrain_config import AugmentConfig
-from bossnas.shards import ShardIndex
-from bossnas.stream import ShardStream
+from bossnas.networks.spec import Spec
+from bossnas.retrain.batches import (
+    _seed,
+    check_labels,
+    count_classes,
+    eval_batches,
+    eval_transform,
+    train_batches,
+    train_transform,
+)
 
 HERE = ReaderConfig(workers=0)
 PLAIN = AugmentConfig(crop="pad", flip=0, auto=None, jitter=0, repeats=1, erasing=0, mixup=0, cutmix=0, smoothing=0)
@@ -49,19 +58,19 @@ def make(folder: Path, count: int, *, shards: int = 2, classes: int = 5, bad: tu
 
 
 @pytest.fixture(scope="module")
-def sample() -> data.Data:
-    return data.open_data(ReaderConfig())
+def sample() -> Data:
+    return open_data(ReaderConfig())
 
 
 def train(source, augment: AugmentConfig = FULL, *, size: int = SIZE, workers: int = 0, **options):
     given = dict(classes=10, seed=5, epoch=2, start=0, steps=3, batch=8) | options
     settings = ReaderConfig(workers=workers, max_bad=given.pop("max_bad", 0.001), buffer=10)
-    return list(labelled.train_batches(source, labelled.train_transform(augment, size), settings, **given))
+    return list(train_batches(source, train_transform(augment, size), settings, **given))
 
 
 def evaluated(source, size: int = SIZE, crop: float = 1.0, settings: ReaderConfig = HERE, **options):
-    transform = labelled.eval_transform(Spec("any", image_size=size, crop=crop))
-    return list(labelled.eval_batches(source, transform, settings, **dict(count=None, batch=8) | options))
+    transform = eval_transform(Spec("any", image_size=size, crop=crop))
+    return list(eval_batches(source, transform, settings, **dict(count=None, batch=8) | options))
 
 
 def same(a, b) -> bool:
@@ -118,8 +127,8 @@ def test_loading_leaves_the_runs_random_numbers_alone(sample):
     expected = [numbers() for _ in range(4)]
     seed()
     settings, got = ReaderConfig(workers=0), [numbers()]
-    transform = labelled.train_transform(AugmentConfig(auto=None, repeats=1, erasing=1), SIZE)  # jitter: torch's
-    for _ in labelled.train_batches(sample.train, transform, settings, classes=10, seed=0, epoch=0, start=0, steps=3,
+    transform = train_transform(AugmentConfig(auto=None, repeats=1, erasing=1), SIZE)  # jitter: torch's
+    for _ in train_batches(sample.train, transform, settings, classes=10, seed=0, epoch=0, start=0, steps=3,
                                     batch=4):
         got.append(numbers())
     assert got == expected
@@ -127,49 +136,49 @@ def test_loading_leaves_the_runs_random_numbers_alone(sample):
 
 def test_the_transform_can_travel():
     for augment in (FULL, AugmentConfig(auto="augmix-m5"), AugmentConfig(auto=None)):
-        transform = labelled.train_transform(augment, SIZE)
+        transform = train_transform(augment, SIZE)
         picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
         made = []
         for copy in (transform, pickle.loads(pickle.dumps(transform))):
-            labelled._seed((1, 2, 3))
+            _seed((1, 2, 3))
             made.append(copy(picture))
         assert made[0].shape == (SIZE, SIZE, 3) and made[0].dtype == np.uint8 and (made[0] == made[1]).all()
-    assert labelled.eval_transform(Spec("any")) and pickle.dumps(labelled.eval_transform(Spec("any")))
+    assert eval_transform(Spec("any")) and pickle.dumps(eval_transform(Spec("any")))
 
 
 def test_the_random_crop_is_timms():
     augment = AugmentConfig(flip=0, auto=None, jitter=0)
-    transform = labelled.train_transform(augment, SIZE)
+    transform = train_transform(augment, SIZE)
     theirs = create_transform(SIZE, is_training=True, hflip=0, color_jitter=None, interpolation="bicubic",
                               use_prefetcher=True)
     for seed in range(20):
         picture = np.random.default_rng(seed).integers(0, 256, (31, 44, 3), dtype=np.uint8)
-        labelled._seed((seed,))
+        _seed((seed,))
         mine = transform(picture)
-        labelled._seed((seed,))
+        _seed((seed,))
         assert (mine == theirs(Image.fromarray(picture)).permute(1, 2, 0).numpy()).all()
 
 
 def test_the_crop_from_a_border_moves_by_an_eighth_at_most_and_flips():
     picture = np.arange(1, SIZE * SIZE * 3 + 1).reshape(SIZE, SIZE, 3).astype(np.uint8)
-    transform = labelled.train_transform(PLAIN.model_copy(update={"flip": 0.5}), SIZE)
+    transform = train_transform(PLAIN.model_copy(update={"flip": 0.5}), SIZE)
     border, framed = SIZE // 8, np.pad(picture, ((2, 2), (2, 2), (0, 0)))
     possible = {framed[top:top + SIZE, left:left + SIZE][:, ::step].tobytes(): (top, left, step)
                 for top in range(2 * border + 1) for left in range(2 * border + 1) for step in (1, -1)}
     found = set()
     for seed in range(600):
-        labelled._seed((seed,))
+        _seed((seed,))
         found.add(possible[np.ascontiguousarray(transform(picture)).tobytes()])
     assert found == set(possible.values())
-    labelled._seed((0,))
+    _seed((0,))
     assert transform(np.zeros((40, 30, 3), np.uint8)).shape == (SIZE, SIZE, 3)
 
 
 def test_random_augmentation_outlives_its_highest_level():
-    transform = labelled.train_transform(AugmentConfig(auto="rand-m10-p1-inc1-n4"), SIZE)
+    transform = train_transform(AugmentConfig(auto="rand-m10-p1-inc1-n4"), SIZE)
     picture = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     for seed in range(60):  # without a posterisation to at least one bit, some raise
-        labelled._seed((seed,))
+        _seed((seed,))
         assert transform(picture).shape == picture.shape
     policy, = transform.colours.transforms
     posterised, = [op for op in policy.ops if op.name.startswith("Posterize")]
@@ -180,9 +189,9 @@ def test_random_augmentation_outlives_its_highest_level():
 def test_an_unknown_policy_is_refused(auto):
     if auto:
         with pytest.raises(ConfigError, match="augment.auto: timm does not know"):
-            labelled.train_transform(AugmentConfig(auto=auto), SIZE)
+            train_transform(AugmentConfig(auto=auto), SIZE)
     else:
-        assert labelled.train_transform(AugmentConfig(auto=auto, jitter=0), SIZE).colours.transforms == []
+        assert train_transform(AugmentConfig(auto=auto, jitter=0), SIZE).colours.transforms == []
 
 
 def test_labels_belong_to_their_images_and_smoothing_is_spread_over_the_classes(tmp_path):
@@ -257,8 +266,8 @@ def test_a_stream_gives_its_labels_and_no_copies(tmp_path):
     with pytest.raises(ConfigError, match="model.classes: 4, but data.train has the label 4; set it to 5"):
         train(source, PLAIN, classes=4, steps=5)
     with pytest.raises(ConfigError, match="model.classes: is not set, and data.train is a stream"):
-        labelled.count_classes(source)
-    labelled.check_labels(source, 2)  # a stream is not read
+        count_classes(source)
+    check_labels(source, 2)  # a stream is not read
     assert same(evaluated(source), evaluated(ShardIndex.open(str(tmp_path / "s-*.tar"))))
     make(tmp_path / "without", 40, without=(25,))
     with pytest.raises(ConfigError, match=r"data.train: image 5 of .*s-1.tar has no label"):
@@ -267,25 +276,25 @@ def test_a_stream_gives_its_labels_and_no_copies(tmp_path):
 
 def test_labels_are_checked_and_counted(tmp_path):
     index = make(tmp_path / "good", 20)
-    assert labelled.count_classes(index) == 5
-    labelled.check_labels(index, 5)
+    assert count_classes(index) == 5
+    check_labels(index, 5)
     with pytest.raises(ConfigError, match="model.classes: 4, but data.train has the label 4; set it to 5"):
-        labelled.check_labels(index, 4)
+        check_labels(index, 4)
     with pytest.raises(ConfigError, match="model.classes"):
         evaluated(index, classes=4)
     some = make(tmp_path / "some", 20, without=(13, 17))
-    for call in (lambda: labelled.count_classes(some), lambda: labelled.check_labels(some, 9)):
+    for call in (lambda: count_classes(some), lambda: check_labels(some, 9)):
         with pytest.raises(ConfigError, match=r"data.train: .*s-1.tar/0013, of 2 such, has no label"):
             call()
     with pytest.raises(ConfigError, match="every image has the label 0"):
-        labelled.count_classes(make(tmp_path / "one", 4, classes=1))
+        count_classes(make(tmp_path / "one", 4, classes=1))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_comes_for_an_unreadable_image_has_its_own_label(tmp_path, caplog, workers):
     index = make(tmp_path, 40, bad=(3, 20))
     bad: dict[str, str] = {}
-    with caplog.at_level(logging.WARNING, "bossnas.data"):
+    with caplog.at_level(logging.WARNING, "bossnas.data.batches"):
         batches = train(index, PLAIN, classes=5, steps=5, max_bad=0.1, bad=bad, workers=workers)
     seen = [level for images, _ in batches for level in levels(images)]
     assert sorted(seen) == sorted([*(set(range(40)) - {3, 20}), 4, 21])
@@ -316,7 +325,7 @@ def test_evaluation_resizes_the_shorter_side_and_cuts_out_the_middle(size, resiz
     whole = Image.fromarray(picture).resize((width, resized), Image.Resampling.BICUBIC)
     top, left = round((resized - size) / 2), round((width - size) / 2)
     expected = np.asarray(whole)[top:top + size, left:left + size]
-    assert (labelled.eval_transform(Spec("any", image_size=size))(picture) == expected).all()
+    assert (eval_transform(Spec("any", image_size=size))(picture) == expected).all()
 
 
 def test_images_of_the_right_size_pass_an_evaluation_unchanged(sample):

@@ -11,13 +11,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bossnas import cost, networks, ops, spaces
+from bossnas import spaces
 from bossnas.errors import ConfigError
-from bossnas.mbconv_net import InvertedResidual, MBConvNet
-from bossnas.nats_net import NatsNet
-from bossnas.ops import GroupedBatchNorm
-from bossnas.paths import decode
-from bossnas.standalone import Standalone, standalone
+from bossnas.networks.from_space import Standalone, standalone
+from bossnas.networks.mbconv import InvertedResidual, MBConvNet
+from bossnas.networks.nats import NatsNet
+from bossnas.networks.spec import FORMAT, Spec, build_network, load_network, save_network
+from bossnas.spaces import cost, ops
+from bossnas.spaces.ops import GroupedBatchNorm
+from bossnas.spaces.paths import decode
 
 PATHS = ["21", "1023", "3210", "0123", "1132"]
 WIDTHS = [24, 40, 40, 16, 24]
@@ -303,12 +305,12 @@ def test_an_own_network_trains():
 @pytest.mark.parametrize("name", MODELS)
 def test_a_network_comes_back_from_its_file(name, tmp_path):
     model, own = MODELS[name]
-    spec = networks.Spec(model, own, 5, 32)
-    net = opened(networks.build(spec)).eval()
-    networks.save(tmp_path / "a.safetensors", spec, net.state_dict(), {"top1": 12.5})
-    loaded = networks.load(tmp_path / "a.safetensors")
+    spec = Spec(model, own, 5, 32)
+    net = opened(build_network(spec)).eval()
+    save_network(tmp_path / "a.safetensors", spec, net.state_dict(), {"top1": 12.5})
+    loaded = load_network(tmp_path / "a.safetensors")
     assert loaded.spec == spec and loaded.about == {"top1": 12.5}
-    again = networks.build(networks.Spec.from_json(json.loads(json.dumps(spec.to_json())))).eval()
+    again = build_network(Spec.from_json(json.loads(json.dumps(spec.to_json())))).eval()
     again.load_state_dict(loaded.weights)
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(again(x), net(x))
@@ -316,39 +318,39 @@ def test_a_network_comes_back_from_its_file(name, tmp_path):
 
 def test_weights_that_share_memory_are_saved_each(tmp_path):
     weight = torch.arange(6.0)
-    networks.save(tmp_path / "a.safetensors", networks.Spec("any"), {"a": weight, "b": weight, "c": weight[1:]}, {})
-    assert {name: t.tolist() for name, t in networks.load(tmp_path / "a.safetensors").weights.items()} == {
+    save_network(tmp_path / "a.safetensors", Spec("any"), {"a": weight, "b": weight, "c": weight[1:]}, {})
+    assert {name: t.tolist() for name, t in load_network(tmp_path / "a.safetensors").weights.items()} == {
         "a": [0, 1, 2, 3, 4, 5], "b": [0, 1, 2, 3, 4, 5], "c": [1, 2, 3, 4, 5]}
 
 
 @pytest.mark.parametrize("spec, training, text", [
-    (networks.Spec("bossnet_t9"), {}, "model.name: timm knows no 'bossnet_t9'"),
-    (networks.Spec("bossnas_nats", {"widths": [8]}), {}, "model.options: bossnas_nats does not take"),
-    (networks.Spec("bossnet_t0", {"depth": 3}), {}, "model.options: bossnet_t0 does not take .*depth"),
-    (networks.Spec(*MODELS["own"]), {"drop_path_rate": 0.1}, "no stochastic depth"),
-    (networks.Spec("vgg11"), {"drop_path_rate": 0.1}, "vgg11 does not take .*or set model.drop_path to 0"),
-    (networks.Spec("bossnet_t0", {"width": -8}), {}, "model.options: bossnet_t0 does not take"),
-    (networks.Spec("resnet18", {"norm_layer": "nope"}), {}, "model.options: .*KeyError: 'nope'"),
-    (networks.Spec("bossnet_t0.none"), {}, "Invalid pretrained tag"),
-    (networks.Spec("bossnet_t0", {"features_only": True}), {}, "features_only is no argument")])
+    (Spec("bossnet_t9"), {}, "model.name: timm knows no 'bossnet_t9'"),
+    (Spec("bossnas_nats", {"widths": [8]}), {}, "model.options: bossnas_nats does not take"),
+    (Spec("bossnet_t0", {"depth": 3}), {}, "model.options: bossnet_t0 does not take .*depth"),
+    (Spec(*MODELS["own"]), {"drop_path_rate": 0.1}, "no stochastic depth"),
+    (Spec("vgg11"), {"drop_path_rate": 0.1}, "vgg11 does not take .*or set model.drop_path to 0"),
+    (Spec("bossnet_t0", {"width": -8}), {}, "model.options: bossnet_t0 does not take"),
+    (Spec("resnet18", {"norm_layer": "nope"}), {}, "model.options: .*KeyError: 'nope'"),
+    (Spec("bossnet_t0.none"), {}, "Invalid pretrained tag"),
+    (Spec("bossnet_t0", {"features_only": True}), {}, "features_only is no argument")])
 def test_a_description_of_no_network(spec, training, text):
     with pytest.raises(ConfigError, match=text):
-        networks.build(spec, **training)
+        build_network(spec, **training)
 
 
 def test_a_file_of_something_else(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "plain.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "plain.safetensors").read_bytes()[:-3])
-    good, names = networks.Spec("bossnet").to_json(), {"plain": "does not say which network", "cut": "cannot read",
+    good, names = Spec("bossnet").to_json(), {"plain": "does not say which network", "cut": "cannot read",
                                                        "none": "cannot read"}
     for key, value in {"image_size": "large", "classes": None, "mean": [0.5], "model_args": [1], "architecture": 3,
                        "crop": "x", "colour": 1}.items():
         save_file({"a": torch.zeros(2)}, tmp_path / f"{key}.safetensors",
-                  {"format": networks.FORMAT, "spec": json.dumps(good | {key: value}), "about": "{}"})
+                  {"format": FORMAT, "spec": json.dumps(good | {key: value}), "about": "{}"})
         names[key] = rf"not the description of a network \({key}"
     save_file({"a": torch.zeros(2)}, tmp_path / "about.safetensors",
-              {"format": networks.FORMAT, "spec": json.dumps(good), "about": "3"})
+              {"format": FORMAT, "spec": json.dumps(good), "about": "3"})
     names["about"] = "cannot read"
     for name, text in names.items():
         with pytest.raises(ConfigError, match=text):
-            networks.load(tmp_path / f"{name}.safetensors")
+            load_network(tmp_path / f"{name}.safetensors")

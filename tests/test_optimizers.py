@@ -14,10 +14,10 @@ import timm.optim
 import torch
 from torch import nn
 
-from bossnas import optimizers
-from bossnas.engines import make
+from bossnas.distributed.engines import make
 from bossnas.errors import ConfigError
-from bossnas.optim import parameter_groups
+from bossnas.optim.groups import parameter_groups
+from bossnas.optim.library import _algorithm, check_optimizer, choose_optimizer
 
 LIMIT = 3e-6  # float32 sums in another order; Adam divides by small numbers
 CPU = torch.device("cpu")
@@ -84,7 +84,7 @@ def test_decay_spares_biases_and_norms():
     settings = {"weight_decay": 0.5, "momentum": 0.9, "beta2": 0.99, "eps": 1e-8}
     module = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
-    make_optimizer, _ = optimizers.choose("sgd", "auto", CPU, **settings)
+    make_optimizer, _ = choose_optimizer("sgd", "auto", CPU, **settings)
     optimizer = make_optimizer(module, None, False)
     for p in module.parameters():
         p.grad = torch.zeros_like(p)
@@ -101,7 +101,7 @@ def test_a_frozen_parameter_may_have_a_follower():
     module, follower = nn.Linear(2, 2), nn.Linear(2, 2)
     module.bias.requires_grad_(False)
     was = follower.bias.detach().clone()
-    optimizer = optimizers.choose("adamw", "auto", CPU, weight_decay=0.0, momentum=0.9, beta2=0.99, eps=1e-8)[0](
+    optimizer = choose_optimizer("adamw", "auto", CPU, weight_decay=0.0, momentum=0.9, beta2=0.99, eps=1e-8)[0](
         module, follower, False)
     module.weight.grad = torch.ones(2, 2)
     optimizer.prepare(0.1, ema=0.0)
@@ -181,7 +181,7 @@ def test_apex_that_cannot_run_is_refused_or_passed_over(apex, monkeypatch):
     monkeypatch.setattr(apex, "FusedAdam", broken)
     with pytest.raises(ConfigError, match="^train.fused: is apex, which cannot be used here .*cuda extensions"):
         worker.library({"optimizer": "adamw", "fused": "apex"})
-    assert optimizers._algorithm("adamw", "auto", torch.device("cuda"), 0.9, 0.9, 1e-8).name == "torch fused AdamW"
+    assert _algorithm("adamw", "auto", torch.device("cuda"), 0.9, 0.9, 1e-8).name == "torch fused AdamW"
     monkeypatch.delattr(apex, "FusedLAMB")  # another package of that name
     with pytest.raises(ConfigError, match="^train.fused: .*install NVIDIA's apex"):
         worker.library({"optimizer": "lamb", "fused": "apex"})
@@ -190,13 +190,13 @@ def test_apex_that_cannot_run_is_refused_or_passed_over(apex, monkeypatch):
 
 
 def test_lamb_refuses_engines_that_share_parameters_out():
-    optimizers.check("lamb", make("single", accumulate=1, micro_batch=1).sharded)
-    optimizers.check("adamw", make("fsdp2", accumulate=1, micro_batch=1).sharded)
+    check_optimizer("lamb", make("single", accumulate=1, micro_batch=1).sharded)
+    check_optimizer("adamw", make("fsdp2", accumulate=1, micro_batch=1).sharded)
     section = {"zero_optimization": {"stage": 1}}
     for engine in (make("fsdp2", accumulate=1, micro_batch=1),
                    make("deepspeed", accumulate=1, micro_batch=1, section=section)):
         with pytest.raises(ConfigError, match="^train.optimizer: is lamb.*set engine.name to ddp"):
-            optimizers.check("lamb", engine.sharded)
+            check_optimizer("lamb", engine.sharded)
 
 
 def test_foreign_state_is_refused():

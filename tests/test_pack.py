@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bossnas.data.images import MAX_PIXELS
+from bossnas.data.packing.pack import pack
+from bossnas.data.packing.verify import verify
+from bossnas.data.shards import ShardIndex
 from bossnas.errors import ConfigError
-from bossnas.images import MAX_PIXELS
-from bossnas.pack import pack
-from bossnas.shards import ShardIndex
-from bossnas.verify import verify
 
 
 def picture(seed: int, ext: str = "png", size: tuple[int, int] = (12, 9)) -> bytes:
@@ -252,7 +252,7 @@ def test_interrupted_packing_goes_on_to_the_same_bytes(tmp_path, project_root, s
     images, out = many_images(tmp_path / "images"), tmp_path / "out"
     pack(images, tmp_path / "whole", 1, progress=False)
     # a shell's background jobs ignore Ctrl-C, and hand that down to the tests' processes
-    code = ("import signal, sys; from bossnas.pack import pack\n"
+    code = ("import signal, sys; from bossnas.data.packing.pack import pack\n"
             "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             "pack(sys.argv[1], sys.argv[2], 1, progress=False, workers=2)")
     process = subprocess.Popen([sys.executable, "-c", code, str(images), str(out)], cwd=project_root,

@@ -12,16 +12,18 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from bossnas import bootstrap, cli, heads, machine, plan, spaces
-from bossnas.config import load
-from bossnas.engines.protocol import autocast
+from bossnas import cli, spaces
+from bossnas.config.loading import load
+from bossnas.distributed.engines.protocol import autocast
 from bossnas.errors import ConfigError
-from bossnas.machine import GIB
-from bossnas.ops import GroupedBatchNorm
-from bossnas.sharding import Task, memory, split
-from bossnas.supernet import Item, Supernet
-from bossnas.train import sample_paths
-from bossnas.workload import Workload, count_micro
+from bossnas.planning import plan
+from bossnas.planning.gpus import GIB, GPUS, HOST_SECONDS, NODE, Rates, gpu_rates
+from bossnas.planning.ranks import Task, memory, split
+from bossnas.planning.workload import Workload, count_micro
+from bossnas.spaces.ops import GroupedBatchNorm
+from bossnas.supernet import heads, losses
+from bossnas.supernet.supernet import Item, Supernet
+from bossnas.supernet.train_block import sample_paths
 
 TINY = ["space.width=0.0625", "space.image_size=32", "heads.hidden=16", "heads.out=8", "data.workers=0",
         "train.batch=64", "train.micro_batch=8", "train.epochs=2", "train.steps_per_epoch=4", "train.warmup_epochs=0",
@@ -113,8 +115,8 @@ def test_activations_are_what_autograd_saves(more, block):
     with saved_tensors_hooks(hold, lambda tensor: tensor), autocast("cpu", precision):
         projections = online.embed(block, items)
         predicted = predictor(torch.cat(projections), len(projections)).split([len(x) for x in projections])
-        loss = (bootstrap.ensemble_loss(predicted[0::2], of_target[1::2])
-                + bootstrap.ensemble_loss(predicted[1::2], of_target[0::2])).sum()
+        loss = (losses.ensemble_loss(predicted[0::2], of_target[1::2])
+                + losses.ensemble_loss(predicted[1::2], of_target[0::2])).sum()
     for tensor in [*projections, loss]:
         hold(tensor)
     given = {t.untyped_storage()._cdata for t in [*views, *online.parameters(), *predictor.parameters(),
@@ -265,7 +267,7 @@ def search_of(tiny, rates, *more):
 
 
 def test_hours_halve_but_for_communication(tiny):
-    fast = machine.Rates(1e12, 1e12, 1e12, math.inf, math.inf, 80 * GIB)  # messages still take their latency
+    fast = Rates(1e12, 1e12, 1e12, math.inf, math.inf, 80 * GIB)  # messages still take their latency
     slow = replace(fast, link=1e9, network=1e8)
     for rates in (fast, slow):
         search = search_of(tiny, rates, "rating.every_epochs=0", "data.val_images=16")
@@ -280,7 +282,7 @@ def test_hours_halve_but_for_communication(tiny):
 
 
 def test_the_slowest_row_sets_the_pace(tiny):
-    search = search_of(tiny, machine.rates("h100"))
+    search = search_of(tiny, gpu_rates("h100"))
     row = search.row(4, "block_parallel", "ddp")
     works = [search.work_seconds(block, 8, "block_parallel") * 8 for block in range(4)]
     update = [search.task(b, "ddp", {"shards": 1, "accumulate": 8, "micro_batch": 8}).update_bytes() for b in range(4)]
@@ -294,14 +296,14 @@ def test_the_slowest_row_sets_the_pace(tiny):
 
 
 def test_a_stream_that_is_slower_than_the_work_sets_the_pace(tiny):
-    search = search_of(tiny, replace(machine.rates("h100"), link=1e3))
+    search = search_of(tiny, replace(gpu_rates("h100"), link=1e3))
     row = search.row(4, "block_parallel", "ddp")
     sizes = [8 * 64 * search.all_blocks[b].input_bytes for b in (1, 2, 3)]
     assert row["step_s"] == pytest.approx(max(sizes) / 1e3)
 
 
 def test_ratings_are_divided_by_batches(tiny):
-    search = search_of(tiny, machine.rates("h100"), "data.val_images=24")  # two batches of 16 and 8
+    search = search_of(tiny, gpu_rates("h100"), "data.val_images=24")  # two batches of 16 and 8
     one, two, many = (search.rating_seconds(1, ranks) for ranks in (1, 2, 64))
     assert many == two < one  # no more ranks than batches; all ranks calibrate
     calibration, batch = 16, 2 * 16
@@ -309,7 +311,7 @@ def test_ratings_are_divided_by_batches(tiny):
 
 
 def test_a_measured_step_scales_the_work(tiny, tmp_path):
-    search = search_of(tiny, machine.rates("h100"))
+    search = search_of(tiny, gpu_rates("h100"))
     before = [search.work_seconds(b, 8, "sequential") for b in range(4)]
     step = {"space": "hytra", "width": 0.0625, "image_size": 32, "precision": "fp32", "block": 1,
             "batch": 16, "micro_batch": 8, "median_step_s": 2 * 3 * before[1]}
@@ -325,9 +327,9 @@ def test_a_measured_step_scales_the_work(tiny, tmp_path):
 
 def test_launching_can_take_longer_than_the_work():
     rows = np.array([[1e9, 0, 1e3]] * 10)
-    rates = machine.Rates(1e12, 1e12, 1e9, 1, 1, 1)
+    rates = Rates(1e12, 1e12, 1e9, 1, 1, 1)
     assert rates.seconds(rows, 0) == pytest.approx(10e-3)
-    assert rates.seconds(rows / 1e6, 0) == pytest.approx(10 * machine.HOST_SECONDS)
+    assert rates.seconds(rows / 1e6, 0) == pytest.approx(10 * HOST_SECONDS)
 
 
 def run_cli(capsys, *arguments):
@@ -378,6 +380,6 @@ def test_mistakes_are_one_line(capsys, tmp_path, more, line):
 
 
 def test_every_gpu_of_the_table_can_be_planned_for():
-    for name, sheet in machine.GPUS.items():
-        found = machine.rates(name)
-        assert found.half >= found.full > 0 and sheet.memory > sheet.link >= sheet.network / machine.NODE
+    for name, sheet in GPUS.items():
+        found = gpu_rates(name)
+        assert found.half >= found.full > 0 and sheet.memory > sheet.link >= sheet.network / NODE

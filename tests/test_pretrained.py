@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bossnas import networks, pretrained
 from bossnas.errors import ConfigError
-from bossnas.networks import Spec
+from bossnas.networks import pretrained
+from bossnas.networks.spec import Spec, build_network, load_network, save_network
 
 SMALL = Spec("bossnet", {"encoding": [[1], [1], [1], [0]], "width": 8}, classes=5, image_size=64)
 
 
 def small(classes: int = 5) -> nn.Module:
-    return networks.build(Spec(SMALL.architecture, SMALL.model_args, classes=classes))
+    return build_network(Spec(SMALL.architecture, SMALL.model_args, classes=classes))
 
 
 def problem(call) -> str:
@@ -189,10 +189,10 @@ def test_fitting_is_strict_and_lists_what_does_not_fit():
 
 def test_a_networks_own_file_says_what_it_is(tmp_path):
     model, file = small(), tmp_path / "best.safetensors"
-    networks.save(file, SMALL, model.state_dict(), {"top1": 0.5})
+    save_network(file, SMALL, model.state_dict(), {"top1": 0.5})
     network = pretrained.open_network(file)
     assert network.spec == SMALL and network.about == {"top1": 0.5}
-    assert same(network.weights, networks.load(file).weights)
+    assert same(network.weights, load_network(file).weights)
     assert pretrained.open_network(file, image_size=96).spec.image_size == 96
     assert "says itself that it is bossnet" in problem(lambda: pretrained.open_network(file, model="resnet18"))
     assert "has 5 classes" in problem(lambda: pretrained.open_network(file, classes=10))
@@ -206,6 +206,8 @@ def test_a_folder_must_be_a_retrainings(tmp_path):
         if kind:
             (folder / "config.json").write_text("{}")
             (folder / "versions.json").write_text(json.dumps({"kind": kind}))
+        if kind == "retraining":
+            (folder / "network.json").write_text("{}")
         return folder
 
     assert "not a run's folder" in problem(lambda: pretrained.open_network(run(None)))
@@ -213,7 +215,7 @@ def test_a_folder_must_be_a_retrainings(tmp_path):
     assert "bossnas retrain --from-run" in text
     folder = run("retraining")
     assert "no best.safetensors yet" in problem(lambda: pretrained.open_network(folder))
-    networks.save(folder / "best.safetensors", SMALL, small().state_dict(), {})
+    save_network(folder / "best.safetensors", SMALL, small().state_dict(), {})
     assert pretrained.open_network(folder).spec == SMALL
 
 
@@ -228,18 +230,18 @@ def test_a_foreign_checkpoint_with_its_name_in_timm(tmp_path):
         assert "timm knows no 'bossnett'" in problem(lambda file=file: pretrained.open_network(file, model="bossnett"))
         network = pretrained.open_network(file, model="bossnet", options=SMALL.model_args, image_size=64)
         assert network.spec == SMALL  # with the rows of its classifier
-        fresh = networks.build(network.spec)
+        fresh = build_network(network.spec)
         pretrained.fit(fresh, network.weights, str(file))
         assert torch.equal(fresh.state_dict()["fc.weight"], model.state_dict()["fc.weight"])
         odd = model.state_dict() | {"fc.weight": torch.tensor(1.0)}
         torch.save(odd, tmp_path / "odd.pth")
         opened = pretrained.open_network(tmp_path / "odd.pth", model="bossnet", options=SMALL.model_args)
         assert "fc.weight () in place of" in problem(
-            lambda opened=opened: pretrained.fit(networks.build(opened.spec), opened.weights, "it"))
+            lambda opened=opened: pretrained.fit(build_network(opened.spec), opened.weights, "it"))
         other = pretrained.open_network(file, model="resnet10t", classes=7)
         assert (other.spec.classes, other.spec.image_size, other.spec.crop) == (7, 176, 0.875)
         assert "are missing" in problem(
-            lambda other=other: pretrained.fit(networks.build(other.spec), other.weights, "it"))
+            lambda other=other: pretrained.fit(build_network(other.spec), other.weights, "it"))
 
 
 def test_a_release_like_checkpoint_of_bossnet_t0_loads_strictly(tmp_path, shared):
@@ -251,21 +253,21 @@ def test_a_release_like_checkpoint_of_bossnet_t0_loads_strictly(tmp_path, shared
                tmp_path / "T0.pth")
     network = pretrained.open_network(tmp_path / "T0.pth", model="bossnet_t0")
     assert network.spec == Spec("bossnet_t0")
-    model = networks.build(network.spec)
+    model = build_network(network.spec)
     pretrained.fit(model, network.weights, "T0.pth")
     assert len(state) == 380 and all((value == 1).all() for value in model.state_dict().values())
 
 
 def test_a_hub_folder_is_opened(tmp_path):
-    spec = networks.Spec("bossnet", {"encoding": [[1], [], [0], [1]], "width": 8}, 7, 48, (.4, .5, .6), (.1, .2, .3),
+    spec = Spec("bossnet", {"encoding": [[1], [], [0], [1]], "width": 8}, 7, 48, (.4, .5, .6), (.1, .2, .3),
                          "bilinear", 1.0)
-    model = networks.build(spec)
+    model = build_network(spec)
     about = {"input_size": (3, 48, 48), "mean": spec.mean, "std": spec.std, "interpolation": "bilinear",
              "crop_pct": 1.0}
     timm.models.save_for_hf(model, tmp_path / "hub", safe_serialization=True,
                             model_config={"pretrained_cfg": about, "model_args": spec.model_args})
     opened = pretrained.open_network(tmp_path / "hub")
-    pretrained.fit(networks.build(opened.spec), opened.weights, "hub")
+    pretrained.fit(build_network(opened.spec), opened.weights, "hub")
     assert opened.spec.model_args == {**spec.model_args, "in_chans": 3}
     assert all(getattr(opened.spec, key) == getattr(spec, key) for key in (
         "architecture", "classes", "image_size", "mean", "std", "interpolation", "crop"))

@@ -8,11 +8,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bossnas import cost, proxies, spaces, standalone
+from bossnas import spaces
 from bossnas.errors import ConfigError
-from bossnas.ops import Attention, GroupedBatchNorm, SlimConv
-from bossnas.paths import decode
-from bossnas.supernet import Item, Supernet
+from bossnas.networks.from_space import standalone
+from bossnas.selection.ranking import proxies
+from bossnas.spaces import cost
+from bossnas.spaces.ops import Attention, GroupedBatchNorm, SlimConv
+from bossnas.spaces.paths import decode
+from bossnas.supernet.supernet import Item, Supernet
 
 ARCHITECTURES = {"hytra": "5433|3230|0010|0000", "mbconv": "21|1023|3210|0123|1132", "nats": "74|33|2"}
 
@@ -24,7 +27,7 @@ def make(name, width=0.125):
 def network(name="nats", width=0.125, seed=0, classes=10):
     torch.manual_seed(seed)
     paths = [decode(part) for part in ARCHITECTURES[name].split("|")]
-    return standalone.standalone(make(name, width), paths, classes)
+    return standalone(make(name, width), paths, classes)
 
 
 def small():
@@ -246,7 +249,7 @@ def test_standalone_of_an_own_space(tmp_path, project_root):
     (tmp_path / "my_space.py").write_text(text)
     space = spaces.make(f"{tmp_path / 'my_space.py'}:TinyRes", width=0.5, image_size=16, restricted=True,
                         split="cifar10")
-    net = standalone.standalone(space, [decode("03"), decode("21")], 7)
+    net = standalone(space, [decode("03"), decode("21")], 7)
     net.eval()
     x = torch.zeros(1, 3, 16, 16)
     assert net(x).shape == (1, 7)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bossnas import cli, compare, intervals, rank, spaces, tables
-from bossnas.paths import all_paths, encode
+from bossnas import cli, spaces
+from bossnas.selection.ranking import compare, correlation, intervals, tables
+from bossnas.spaces.paths import all_paths, encode
 
 COEFFICIENTS = ("kendall", "spearman", "pearson")
 
@@ -57,16 +58,16 @@ def nats_files(folder, accuracy=lambda c: sum(c) / 10, score=lambda c: sum(c), e
 def test_coefficients_are_scipys_with_ties(points):
     scores, accuracy, _ = points
     for score in scores.values():
-        assert rank.coefficients(score, accuracy) == pytest.approx({
+        assert correlation.coefficients(score, accuracy) == pytest.approx({
             "kendall": stats.kendalltau(score, accuracy)[0], "spearman": stats.spearmanr(score, accuracy)[0],
             "pearson": stats.pearsonr(score, accuracy)[0]})
-    assert set(rank.coefficients(np.ones(60), accuracy).values()) == {None}
+    assert set(correlation.coefficients(np.ones(60), accuracy).values()) == {None}
 
 
 def test_identity_is_one_and_reversed_minus_one():
     accuracy = np.random.default_rng(0).normal(size=40)
     size = np.full(40, 7)
-    found = rank.report({"same": accuracy, "reversed": -accuracy, "constant": np.zeros(40)}, accuracy,
+    found = correlation.report({"same": accuracy, "reversed": -accuracy, "constant": np.zeros(40)}, accuracy,
                         {"params": size, "macs": size}, resamples=50, seed=0)
     for name, value in (("same", 1), ("reversed", -1)):
         for key in COEFFICIENTS:
@@ -87,15 +88,15 @@ def test_within_ten_percent_is_the_sum_over_pairs(points):
         assert 100 < len(pairs) < 60 * 59 // 2
         expected = {name: sum(np.sign((s[i] - s[j]) * (accuracy[i] - accuracy[j])) for i, j in pairs) / len(pairs)
                     for name, s in scores.items()}
-        assert rank.within(size, scores, accuracy) == pytest.approx(expected)
-    assert rank.within(np.array([1, 100, 10_000]), {"s": np.arange(3)}, np.arange(3)) == {"s": None}
-    assert rank.within(np.array([9, 10]), {"s": np.arange(2)}, np.arange(2)) == {"s": 1}  # the limit itself is within
+        assert correlation.within(size, scores, accuracy) == pytest.approx(expected)
+    assert correlation.within(np.array([1, 100, 10_000]), {"s": np.arange(3)}, np.arange(3)) == {"s": None}
+    assert correlation.within(np.array([9, 10]), {"s": np.arange(2)}, np.arange(2)) == {"s": 1}
 
 
 def test_regret_by_brute_force(points):
     scores, accuracy, sizes = points
     params, score = sizes["params"], scores["good"]
-    for row in rank.regret(score, accuracy, params):
+    for row in correlation.regret(score, accuracy, params):
         inside = [i for i in range(60) if params[i] <= row["budget_params"]]
         best_score = max(score[i] for i in inside)
         picked = np.mean([accuracy[i] for i in inside if score[i] == best_score])
@@ -179,7 +180,7 @@ def test_intervals_depend_on_the_seed_alone(points):
 def test_the_whole_nats_space_fits():
     rng = np.random.default_rng(0)
     accuracy, size = rng.normal(size=32_768), rng.integers(10_000, 700_000, 32_768)
-    found = rank.report({"score": accuracy + rng.normal(size=32_768)}, accuracy, {"params": size, "macs": size},
+    found = correlation.report({"score": accuracy + rng.normal(size=32_768)}, accuracy, {"params": size, "macs": size},
                         resamples=100, seed=0)["score"]
     assert found["kendall"]["low"] < found["kendall"]["value"] < found["kendall"]["high"]
     assert found["kendall"]["high"] - found["kendall"]["low"] < 0.02
@@ -411,7 +412,8 @@ def test_bad_input_is_one_line(tmp_path, capsys):
 
 
 def test_pictures_that_cannot_be_drawn_are_refused_before_the_work(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("bossnas.compare.compare", lambda *args, **options: pytest.fail("the work began"))
+    monkeypatch.setattr("bossnas.selection.ranking.compare.compare",
+                        lambda *args, **options: pytest.fail("the work began"))
     scores, accuracy = nats_files(tmp_path)
     assert "cannot draw" in refused(capsys, scores, "--accuracy", accuracy, "--plot", tmp_path / "a.doc")
     monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)

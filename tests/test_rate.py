@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from bossnas import heads, spaces
-from bossnas.ops import GroupedBatchNorm, PooledPointwise, Statistics
-from bossnas.rate import Validation, _features, best, calibrate, rate_block
-from bossnas.scores import BETTER
-from bossnas.supernet import Item, Supernet
-from bossnas.units import Footprint, Unit, peak_bytes, units
+from bossnas import spaces
+from bossnas.spaces.ops import GroupedBatchNorm, PooledPointwise, Statistics
+from bossnas.supernet import heads
+from bossnas.supernet.memory import Footprint, peak_bytes
+from bossnas.supernet.rate_block import Validation, _features, best, calibrate, rate_block
+from bossnas.supernet.scores import BETTER
+from bossnas.supernet.supernet import Item, Supernet
+from bossnas.supernet.units import Unit, units
 
 
 def setup(name="nats", block=0, dtype=torch.float64, images=6, size=32, width=0.125, hidden=16, out=8):

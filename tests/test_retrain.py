@@ -13,11 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bossnas import checkpoint, evaluate, inherit, networks, pretrained, retrain, retraining
-from bossnas.bossnet import BossNet
-from bossnas.config import ReaderConfig, load
+from bossnas.config.loading import load
+from bossnas.config.retrain import RetrainConfig, RetrainTrain
+from bossnas.config.shared import ReaderConfig
 from bossnas.errors import ConfigError, Stopped
-from bossnas.retrain_config import RetrainConfig, RetrainTrain
+from bossnas.networks import pretrained
+from bossnas.networks.bossnet import BossNet
+from bossnas.networks.spec import Spec, build_network, load_network
+from bossnas.retrain import evaluate, inherit, train as training
+from bossnas.retrain.run import begin, build, epoch_batches
+from bossnas.runs import checkpoint
 
 TINY = ["model.name=bossnet", "model.options={width: 8, encoding: [[1], [], [0], [1]]}", "model.image_size=32",
         "model.drop=0.1", "model.drop_path=0.2", "data.workers=0", "data.val_images=72", "train.batch=32",
@@ -35,7 +40,7 @@ def config(out, *more):
 
 
 def run(out, *more, resume=None):
-    return retrain.retrain(config(out, *more), resume)
+    return training.retrain(config(out, *more), resume)
 
 
 def metrics(folder, kind=None):
@@ -72,11 +77,11 @@ def test_the_run_folder_holds_everything(finished):
     last = lines[-1]
     assert result["top1"] == max(last["top1"], last["ema_top1"]) and last["images"] == last["ema_images"] == 72
     assert result["best"]["top1"] == max(line[name] for line in lines for name in ("top1", "ema_top1") if name in line)
-    network = networks.load(finished / "best.safetensors")
-    assert network.spec == networks.Spec.from_json(json.loads((finished / "network.json").read_text()))
+    network = load_network(finished / "best.safetensors")
+    assert network.spec == Spec.from_json(json.loads((finished / "network.json").read_text()))
     assert network.spec.classes == 10 and network.spec.image_size == 32
     assert network.about["top1"] == result["best"]["top1"] and network.about["step"] == result["best"]["step"]
-    model = networks.build(network.spec)
+    model = build_network(network.spec)
     assert result["params"] == sum(p.numel() for p in model.parameters()) and result["macs"] > 1e5
     kept = tensors(finished)
     kind = "ema." if result["ema"] else "model."
@@ -114,7 +119,7 @@ def test_top_5_needs_six_classes():
 @pytest.fixture
 def stop_after(monkeypatch):
     """Sends SIGTERM once the metrics of a step, or of the evaluation after it, are written."""
-    write = retrain.log.Metrics.write
+    write = training.Metrics.write
 
     def arrange(step, wanted="train"):
         def stopping(self, kind, block, at, **values):
@@ -122,7 +127,7 @@ def stop_after(monkeypatch):
             if kind == wanted and at == step:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        monkeypatch.setattr(retrain.log.Metrics, "write", stopping)
+        monkeypatch.setattr(training.Metrics, "write", stopping)
     return arrange
 
 
@@ -168,13 +173,13 @@ def test_the_best_weights_are_those_of_the_best_evaluation_that_counts(tmp_path,
         step = 3 if len(metrics(tmp_path / "a", "eval")) == 0 else 6
         return evaluate.Result(72, accuracy[step], None, 1.0, 0.0)
 
-    monkeypatch.setattr(retrain.evaluate, "evaluate", evaluated)
+    monkeypatch.setattr(training.evaluate, "evaluate", evaluated)
     run(tmp_path / "a", "checkpoint.keep=3")
-    assert networks.load(tmp_path / "a/best.safetensors").about["step"] == 6
+    assert load_network(tmp_path / "a/best.safetensors").about["step"] == 6
     accuracy[6] = 0.1
     run(tmp_path / "a", "checkpoint.keep=3", resume=str(tmp_path / "a/checkpoints/step00000004"))
     result = json.loads((tmp_path / "a/result.json").read_text())
-    about = networks.load(tmp_path / "a/best.safetensors").about
+    about = load_network(tmp_path / "a/best.safetensors").about
     assert (about["step"], about["top1"]) == (result["best"]["step"], result["best"]["top1"])
 
 
@@ -204,7 +209,7 @@ def test_the_best_weights_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: evaluate.Result(72, next(scores), 0.9, 1.0, 0.1))
     out = run(tmp_path / "a", "train.epochs=3", "train.steps_per_epoch=1", "checkpoint.every_steps=1",
               "checkpoint.keep=9")
-    best, last = (networks.load(out / f"{name}.safetensors").about for name in ("best", "last"))
+    best, last = (load_network(out / f"{name}.safetensors").about for name in ("best", "last"))
     assert (best["step"], best["top1"], best["ema"]) == (2, 0.5, False)
     assert (last["step"], last["top1"], last["ema"]) == (3, 0.5, False)
     kept = tensors(out, "step00000002")
@@ -214,13 +219,13 @@ def test_the_best_weights_are_kept(tmp_path, monkeypatch):
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
-    batches = retraining.epoch_batches
+    batches = epoch_batches
 
     def spoiled(run, epoch, start):
         for number, (images, targets) in enumerate(batches(run, epoch, start), 2 * start):
             yield (images * float("nan") if (epoch, number) == (1, 1) else images), targets
 
-    monkeypatch.setattr(retrain, "epoch_batches", spoiled)
+    monkeypatch.setattr(training, "epoch_batches", spoiled)
     settings = ("checkpoint.every_steps=1", "checkpoint.keep=9", "train.precision=fp32")
     out = run(tmp_path / "a", *settings)
     assert [line["outcome"] for line in metrics(out, "train")] == ["applied"] * 3 + ["bad"] + ["applied"] * 2
@@ -264,7 +269,7 @@ def test_activation_checkpointing_and_compiling_change_nothing_but_rounding(tmp_
 
 def test_the_schedule_warms_up_and_ends_at_the_least_rate():
     train = RetrainTrain(epochs=10, lr=1.0, min_lr=0.1, warmup_epochs=2, warmup_lr=0.01)
-    at = retrain.schedule(train, 5)
+    at = training.schedule(train, 5)
     assert at(0) == pytest.approx(0.01) and at(5) == pytest.approx(0.01 + 0.99 / 2)
     assert at(25) == pytest.approx(0.55) and at(50) == pytest.approx(0.1) and at(49) > 0.1
     assert at(10) == max(at(step) for step in range(50))
@@ -274,7 +279,7 @@ def test_weights_to_begin_with(finished, tmp_path):
     file = tmp_path / "start.safetensors"
     shutil.copy(finished / "last.safetensors", file)
     settings = config(tmp_path / "b", f"model.checkpoint={file}")
-    built = retraining.build(settings, retraining.begin(settings, None))
+    built = build(settings, begin(settings, None))
     assert same(built.model.state_dict(), load_file(file)) and same(built.average.state_dict(), load_file(file))
     with pytest.raises(ConfigError, match="^model.checkpoint: "):
         run(tmp_path / "c", "model.options={width: 16}", f"model.checkpoint={file}")
@@ -282,7 +287,7 @@ def test_weights_to_begin_with(finished, tmp_path):
 
 
 def test_a_run_that_goes_on_needs_nothing_of_what_it_began_with(tmp_path, monkeypatch, stop_after):
-    spec = networks.Spec("bossnet", {"width": 8, "encoding": [[1], [], [0], [1]]}, 10, 32)
+    spec = Spec("bossnet", {"width": 8, "encoding": [[1], [], [0], [1]]}, 10, 32)
     asked = []
     monkeypatch.setattr(inherit, "spec_of_run", lambda *given, **more: asked.append((given, more)) or spec)
 

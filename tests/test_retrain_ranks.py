@@ -10,9 +10,11 @@ import ranks
 import torch
 from test_retrain import TINY, VIT, metrics, same, tensors
 
-from bossnas import evaluate, pretrained, retrain
-from bossnas.config import ReaderConfig, load
-from bossnas.retrain_config import RetrainConfig
+from bossnas.config.loading import load
+from bossnas.config.retrain import RetrainConfig
+from bossnas.config.shared import ReaderConfig
+from bossnas.networks import pretrained
+from bossnas.retrain import evaluate, train
 
 ENGINES = {"ddp": ["engine.name=ddp"], "fsdp2": ["engine.name=fsdp2"],
            **{f"zero{stage}": ["engine.name=deepspeed", f"engine.deepspeed={{zero_optimization: {{stage: {stage}}}}}"]
@@ -79,7 +81,7 @@ def test_an_engine_trains_as_ddp_and_goes_on_from_any_checkpoint(trained, name):
 
 
 def test_two_ranks_train_as_one(trained, tmp_path):
-    one = retrain.retrain(load(None, [*TINY, *VIT, *MORE, f"out={tmp_path / 'one'}"], RetrainConfig))
+    one = train.retrain(load(None, [*TINY, *VIT, *MORE, f"out={tmp_path / 'one'}"], RetrainConfig))
     assert off(trainable(one), trainable(trained / "vit")) <= LIMIT
     ours, theirs = (metrics(folder, "eval") for folder in (one, trained / "vit"))
     assert [line["images"] for line in theirs] == [72]

@@ -11,12 +11,14 @@ import ranks
 import schedule_worker
 import torch
 
-from bossnas import checkpoint, dist, pipe, schedule, search
-from bossnas.config import load
+from bossnas.config.loading import load
+from bossnas.distributed import dist, pipe
 from bossnas.errors import ConfigError, Stopped
-from bossnas.paths import decode, encode
-from bossnas.stage import Job, Trace, train_batches
-from bossnas.supernet import Item
+from bossnas.runs import checkpoint
+from bossnas.search import block_parallel, search
+from bossnas.search.stage import Job, Trace, train_batches
+from bossnas.spaces.paths import decode, encode
+from bossnas.supernet.supernet import Item
 
 HOP = f"{ranks.ROOT / 'tests/hop_space.py'}:Hop"
 TINY = ["seed=10", "space.image_size=32", "heads.hidden=16", "heads.out=8", "data.workers=0", "train.batch=16",
@@ -83,8 +85,8 @@ def two(tmp_path_factory):
 def test_the_run_is_what_its_rules_say(alone):
     """Leaders change and with them the scale that is handed over; blocks are rated in order; the files are whole."""
     run, rated = search.build(load(alone / "config.json")), ratings(alone)
-    leaders = schedule.first_leaders(run.space, 10)
-    assert schedule.first_leaders(run.space, 10) == leaders != schedule.first_leaders(run.space, 1)
+    leaders = block_parallel.first_leaders(run.space, 10)
+    assert block_parallel.first_leaders(run.space, 10) == leaders != block_parallel.first_leaders(run.space, 1)
     halvings = [leaders[0].count(2)]
     for epoch in (1, 2):
         found = []
@@ -116,7 +118,7 @@ def test_features_are_the_target_networks_before_the_update(tmp_path, space, lea
     leaders = [decode(text) for text in leaders]
     run.state.leaders[:] = leaders
     assert all(path in run.space.paths(block, leaders[:block]) for block, path in enumerate(leaders))
-    row = schedule._Row(Job(run, tmp_path, None, None, None, Trace()), None)
+    row = block_parallel._Row(Job(run, tmp_path, None, None, None, Trace()), None)
     images = train_batches(run, 0, 0)
     for step in range(2):
         before = copy.deepcopy(run.target)

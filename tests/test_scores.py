@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bossnas import scores
+from bossnas.supernet import scores
 
 
 def test_instance_discrimination_by_hand():

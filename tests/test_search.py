@@ -16,12 +16,17 @@ import pytest
 import torch
 from ranks import ROOT, environment
 
-from bossnas import checkpoint, cli, cost, log, rating, runfolder, search, stage
-from bossnas import run as run_module
-from bossnas.config import load
+from bossnas import cli, log
+from bossnas.config.loading import load
 from bossnas.errors import ConfigError
-from bossnas.paths import decode
-from bossnas.train import RunState, Step
+from bossnas.runs import checkpoint
+from bossnas.runs.folder import claim_folder, prepare_folder
+from bossnas.runs.resume import check_data
+from bossnas.search import rating, rerate, search
+from bossnas.search.stage import warn
+from bossnas.spaces import cost
+from bossnas.spaces.paths import decode
+from bossnas.supernet.train_block import RunState, Step
 
 TINY = ["space.width=0.0625", "space.image_size=32", "heads.hidden=16", "heads.out=8", "data.workers=0",
         "train.batch=16", "train.micro_batch=8", "train.epochs=2", "train.steps_per_epoch=2", "train.lr=0.5",
@@ -93,23 +98,23 @@ def test_rating_again_from_the_last_checkpoint_gives_the_same(finished):
     before = {f: f.read_bytes() for f in (finished / "ratings").glob("block_?.json")}
     for file in before:
         file.write_text("{}")
-    assert rating.rerate(finished) == [0, 1, 2, 3]
+    assert rerate.rerate(finished) == [0, 1, 2, 3]
     assert {f: f.read_bytes() for f in before} == before
     with pytest.raises(ConfigError, match="--block"):
-        rating.rerate(finished, [4])
+        rerate.rerate(finished, [4])
 
 
 def test_another_temperature_rates_anew_and_other_keys_are_refused(finished, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
     before = ratings(folder)["block_1.json"]
-    assert rating.rerate(folder, [1], ["rating.temperature=1.0", "rating.score=view_agreement"]) == [1]
+    assert rerate.rerate(folder, [1], ["rating.temperature=1.0", "rating.score=view_agreement"]) == [1]
     after = ratings(folder)["block_1.json"]
     assert after["paths"] == before["scores"]["view_agreement"] and after["score"] == "view_agreement"
     assert after["scores"]["population_centre"] == before["scores"]["population_centre"]
     assert after["scores"]["instance_discrimination"] != before["scores"]["instance_discrimination"]
     with pytest.raises(ConfigError, match="--set: 'seed=4' would rate another run"):
-        rating.rerate(folder, [1], ["seed=4"])
+        rerate.rerate(folder, [1], ["seed=4"])
 
 
 def test_a_rating_that_was_cut_goes_on(finished, tmp_path, monkeypatch):
@@ -129,22 +134,22 @@ def test_a_rating_that_was_cut_goes_on(finished, tmp_path, monkeypatch):
 
     monkeypatch.setattr(log.Task, "advance", advance)
     with pytest.raises(KeyboardInterrupt):
-        rating.rerate(folder, [1])
+        rerate.rerate(folder, [1])
     partial = folder / "ratings/block_1.partial"
     assert partial.exists() and (folder / "ratings/block_1.json").read_bytes() == before
     limit[0], first = 10**9, sum(counts[:-1])
     counts.clear()
-    rating.rerate(folder, [1])
+    rerate.rerate(folder, [1])
     assert not partial.exists() and sum(counts) <= paths * (1 + 2 * 2) - first + paths  # calibrated once more
     again = ratings(folder)["block_1.json"]
     monkeypatch.undo()
     monkeypatch.setattr(rating, "CPU_GIB", 1e-3)
-    rating.rerate(folder, [1])
+    rerate.rerate(folder, [1])
     assert ratings(folder)["block_1.json"] == again
     # progress of other weights, and a damaged file, are not taken
     for content in ({"key": "another", "pieces": {("online", 0, 0): torch.zeros(1, 1)}}, None):
         torch.save(content, partial) if content else partial.write_bytes(b"cut off")
-        rating.rerate(folder, [1])
+        rerate.rerate(folder, [1])
         assert ratings(folder)["block_1.json"] == again and not partial.exists()
 
 
@@ -152,14 +157,14 @@ def test_memory_changes_the_parts_not_the_scores(finished, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
     truth = ratings(folder)["block_0.json"]
-    rating.rerate(folder, [0], ["rating.max_gib=0.002"])
+    rerate.rerate(folder, [0], ["rating.max_gib=0.002"])
     assert "parts of at most" in (folder / "log.txt").read_text()
     found = ratings(folder)["block_0.json"]
     for name, values in truth["scores"].items():
         assert found["scores"][name] == pytest.approx(values, abs=1e-4 if name == "effective_rank" else 1e-5)
     before = (folder / "ratings/block_0.json").read_bytes()
     with pytest.raises(ConfigError, match=r"rating.max_gib: 1e-06 GiB is too little .* which take 0\.0"):
-        rating.rerate(folder, [0], ["rating.max_gib=1e-6"])
+        rerate.rerate(folder, [0], ["rating.max_gib=1e-6"])
     assert (folder / "ratings/block_0.json").read_bytes() == before
 
 
@@ -189,7 +194,7 @@ def test_an_untrained_supernet_is_rated(tmp_path, space):
     with pytest.raises(ConfigError, match="holds a rating without training"):
         search.search(load(folder / "config.json"), resume="auto")
     with pytest.raises(ConfigError, match="another run|holds a rating|already"):
-        rating.rate_untrained(load(folder / "config.json"))
+        rerate.rate_untrained(load(folder / "config.json"))
 
 
 @pytest.mark.parametrize("words, message", [
@@ -255,7 +260,7 @@ def test_two_deepspeed_ranks_run_the_users_line(tmp_path, project_root):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert sum(line["kind"] == "train" for line in lines) == 8 and lines[-2]["images"] == 4 * 2 * 16
     before = {name: r for name, r in ratings(out).items() if "epoch" not in name}
-    assert rating.rerate(out) == [0, 1, 2, 3]
+    assert rerate.rerate(out) == [0, 1, 2, 3]
     after = {name: r for name, r in ratings(out).items() if "epoch" not in name}
     assert after == before, "paths are split over the ranks, not images: one rank must rate as two do"
 
@@ -275,7 +280,7 @@ def test_nats_trains_on_cifar_shards(shared, tmp_path, project_root):
         "heads.hidden=32", "heads.out=16", "data.workers=0"]))
     before = ratings(tmp_path / "nats")
     assert [len(before[f"block_{b}.json"]["paths"]) for b in range(3)] == [64, 64, 8]
-    rating.rerate(tmp_path / "nats")
+    rerate.rerate(tmp_path / "nats")
     assert ratings(tmp_path / "nats") == before
 
 
@@ -352,9 +357,9 @@ def test_a_collapse_is_reported(caplog):
     with caplog.at_level(logging.WARNING):
         log.setup(None)
         log.logger.propagate = True
-        stage.warn(state, step, collapse_below=0.03)
+        warn(state, step, collapse_below=0.03)
         assert not caplog.records
-        stage.warn(state, step, collapse_below=0.05)
+        warn(state, step, collapse_below=0.05)
     assert "block 1 step 7: the embeddings are collapsing (spread 0.040" in caplog.text
 
 
@@ -377,7 +382,7 @@ def test_a_folder_with_another_run_is_refused_and_unharmed(finished, tmp_path):
     with pytest.raises(ConfigError, match="not empty"):
         search.search(config(tmp_path / "full"))
     with pytest.raises(ConfigError, match="--run"):
-        rating.rerate(tmp_path)
+        rerate.rerate(tmp_path)
 
 
 def test_a_disk_without_room_is_found_before_the_start(tmp_path, monkeypatch):
@@ -389,8 +394,8 @@ def test_a_disk_without_room_is_found_before_the_start(tmp_path, monkeypatch):
 
 
 def test_workers_and_keep_may_change_on_resume(tmp_path):
-    runfolder.prepare(tmp_path, config(tmp_path))
-    assert runfolder.claim(config(tmp_path, "data.workers=3", "checkpoint.keep=5"), resume=True) == tmp_path
+    prepare_folder(tmp_path, config(tmp_path))
+    assert claim_folder(config(tmp_path, "data.workers=3", "checkpoint.keep=5"), resume=True) == tmp_path
 
 
 @pytest.mark.parametrize("command", ["search", "rate", "select", "cost", "rank", "pack"])
@@ -404,9 +409,9 @@ def test_help_has_an_example(command, capsys):
 
 def test_a_run_goes_on_only_with_the_images_it_began_with():
     began = {"images": 100, "readers": 4}
-    run_module.check_data(began, dict(began), within_block=True)
-    run_module.check_data(began, {"images": 100, "readers": 2}, within_block=False)  # each block deals the shards anew
+    check_data(began, dict(began), within_block=True)
+    check_data(began, {"images": 100, "readers": 2}, within_block=False)  # each block deals the shards anew
     for saved, now, words in ((began, {"images": 99, "readers": 4}, "data.train: has 99 images, but .* began with 100"),
                               (began, {"images": 100, "readers": 2}, "data.workers: .* 2 readers .* stopped with 4")):
         with pytest.raises(ConfigError, match=words):
-            run_module.check_data(saved, now, within_block=True)
+            check_data(saved, now, within_block=True)

@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 from torch import nn
 
-from bossnas import cli, combine, cost, runfolder, select, spaces
-from bossnas.config import dump, load
-from bossnas.cost import COSTS, CostTable
+from bossnas import cli, spaces
+from bossnas.config.loading import dump, load
 from bossnas.errors import ConfigError
-from bossnas.graph import Graph, greedy, size
-from bossnas.ops import NoAdapter, conv, conv_norm
-from bossnas.pareto import dominated, nondominated
-from bossnas.paths import decode, encode
-from bossnas.runfolder import BlockRating, read_ratings
-from bossnas.spaces import hytra
+from bossnas.files import write_json, write_text
+from bossnas.runs.ratings import BlockRating, read_ratings
+from bossnas.selection import combine, select
+from bossnas.selection.graph import Graph, greedy, size
+from bossnas.selection.pareto import dominated, nondominated
+from bossnas.spaces import cost, hytra
+from bossnas.spaces.cost import COSTS, CostTable
+from bossnas.spaces.ops import NoAdapter, conv, conv_norm
+from bossnas.spaces.paths import decode, encode
 
 NAMES = ["macs", "params", "latency_ns"]
 
@@ -323,10 +325,10 @@ def run(tmp_path, tables):
     folder = tmp_path / "run"
     (folder / "ratings").mkdir(parents=True)
     config = load(None, ["space.name=nats", "space.image_size=32", f"out={folder}"])
-    runfolder.write_text(folder / "config.json", dump(config))
+    write_text(folder / "config.json", dump(config))
     both = random_ratings(tables["nats"], 0), random_ratings(tables["nats"], 1)
     for lower, higher in zip(*both, strict=True):
-        runfolder.write_json(folder / f"ratings/block_{lower.block}.json", {
+        write_json(folder / f"ratings/block_{lower.block}.json", {
             "block": lower.block, "prefix": [], "score": "population_centre", "paths": lower.scores,
             "better": {"population_centre": "lower", "view_agreement": "higher"}, "candidates": lower.candidates,
             "scores": {"population_centre": lower.scores, "view_agreement": higher.scores}})
@@ -378,7 +380,7 @@ def other_seed(run, seed):
         for scores in (values["paths"], *values["scores"].values()):
             scores.update({path: 1000 * rng.uniform() for path in scores})
         values["scores"][values["score"]] = values["paths"]
-        runfolder.write_json(file, values)
+        write_json(file, values)
     return folder
 
 
@@ -413,9 +415,9 @@ def test_size_does_not_count_where_all_have_the_same_channels(tmp_path, capfd, t
     folder = tmp_path / "run"
     (folder / "ratings").mkdir(parents=True)
     config = load(None, ["space.name=mbconv", "space.image_size=64", f"out={folder}"])
-    runfolder.write_text(folder / "config.json", dump(config))
+    write_text(folder / "config.json", dump(config))
     for rating in random_ratings(tables["mbconv"], 0):
-        runfolder.write_json(folder / f"ratings/block_{rating.block}.json", {
+        write_json(folder / f"ratings/block_{rating.block}.json", {
             "block": rating.block, "prefix": [], "score": "population_centre", "paths": rating.scores,
             "candidates": rating.candidates})
     with pytest.raises(SystemExit):
@@ -425,7 +427,7 @@ def test_size_does_not_count_where_all_have_the_same_channels(tmp_path, capfd, t
 
 @pytest.mark.parametrize("change, words", [
     (lambda run, other: [shutil.rmtree(other), other.symlink_to(run)], "RUN: the same run is named twice"),
-    (lambda run, other: runfolder.write_text(other / "config.json", dump(load(None, ["space.name=nats"]))),
+    (lambda run, other: write_text(other / "config.json", dump(load(None, ["space.name=nats"]))),
      "searched in another space"),
     (lambda run, other: [damage(file, "score", "view_agreement") for file in (other / "ratings").glob("*.json")],
      "--score: "),

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bossnas.data.images import BadImage, decode
+from bossnas.data.shards import ShardIndex, index_shard, is_remote
 from bossnas.errors import ConfigError
-from bossnas.images import BadImage, decode
-from bossnas.shards import ShardIndex, index_shard, is_remote
 
 
 def picture(seed: int, ext: str = "png", mode: str = "RGB", size: tuple[int, int] = (12, 9)) -> bytes:
@@ -177,7 +177,7 @@ def test_shard_that_shrinks_while_in_use_is_named(tmp_path):
 
 
 def test_open_files_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("bossnas.shards.OPEN_FILES", 2)
+    monkeypatch.setattr("bossnas.data.shards.OPEN_FILES", 2)
     index = ShardIndex.open([str(shard_of(tmp_path / f"{i}.tar", range(i, i + 1))) for i in range(5)])
     for i in (0, 1, 2, 3, 4, 0, 3):
         assert index.read(i)[0] == picture(i)
@@ -240,10 +240,10 @@ def test_empty_and_absurdly_large_images_are_samples_of_which_little_is_read(tmp
 
 
 def test_many_shards_are_announced_with_progress(tmp_path, monkeypatch, caplog):
-    caplog.set_level(logging.INFO, "bossnas.shards")
+    caplog.set_level(logging.INFO, "bossnas.data.shards")
     for i in range(22):
         shard_of(tmp_path / f"s-{i:02d}.tar", range(i, i + 2))
-    monkeypatch.setattr("bossnas.shards.PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("bossnas.data.shards.PROGRESS_SECONDS", 0.0)
     index = ShardIndex.open(str(tmp_path / "s-*.tar"))
     assert [index.key(i) for i in (0, 1, 42, 43)] == ["k/000", "k/001", "k/021", "k/022"]
     assert caplog.messages[0] == "data.train: 22 shards have no index yet and are indexed"

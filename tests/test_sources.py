@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
+from bossnas.data.images import MAX_BYTES, decode
+from bossnas.data.packing.pack import open_source, pack
 from bossnas.errors import ConfigError
-from bossnas.images import MAX_BYTES, decode
-from bossnas.pack import open_source, pack
 
 WNIDS = ("n01440764", "n01443537", "n02084071", "n07747607")
 IDS = {"n01440764": 3, "n01443537": 1, "n02084071": 4, "n07747607": 2}  # not in the order of the WordNet ids

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from bossnas import cost, paths, spaces
+from bossnas import spaces
 from bossnas.errors import ConfigError
-from bossnas.paths import decode, encode
-from bossnas.spaces import hytra, mbconv
-from bossnas.supernet import Item, Supernet
+from bossnas.spaces import cost, hytra, mbconv, paths
+from bossnas.spaces.paths import decode, encode
+from bossnas.supernet.supernet import Item, Supernet
 
 T0 = [decode(p) for p in "5433|3230|0010|0000".split("|")]
 

@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 from http_server import FaultyServer
 
+from bossnas.data.shards import ShardIndex
+from bossnas.data.streams import Sample, ShardStream, share
 from bossnas.errors import ConfigError
-from bossnas.shards import ShardIndex
-from bossnas.stream import Sample, ShardStream, share
 
 SHARDS, PER_SHARD = 4, 7
 FAST = {"retries": 3, "timeout": 5.0, "backoff": 0.01}

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from bossnas import spaces
-from bossnas.ops import Attention, GroupedBatchNorm, PooledPointwise, Statistics, conv
 from bossnas.spaces import nats
-from bossnas.supernet import Item, Supernet
+from bossnas.spaces.ops import Attention, GroupedBatchNorm, PooledPointwise, Statistics, conv
+from bossnas.supernet.supernet import Item, Supernet
 
 
 def make(name, seed=0):

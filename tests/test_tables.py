@@ -5,8 +5,8 @@ import types
 
 import pytest
 
-from bossnas import tables
 from bossnas.errors import ConfigError
+from bossnas.selection.ranking import tables
 
 PAIRS = "- !!python/tuple\n  - '{}'\n  - {}\n"
 

@@ -9,14 +9,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bossnas import bootstrap, heads, spaces
-from bossnas.config import TrainConfig
-from bossnas.engines.ddp import DDPEngine
+from bossnas import spaces
+from bossnas.config.search import TrainConfig
+from bossnas.distributed.engines.ddp import DDPEngine
 from bossnas.errors import ConfigError
-from bossnas.ops import Attention
-from bossnas.optim import LARS, parameter_groups
-from bossnas.supernet import Item, Supernet
-from bossnas.train import RunState, sample_paths, train_block
+from bossnas.optim.groups import parameter_groups
+from bossnas.optim.lars import LARS
+from bossnas.spaces.ops import Attention
+from bossnas.supernet import heads, losses
+from bossnas.supernet.supernet import Item, Supernet
+from bossnas.supernet.train_block import RunState, sample_paths, train_block
 
 
 def setup(name="hytra", seed=0, block=0, winners=(), **settings):
@@ -96,13 +98,13 @@ def test_every_sampled_candidate_moves_and_no_other(name):
 
 def test_instance_loss_is_cross_entropy_over_the_images_in_both_directions():
     a, b = torch.randn(2, 3, 5, 7, dtype=torch.float64)
-    found = bootstrap.instance_loss(list(a), list(b), 0.3)
+    found = losses.instance_loss(list(a), list(b), 0.3)
     for p in range(3):
         table = F.normalize(a[p]) @ F.normalize(b[p]).T / 0.3
         right = torch.arange(5)
         expected = (F.cross_entropy(table, right) + F.cross_entropy(table.T, right)) / 2
         assert found[p].item() == pytest.approx(expected.item(), abs=1e-12)
-    assert bootstrap.instance_loss([torch.ones(4, 2)], [torch.ones(4, 2)], 0.1).item() == pytest.approx(math.log(4))
+    assert losses.instance_loss([torch.ones(4, 2)], [torch.ones(4, 2)], 0.1).item() == pytest.approx(math.log(4))
 
 
 def test_objectives_and_the_number_of_paths():
@@ -141,11 +143,11 @@ def test_loss_and_gradient_follow_the_method():
     with torch.no_grad():
         T = [twin.target.embed(0, [Item(p, v)])[0] for j, p in enumerate(paths) for v in (views[j], views[4 + j])]
         t_a, t_b = (sum(unit(t) for t in T[k::2]) / 4 for k in (0, 1))
-    losses = []
+    found_losses = []
     for j, path in enumerate(paths):
         a, b = (twin.predictor(twin.online.embed(0, [Item(path, views[v])])[0]) for v in (j, 4 + j))
-        losses.append((-2 * (unit(a) * unit(t_b)).sum(1) - 2 * (unit(b) * unit(t_a)).sum(1)).mean())
-    sum(losses).backward()
+        found_losses.append((-2 * (unit(a) * unit(t_b)).sum(1) - 2 * (unit(b) * unit(t_a)).sum(1)).mean())
+    sum(found_losses).backward()
     truth = {k: p.grad for k, p in twin.trained.named_parameters() if p.grad is not None}
 
     seen = {}
@@ -157,7 +159,7 @@ def test_loss_and_gradient_follow_the_method():
         report = train(run, steps=1)
     finally:
         DDPEngine.step = step
-    assert report[0].loss == pytest.approx(sum(losses).item() / 4, abs=1e-5)
+    assert report[0].loss == pytest.approx(sum(found_losses).item() / 4, abs=1e-5)
     assert seen.keys() == truth.keys()
     for key, value in truth.items():
         torch.testing.assert_close(seen[key], value, rtol=1e-3, atol=2e-5, msg=key)
@@ -167,10 +169,10 @@ def test_paths_per_pass_is_only_a_memory_knob():
     results = []
     for limit in (None, 1, 3):
         run = setup(paths_per_pass=limit)
-        losses = [s.loss for s in train(run, steps=2, accumulate=2)]
-        results.append((losses, snapshot(run.online)))
-    for losses, weights in results[1:]:
-        assert losses == pytest.approx(results[0][0], abs=1e-4)
+        found_losses = [s.loss for s in train(run, steps=2, accumulate=2)]
+        results.append((found_losses, snapshot(run.online)))
+    for found_losses, weights in results[1:]:
+        assert found_losses == pytest.approx(results[0][0], abs=1e-4)
         for key, value in weights.items():
             torch.testing.assert_close(value, results[0][1][key], rtol=1e-3, atol=1e-3)
 
@@ -240,11 +242,11 @@ def test_a_loss_that_is_not_finite_stops_the_run():
 
 def test_losses_and_spread():
     a = torch.randn(5, 7, dtype=torch.float64)
-    torch.testing.assert_close(bootstrap.loss(a, 3 * a), torch.full((5,), -2.0, dtype=torch.float64))
-    torch.testing.assert_close(bootstrap.path_loss(a, a, -a, -a), torch.full((5,), 4.0, dtype=torch.float64))
+    torch.testing.assert_close(losses.loss(a, 3 * a), torch.full((5,), -2.0, dtype=torch.float64))
+    torch.testing.assert_close(losses.path_loss(a, a, -a, -a), torch.full((5,), 4.0, dtype=torch.float64))
     b = torch.randn(5, 7, dtype=torch.float64)
     target = (F.normalize(a) + F.normalize(b)) / 2  # the mean of unit vectors, itself shorter
-    torch.testing.assert_close(bootstrap.ensemble_loss([b, a, a], [a, b]).double(), torch.stack(
-        [bootstrap.loss(p, target).mean() for p in (b, a, a)]))
-    assert bootstrap.spread(torch.ones(6, 4)) == 0
-    assert 0.9 < bootstrap.spread(torch.randn(4000, 16)) < 1.1
+    torch.testing.assert_close(losses.ensemble_loss([b, a, a], [a, b]).double(), torch.stack(
+        [losses.loss(p, target).mean() for p in (b, a, a)]))
+    assert losses.spread(torch.ones(6, 4)) == 0
+    assert 0.9 < losses.spread(torch.randn(4000, 16)) < 1.1

@@ -11,10 +11,9 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 from torchvision import transforms as T
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
+from torchvision.transforms import InterpolationMode, functional as F
 
-from bossnas import views
+from bossnas.data import views
 from bossnas.errors import ConfigError
 from bossnas_kernels import crop_views
 

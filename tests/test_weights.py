@@ -11,10 +11,14 @@ import torch
 from safetensors.torch import load_file
 from test_search import TINY
 
-from bossnas import checkpoint, cli, resume, runfolder, search, weights
-from bossnas.config import load
+from bossnas import cli
+from bossnas.config.loading import load
 from bossnas.errors import ConfigError
-from bossnas.run import build, restore
+from bossnas.files import write_json
+from bossnas.runs import checkpoint, resume, weights
+from bossnas.runs.folder import prepare_folder
+from bossnas.search import search
+from bossnas.search.run import build, restore
 
 NATS = [*TINY, "space.name=nats", "data.val_images=8", "checkpoint.keep=20",
         "checkpoint.every_steps=1"]
@@ -64,7 +68,7 @@ def test_a_run_goes_back_to_one_of_its_own(finished, tmp_path):
     folder = tmp_path / "a"
     shutil.copytree(finished, folder)
     moved = config(folder)
-    runfolder.write_json(folder / "done", {})
+    write_json(folder / "done", {})
     where = resume.claim(moved, str(folder / "checkpoints/block1-step000003"))
     assert (folder / "done").exists(), "the claim changes nothing"
     resume.begin_at(moved, where)
@@ -146,7 +150,7 @@ def test_mistakes_of_export(finished, tmp_path, monkeypatch):
         weights.export(tmp_path, out)
     with pytest.raises(ConfigError, match="OUT: cannot write"):
         weights.export(finished, tmp_path / "no/where.safetensors")
-    runfolder.prepare(tmp_path / "young", config(tmp_path / "young"))
+    prepare_folder(tmp_path / "young", config(tmp_path / "young"))
     with pytest.raises(ConfigError, match="RUN: .*young has no checkpoint yet"):
         weights.export(tmp_path / "young", out)
     out.write_bytes(b"the old one")

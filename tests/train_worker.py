@@ -18,13 +18,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bossnas import bootstrap, dist, engines, heads, spaces
-from bossnas.config import TrainConfig
-from bossnas.ops import synchronise
-from bossnas.optim import LARS, ema_momentum, learning_rate, parameter_groups
-from bossnas.rate import Validation, rate_block
-from bossnas.supernet import Item, Supernet
-from bossnas.train import SHUFFLE, RunState, sample_paths, train_block
+from bossnas import spaces
+from bossnas.config.search import TrainConfig
+from bossnas.distributed import dist, engines, launch
+from bossnas.optim.groups import parameter_groups
+from bossnas.optim.lars import LARS
+from bossnas.optim.schedules import ema_momentum, learning_rate
+from bossnas.spaces.ops import synchronise
+from bossnas.supernet import heads, losses
+from bossnas.supernet.rate_block import Validation, rate_block
+from bossnas.supernet.supernet import Item, Supernet
+from bossnas.supernet.train_block import SHUFFLE, RunState, sample_paths, train_block
 
 N, ACCUMULATE, LR, STEPS = 4, 2, 0.1, 2
 EPOCHS, STEPS_PER_EPOCH = 2, 2
@@ -77,7 +81,7 @@ def by_hand(world: int, name: str, dtype: torch.dtype, shuffled: bool = True, ob
                     o_a, o_b = (online.embed(0, [Item(path, views[r][v])])[0] for v in (j % pairs, j % pairs + pairs))
                     loss = torch.zeros((), dtype=dtype)
                     if objective != "instance":
-                        loss = bootstrap.path_loss(predictor(o_a), predictor(o_b), t_a[mine], t_b[mine]).mean()
+                        loss = losses.path_loss(predictor(o_a), predictor(o_b), t_a[mine], t_b[mine]).mean()
                     if objective != "bootstrap":
                         table = F.normalize(o_a) @ F.normalize(o_b).T / TEMPERATURE
                         right = torch.arange(N)
@@ -198,4 +202,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(dist.run(main, timeout_minutes=2))
+    sys.exit(launch.run(main, timeout_minutes=2))

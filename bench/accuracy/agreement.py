@@ -20,11 +20,17 @@ import numpy as np
 root = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(root), str(root / "kernels")]
 
-from bossnas import rank, runfolder, spaces  # noqa: E402
-from bossnas.cost import CostTable  # noqa: E402
+from bossnas import spaces  # noqa: E402
 from bossnas.errors import ConfigError  # noqa: E402
-from bossnas.paths import decode  # noqa: E402
-from bossnas.runfolder import BlockRating  # noqa: E402
+from bossnas.files import write_json
+from bossnas.runs.folder import read_config
+from bossnas.runs.ratings import (
+    BlockRating,  # noqa: E402
+    read_ratings,
+)
+from bossnas.selection.ranking import correlation
+from bossnas.spaces.cost import CostTable  # noqa: E402
+from bossnas.spaces.paths import decode  # noqa: E402
 
 SIZES = ("macs", "params")
 
@@ -36,13 +42,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args(arguments)
     try:
-        space, *others = [runfolder.read_config(run).space for run in options.runs]
+        space, *others = [read_config(run).space for run in options.runs]
         if any(other != space for other in others):
             parser.error("the runs are of different spaces: name runs that differ in their seed alone")
         table = CostTable.of(spaces.make(**space.model_dump()), space.image_size)
         found = {}
-        for score in options.scores or [runfolder.read_ratings(options.runs[0])[0].score]:
-            runs = [runfolder.read_ratings(run, score) for run in options.runs]
+        for score in options.scores or [read_ratings(options.runs[0])[0].score]:
+            runs = [read_ratings(run, score) for run in options.runs]
             if len({len(run) for run in runs}) > 1:
                 parser.error("the runs have ratings of different numbers of blocks: finish all of them first")
             found[score] = [agreement(table, of_runs) for of_runs in zip(*runs, strict=True)]
@@ -55,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"| {score} | {block} | {row['paths']} | " + " | ".join(
                 _cell(row[key]) for key in (*SIZES, "between_seeds")) + " |")
     if options.json is not None:
-        runfolder.write_json(options.json, {"runs": [str(run) for run in options.runs], "scores": found})
+        write_json(options.json, {"runs": [str(run) for run in options.runs], "scores": found})
 
 
 def agreement(table: CostTable, runs: Sequence[BlockRating]) -> dict[str, Any]:
@@ -75,7 +81,7 @@ def agreement(table: CostTable, runs: Sequence[BlockRating]) -> dict[str, Any]:
 
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> float | None:
-    return rank.coefficients(a, b)["spearman"]
+    return correlation.coefficients(a, b)["spearman"]
 
 
 def _cell(values: Sequence[float | None]) -> str:

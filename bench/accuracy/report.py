@@ -24,8 +24,11 @@ from scipy import stats
 root = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(root), str(root / "kernels")]
 
-from bossnas import baselines, combine, rank, spaces, tables  # noqa: E402
-from bossnas.cost import CostTable  # noqa: E402
+from bossnas import spaces  # noqa: E402
+from bossnas.selection import combine
+from bossnas.selection.ranking import correlation, tables
+from bossnas.selection.sizes import size_baselines
+from bossnas.spaces.cost import CostTable  # noqa: E402
 
 SPLIT_SEED, CHOOSING = 0, 0.2
 LAYERS = (2, 2, 1)
@@ -144,7 +147,7 @@ class Truth:
             self.places.append(places)
         architectures = [tuple(tuple(map(int, path)) for path in of) for of in zip(*paths, strict=True)]
         self.last_channels = np.array([space.widths[choice[-1]] for choice in choices])
-        self.sizes = baselines.size_baselines(CostTable.of(space, 32), architectures, 10)
+        self.sizes = size_baselines(CostTable.of(space, 32), architectures, 10)
         order = np.random.default_rng(SPLIT_SEED).permutation(len(texts))
         cut = int(CHOOSING * len(texts))
         self.choosing, self.reporting = np.sort(order[:cut]), np.sort(order[cut:])
@@ -182,8 +185,8 @@ class Truth:
         the reporting part)."""
         part = self.reporting if part is None else part
         of_part, accuracy = {name: score[part] for name, score in scores.items()}, self.accuracy[part]
-        within = rank.within(self.sizes["params"][part], of_part, accuracy)
-        top = accuracy >= np.quantile(accuracy, 1 - rank.TOP)
+        within = correlation.within(self.sizes["params"][part], of_part, accuracy)
+        top = accuracy >= np.quantile(accuracy, 1 - correlation.TOP)
         return {name: {"spearman": self.spearman(scores[name], part), "within": within[name],
                        "kendall": float(stats.kendalltau(score, accuracy).statistic),
                        "top": float(stats.kendalltau(score[top], accuracy[top]).statistic)}

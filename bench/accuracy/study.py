@@ -25,18 +25,23 @@ from torch import Tensor, nn
 root = Folder(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(root), str(root / "kernels")]
 
-from bossnas import log, rate, rating, stage  # noqa: E402
-from bossnas.config import Config, load, override  # noqa: E402
+from bossnas import log
+from bossnas.config.loading import load, override  # noqa: E402
+from bossnas.config.search import Config
 from bossnas.errors import ConfigError  # noqa: E402
-from bossnas.ops import Statistics  # noqa: E402
-from bossnas.optim import LARS, parameter_groups  # noqa: E402
-from bossnas.paths import Path, decode, encode  # noqa: E402
-from bossnas.run import Run, build, make_engine  # noqa: E402
-from bossnas.runfolder import write_json  # noqa: E402
-from bossnas.scores import BETTER  # noqa: E402
-from bossnas.search import search  # noqa: E402
-from bossnas.supernet import Item, Supernet  # noqa: E402
-from bossnas.train import train_block  # noqa: E402
+from bossnas.files import write_json  # noqa: E402
+from bossnas.optim.groups import parameter_groups  # noqa: E402
+from bossnas.optim.lars import LARS
+from bossnas.search import rating, winners
+from bossnas.search.run import Run, build, make_engine  # noqa: E402
+from bossnas.search.search import search  # noqa: E402
+from bossnas.search.stage import total_steps, train_batches  # noqa: E402
+from bossnas.spaces.ops import Statistics  # noqa: E402
+from bossnas.spaces.paths import Path, decode, encode  # noqa: E402
+from bossnas.supernet import rate_block
+from bossnas.supernet.scores import BETTER  # noqa: E402
+from bossnas.supernet.supernet import Item, Supernet  # noqa: E402
+from bossnas.supernet.train_block import train_block  # noqa: E402
 
 BASE = ["space.name=nats", "space.split=cifar10", "space.image_size=16", "heads.hidden=512", "heads.out=128",
         "data.recipe=cifar", "data.workers=0", "data.val_images=512", "train.batch=128", "train.micro_batch=128",
@@ -173,7 +178,7 @@ def _one_by_one(config: Config, setting: Setting) -> tuple[list[dict[str, Any]],
         ratings["end"] = rate_all(run, setting)
         best = _best(ratings["end"], setting.chosen_by)
         blocks.append({"prefix": [encode(p) for p in state.winners], "winner": best, "ratings": ratings})
-        rating.freeze_winner(run, decode(best))
+        winners.freeze_winner(run, decode(best))
         state.step = 0
     return blocks, trained
 
@@ -197,7 +202,7 @@ def training(run: Run, setting: Setting) -> Iterator[int]:
     target = _BehindOwnPrefix(run.target) if before else run.target
 
     def inputs() -> Iterator[list[Tensor]]:
-        for views in stage.train_batches(run, block * config.train.epochs, 0):
+        for views in train_batches(run, block * config.train.epochs, 0):
             prefix = state.winners + own_leader
             if before:
                 features = [_with_gradient(run.online, prefix, x) for x in views]
@@ -228,7 +233,7 @@ def training(run: Run, setting: Setting) -> Iterator[int]:
     steps = train_block(run.online, target, run.predictors[block], run.space, engine, inputs(), state, config.train,
                         prefix=state.winners, accumulate=run.accumulate, steps_per_epoch=run.steps_per_epoch,
                         seed=config.seed, device=run.device)
-    half = stage.total_steps(run) // 2
+    half = total_steps(run) // 2
     for step in steps:
         if step is None:
             continue
@@ -281,7 +286,7 @@ def rate_all(run: Run, setting: Setting) -> dict[str, dict[str, float]]:
     if "prefix" in setting.faults:  # it has moved: calibrated statistics again
         for block, winner in enumerate(run.state.winners):
             run.target.part(block).eval()
-            rating.calibrate_path(run, block, run.state.winners[:block], winner)
+            winners.calibrate_path(run, block, run.state.winners[:block], winner)
     with _uncalibrated() if "predictor" in setting.faults else contextlib.nullcontext():
         scores = rating.rate(run, run.state.block)
     return _signed({score: {encode(path): value for path, value in values.items()} for score, values in scores.items()})
@@ -290,7 +295,7 @@ def rate_all(run: Run, setting: Setting) -> dict[str, dict[str, float]]:
 @contextlib.contextmanager
 def _uncalibrated() -> Iterator[None]:
     """The predictor's batch norm keeps mean 0 and variance 1 in ratings, as in the original release."""
-    whole = rate.calibrate
+    whole = rate_block.calibrate
 
     def calibrate(online, target, predictor, *rest):
         of_target, of_online = whole(online, target, predictor, *rest)
@@ -300,11 +305,11 @@ def _uncalibrated() -> Iterator[None]:
                     part.table[norm] = (torch.zeros_like(mean), torch.ones_like(var))
         return of_target, of_online
 
-    rate.calibrate = calibrate
+    rate_block.calibrate = calibrate
     try:
         yield
     finally:
-        rate.calibrate = whole
+        rate_block.calibrate = whole
 
 
 def _parts(statistics: Statistics) -> Iterator[Statistics]:

@@ -12,14 +12,14 @@ import numpy as np
 from torch import nn
 
 from bossnas.errors import ConfigError
-from bossnas.paths import MAX_CANDIDATES, Path
+from bossnas.spaces.paths import MAX_CANDIDATES, Path
 
 
 class Space(Protocol):
     """What the search asks of a space. Blocks and layers count from 0; a path is one candidate id per layer.
 
-    Modules returned by `layer` and `adapter` are called with ``(x, choice, groups, stats)`` (see `bossnas.ops`), the
-    stem with ``(x, groups, stats)``, unless it is an nn.Identity. Each call returns fresh weights, and a layer's
+    Modules returned by `layer` and `adapter` are called with ``(x, choice, groups, stats)`` (see `bossnas.spaces.ops`),
+    the stem with ``(x, groups, stats)``, unless it is an nn.Identity. Each call returns fresh weights, and a layer's
     weights serve all its candidates.
     """
 

@@ -10,8 +10,8 @@ from functools import cache
 import numpy as np
 from torch import Tensor, nn
 
-from bossnas.ops import Attention, Chain, GroupedBatchNorm, Statistics, conv, conv_norm
-from bossnas.paths import Path, all_paths, uniform_sample
+from bossnas.spaces.ops import Attention, Chain, GroupedBatchNorm, Statistics, conv, conv_norm
+from bossnas.spaces.paths import Path, all_paths, uniform_sample
 
 KINDS = ("ATT", "CONV", "ATT", "CONV", "CONV", "CONV")  # by candidate id
 SCALES = (0, 0, 1, 1, 2, 3)  # by candidate id; scale s has stride 4 * 2**(3 - s)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor, nn
 
-from bossnas.ops import Chain, GroupedBatchNorm, HalvePool, NoAdapter, SqueezeExcite, Statistics, conv, conv_norm
-from bossnas.paths import Path, all_paths, fair_sample
+from bossnas.spaces.ops import Chain, GroupedBatchNorm, HalvePool, NoAdapter, SqueezeExcite, Statistics, conv, conv_norm
+from bossnas.spaces.paths import Path, all_paths, fair_sample
 
 CANDIDATES = ((6, 3), (6, 5), (3, 3), (3, 5))  # (expansion, kernel) by candidate id
 BLOCKS = ((24, 2, 2), (40, 2, 4), (80, 2, 4), (112, 1, 4), (192, 2, 4))  # (width, first stride, layers)

@@ -6,8 +6,8 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bossnas.ops import GroupedBatchNorm, HalvePool, PooledPointwise, SlimConv, Statistics
-from bossnas.paths import Path, all_paths, fair_sample
+from bossnas.spaces.ops import GroupedBatchNorm, HalvePool, PooledPointwise, SlimConv, Statistics
+from bossnas.spaces.paths import Path, all_paths, fair_sample
 
 WIDTHS = tuple(range(8, 65, 8))  # by candidate id
 KINDS = ("N", "R", "N", "R", "N")  # normal cell or residual down-sampling, by layer of the network

@@ -9,8 +9,7 @@ import PIL
 import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
+from torchvision.transforms import InterpolationMode, functional as F
 
 import bossnas_kernels
 from bossnas_kernels import Looks, augment_colours, augment_crops, augment_reference, common

@@ -10,7 +10,7 @@ from compare import TOLERANCE
 
 import bossnas_kernels
 from bossnas import spaces
-from bossnas.ops import Chain, Statistics
+from bossnas.spaces.ops import Chain, Statistics
 from bossnas_kernels import depthwise, grouped_norm
 
 

@@ -10,8 +10,8 @@ from compare import TOLERANCE
 from torch import nn
 
 import bossnas_kernels
-from bossnas import kernel_layers
-from bossnas.bossnet import BossNet
+from bossnas.networks.bossnet import BossNet
+from bossnas.networks.kernel_layers import use_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def test_a_network_of_both_kinds_of_blocks(device):
             nn.init.normal_(module.weight, 1.0, 0.1)
     plain = plain.to(device).to(memory_format=torch.channels_last)
     other = copy.deepcopy(plain)
-    assert kernel_layers.use_kernels(other, "triton", device) == "triton"
+    assert use_kernels(other, "triton", device) == "triton"
     # 8 values per channel in the last maps: fewer would magnify rounding in both
     images = torch.randn(2, 3, 64, 64, device=device).contiguous(memory_format=torch.channels_last)
     logits, gradients = [], []

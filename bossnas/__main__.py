@@ -1,0 +1,5 @@
+"""``python -m bossnas``: the `bossnas` command."""
+
+from bossnas.cli import main
+
+main()

@@ -1,0 +1,5 @@
+"""``python -m bossnas.cli``: the `bossnas` command."""
+
+from bossnas.cli import main
+
+main()

@@ -1,0 +1,88 @@
+"""One process, or data parallelism with the gradients of a step averaged in one all-reduce."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bossnas.distributed import dist
+from bossnas.distributed.engines import protocol
+from bossnas.distributed.engines.protocol import LossScale, MakeOptimizer, Outcome
+
+
+class DDPEngine:
+    """The reference engine. ``accumulate``: micro-batches per update; ``precision``: fp32 | bf16 | fp16;
+    ``group``: the ranks that share a batch (None: all).
+
+    Unlike torch's DDP it takes any number of forward passes before a backward, and leaves parameters without gradient
+    that no rank has used: only what some rank used is averaged. The gradients travel after the last backward of an
+    update, not during it: with accumulation that is once in many micro-batches.
+    """
+
+    sharded = False
+
+    def __init__(self, accumulate: int, precision: str, group: Any = None):
+        self.accumulate, self.precision, self.group = accumulate, precision, group
+
+    def check(self, kind: str) -> None:
+        protocol.check_precision(kind, self.precision)
+
+    def wrap(self, module: nn.Module, followers: nn.Module | None, make_optimizer: MakeOptimizer,
+             ) -> tuple[nn.Module, nn.Module | None]:
+        self._kind = next(module.parameters()).device.type
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._optimizer = make_optimizer(module, followers, False)
+        self._scale = LossScale(self.precision)
+        return module, followers
+
+    def autocast(self) -> AbstractContextManager:
+        return protocol.autocast(self._kind, self.precision)
+
+    def micro(self, loss: Tensor, last: bool) -> None:
+        (loss * (self._scale.value / self.accumulate)).backward()
+
+    def step(self, lr: float, ema: float = 1.0) -> Outcome:
+        average_gradients(self._parameters, self.group)
+        outcome = self._scale.run(self._optimizer, self._optimizer.step, lr, ema)
+        self._optimizer.zero_grad(set_to_none=True)
+        return outcome
+
+    @property
+    def loss_scale(self) -> float:
+        return self._scale.value
+
+    def gather(self) -> None:
+        pass
+
+    def state(self) -> dict[str, Tensor]:
+        return self._scale.add_to(self._optimizer.full_state())
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self._optimizer.load_full_state(self._scale.take_from(state))
+
+    def close(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        del self._optimizer, self._parameters
+
+
+@torch.no_grad()
+def average_gradients(parameters: list[nn.Parameter], group: Any = None) -> None:
+    """Averages over the ranks the gradients of all parameters that some rank has used; the others stay None."""
+    world = dist.world_size(group)
+    if world == 1 or not parameters:
+        return
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+    dist.all_reduce_max(used, group)
+    chosen = [p for p, flag in zip(parameters, used.tolist(), strict=True) if flag]
+    if not chosen:
+        return
+    for p in chosen:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    flat = torch.cat([p.grad.flatten() for p in chosen])
+    dist.all_reduce_sum(flat, group).div_(world)
+    for p, piece in zip(chosen, flat.split([p.numel() for p in chosen]), strict=True):
+        p.grad.copy_(piece.view_as(p))

@@ -1,0 +1,1 @@
+"""Architectures as networks: the spaces' own, timm's registry, files of weights."""

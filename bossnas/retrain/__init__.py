@@ -1,0 +1,1 @@
+"""The training of a found network with labels, and its evaluation."""

@@ -1,0 +1,1 @@
+"""A search: train the blocks, rate them, keep the winners."""

@@ -1,0 +1,188 @@
+"""A run at hand: its networks, space, data and position, built from its config, saved and restored."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass, field
+from pathlib import Path as Folder
+
+import torch
+from torch import Tensor, nn
+
+from bossnas import spaces
+from bossnas.config.search import Config
+from bossnas.config.shared import accumulation
+from bossnas.data import views
+from bossnas.data.batches import Source, open_data, readers
+from bossnas.distributed import dist, engines
+from bossnas.distributed.engines.protocol import Engine
+from bossnas.errors import ConfigError
+from bossnas.files import write_json
+from bossnas.log import logger
+from bossnas.runs import checkpoint
+from bossnas.runs.resume import check_data
+from bossnas.spaces import Space, cost, ops
+from bossnas.spaces.paths import decode, encode
+from bossnas.supernet import heads
+from bossnas.supernet.supernet import Supernet
+from bossnas.supernet.train_block import RunState
+
+
+@dataclass
+class Run:
+    """Everything a search holds: networks, space, data and where it is."""
+
+    config: Config
+    space: Space
+    online: Supernet
+    target: Supernet
+    predictors: nn.ModuleList
+    train_set: Source
+    val_set: Source
+    recipe: views.Recipe
+    device: torch.device
+    kernels: str  # which run: triton | reference
+    mesh: dist.Mesh
+    state: RunState = field(default_factory=RunState)
+    bad: dict[str, str] = field(default_factory=dict)  # unreadable training images met so far
+    calibration: list[Tensor] = field(default_factory=list)  # the calibration images, once they are drawn
+
+    @property
+    def view_ids(self) -> list[int]:
+        return list(range(2 * self.space.view_pairs))
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches per optimizer step."""
+        return accumulation(self.config, self.mesh.shards)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.config.train.steps_per_epoch or len(self.train_set) // self.config.train.batch
+
+
+def build(config: Config, training: bool = True) -> Run:
+    """Networks, space and data of a config, all checked against each other; weights as drawn from the seed.
+
+    ``training=False``: for a rating alone; what only the training needs is not checked.
+    """
+    device = dist.device(config.engine.device)
+    space = spaces.make(config.space.name, width=config.space.width, image_size=config.space.image_size,
+                        restricted=config.space.restricted, split=config.space.split)
+    kernels = ops.use_kernels(config.kernels, device)
+    mesh = dist.mesh(config.schedule if training else "sequential", space.blocks)
+    if training:
+        make_engine(config, mesh).check(device.type)
+    needed = config.train.batch * (config.train.steps_per_epoch or 1)
+    images = open_data(config.data, needed if config.train.steps_per_epoch else None)
+    train_set, val_set = images.train, images.val
+    if training and len(train_set) < needed:
+        raise ConfigError("train.steps_per_epoch" if config.train.steps_per_epoch else "train.batch",
+                          f"an epoch takes {needed} images, but data.train has {len(train_set)}", "lower it")
+    torch.manual_seed(config.seed)
+    online = Supernet(space, config.heads.hidden, config.heads.out)
+    predictors = nn.ModuleList(heads.predictor(config.heads.hidden, config.heads.out) for _ in range(space.blocks))
+    target = copy.deepcopy(online).requires_grad_(False)
+    return Run(config, space, online.to(device), target.to(device), predictors.to(device), train_set, val_set,
+               views.recipe(config.data.recipe, config.space.image_size), device, kernels, mesh)
+
+
+def make_engine(config: Config, mesh: dist.Mesh) -> Engine:
+    """The engine that the config names. Raises ConfigError where its batch cannot be divided over the ranks."""
+    return engines.make(config.engine.name, accumulate=accumulation(config, mesh.shards),
+                        micro_batch=config.train.micro_batch, precision=config.train.precision,
+                        section=config.engine.deepspeed, group=mesh.group)
+
+
+def announce(run: Run, folder: Folder, title: str) -> None:
+    """The log's first lines: what runs on what, and from where it goes on."""
+    if run.config.data.train is None and dist.rank() == 0:
+        logger.warning("DEMONSTRATION: no data.train is set, so this run uses the embedded sample of Fashion-MNIST "
+                       "(%d training, %d validation images of 28x28 pixels). Its result says nothing about your data.",
+                       len(run.train_set), len(run.val_set))
+    parameters = sum(p.numel() for p in run.online.parameters())
+    logger.info("%s %s on %d %s rank(s), %s kernels: %d blocks, %.1f M supernet parameters, %d training images",
+                run.config.space.name, title, dist.world_size(), run.device.type, run.kernels, run.space.blocks,
+                parameters / 1e6, len(run.train_set))
+    if run.state.block or run.state.step:
+        done = run.state.block == run.space.blocks
+        where = "this run is finished" if done else f"going on in block {run.state.block} at step {run.state.step}"
+        logger.info("%s: %s", folder, where)
+
+
+def write_architecture(run: Run, folder: Folder) -> None:
+    """architecture.json: the winners put together (greedy), with their cost."""
+    winners, size = run.state.winners, run.config.space.image_size
+    x = torch.zeros(1, 3, size, size, device=run.device)
+    networks: list[nn.Module] = [run.target.stem, run.target.blocks]
+    price = cost.count(networks, lambda: run.target.features(winners, x))
+    text = "|".join(encode(p) for p in winners)
+    write_json(folder / "architecture.json", {
+        "space": run.config.space.name, "width": run.config.space.width, "image_size": size, "architecture": text,
+        "paths": [encode(p) for p in winners], **run.space.describe(winners), **price})
+    logger.info("architecture %s: %.2f M multiply-adds, %.2f M parameters", text, price["macs"] / 1e6,
+                price["params"] / 1e6)
+    logger.info("everything lies in %s", folder)
+
+
+def save(saver: checkpoint.Saver, run: Run, engines: dict[int, Engine]) -> None:
+    """A checkpoint of the whole run; all ranks call it. ``engines``: of the blocks that this rank trains at the moment,
+    {} between two blocks.
+
+    Within a block, a rank contributes the blocks that are its own; between two, all ranks have all of them.
+    """
+    for engine in engines.values():
+        engine.gather()
+    state = run.state
+    tensors = _weights(run, run.mesh.own if engines else range(run.space.blocks))
+    for block, engine in engines.items():
+        tensors.update(checkpoint.momentum(block, engine))
+    saver.save(f"block{state.block}-step{state.step:06d}", tensors, {
+        "schedule": run.config.schedule, "block": state.block, "step": state.step, "images_seen": state.images_seen,
+        "bad_steps": state.bad_steps, "bad_by_block": list(state.bad_by_block),
+        "winners": [encode(p) for p in state.winners], "leaders": [encode(p) for p in state.leaders],
+        "data": _data_state(run)})
+
+
+def restore(run: Run, folder: Folder, training: bool = True) -> Folder | None:
+    """Loads the weights and the position of ``folder``'s last checkpoint, or of the checkpoint that ``folder`` is.
+    Returns the checkpoint, where the optimizers' states lie (`checkpoint.load_engine`), None if there is none.
+
+    All ranks call it. ``training=False``: for a rating alone, which does not go on in the order of the training images.
+    """
+    where = dist.from_main(lambda: checkpoint.whole(folder))
+    if where is not None:
+        dist.together(lambda: _load(run, where, training))
+    return where
+
+
+def _load(run: Run, where: Folder, training: bool) -> None:
+    values, state = checkpoint.read_state(where), run.state
+    if training:
+        check_data(values["data"], _data_state(run), bool(values["step"]))
+    checkpoint.load(where, _weights(run, range(run.space.blocks)))
+    state.block, state.step, state.images_seen = values["block"], values["step"], values["images_seen"]
+    state.bad_steps, state.bad_by_block[:] = values["bad_steps"], values["bad_by_block"]
+    state.winners[:] = [decode(text) for text in values["winners"]]
+    state.leaders[:] = [decode(text) for text in values["leaders"]]
+    for block in range(state.block):
+        run.online.freeze(block)
+        run.target.freeze(block)
+
+
+def _weights(run: Run, blocks: range) -> dict[str, Tensor]:
+    """Weights and buffers of these blocks, of the online and the target network and the predictors, by the names that
+    they have in a checkpoint; the stem belongs to block 0."""
+    modules = nn.ModuleDict({"online": run.online, "target": run.target, "predictors": run.predictors})
+    found = {}
+    for name, tensor in modules.state_dict().items():
+        number = re.match(r"(?:\w+\.(?:blocks|projectors)|predictors)\.(\d+)\.", name)
+        if (int(number[1]) if number else 0) in blocks:
+            found[name] = tensor
+    return found
+
+
+def _data_state(run: Run) -> dict:
+    """What the order of the images depends on, besides the position and the config."""
+    return {"images": len(run.train_set), "readers": readers(run.train_set, run.config.data, run.mesh.shards)}

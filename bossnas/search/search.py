@@ -1,0 +1,153 @@
+"""The whole run: train the blocks, rate them, keep the winners; then the architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path as Folder
+
+from torch import Tensor, nn
+
+from bossnas import log
+from bossnas.config.search import Config
+from bossnas.distributed import dist
+from bossnas.distributed.alive import Guard
+from bossnas.distributed.engines.protocol import Engine
+from bossnas.files import write_json
+from bossnas.runs import checkpoint
+from bossnas.runs.folder import prepare_folder
+from bossnas.runs.metrics import Metrics
+from bossnas.runs.resume import begin_at, claim
+from bossnas.search.block_parallel import block_parallel
+from bossnas.search.run import Run, announce, build, restore, write_architecture
+from bossnas.search.stage import (
+    Job,
+    Trace,
+    measures,
+    rating_due,
+    save_due,
+    total_steps,
+    train_batches,
+    train_with,
+    warn,
+)
+from bossnas.supernet.train_block import Step
+
+DONE = "done"  # the file that a finished run has
+
+
+def search(config: Config, resume: str | None = None, trace: Trace | None = None) -> Folder:
+    """Runs or continues the search that ``config`` describes and returns the run folder.
+
+    Every rank calls it, after `launch.init`. ``trace``: takes down where this rank's time goes. Raises ConfigError for
+    what the user can mend, and Stopped when a signal asked the run to stop and its state is saved.
+    """
+    main = dist.rank() == 0
+    log.setup(None, main)
+    folder = Folder(config.out)
+    run = dist.together(lambda: _start(config, resume))
+    run.mesh = dist.connected(run.mesh, config.engine.timeout_minutes)
+    log.setup(folder, main)
+    where = restore(run, folder)
+    announce(run, folder, "search")
+    with (closing(Metrics(folder if main else None, lambda line: _is_past(run, line))) as metrics,
+          Guard(config.engine.timeout_minutes) as guard,
+          closing(checkpoint.Saver(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous)
+                  ) as saver):
+        job = Job(run, folder, metrics, saver, guard, trace or Trace())
+        if config.schedule == "sequential":
+            sequential(job, where)
+        else:
+            block_parallel(job, where)
+        saver.wait()
+    if main:
+        write_architecture(run, folder)
+    dist.barrier()
+    if main:
+        write_json(folder / DONE, {"steps": run.state.step, "images": run.state.images_seen})
+    return folder
+
+
+def _start(config: Config, resume: str | None) -> Run:
+    """Checks everything that can be checked beforehand; only then does the main rank write into the run folder."""
+    if dist.rank() > 0:
+        return build(config)
+    folder, begin = Folder(config.out), claim(config, resume)
+    run = build(config)
+    held = sum(f.stat().st_size for f in (folder / "checkpoints").rglob("*") if f.is_file())
+    checkpoint.require_room(folder, max(_checkpoint_bytes(run) * (config.checkpoint.keep + 1) - held, 0))
+    if begin is not None:
+        begin_at(config, begin)
+    prepare_folder(folder, config)
+    return run
+
+
+def _is_past(run: Run, line: dict) -> bool:
+    """Whether the run, as it was restored, has a line of metrics behind it. It will write the others again; ratings of
+    the step where it is are yet to come."""
+    state, block, step, rated = run.state, line["block"], line["step"], line["kind"] == "rating"
+    if run.config.schedule == "sequential":
+        return block < state.block or block == state.block and step + rated <= state.step
+    return block < state.block or step + rated <= state.step
+
+
+def sequential(job: Job, where: Folder | None) -> None:
+    """One block after the other: trains it on the frozen blocks before, rates it, keeps its winner. ``where``: the
+    checkpoint to go on from."""
+    state = job.run.state
+    while state.block < job.run.space.blocks:
+        _train_block(job, where)
+        where = None
+        job.finish_block()
+        state.step = state.bad_steps = 0
+        job.save({})
+
+
+def _train_block(job: Job, where: Folder | None) -> None:
+    run, state = job.run, job.run.state
+    block, total = state.block, total_steps(run)
+    engine, steps = start_block(run)
+    if where is not None and state.step:
+        checkpoint.load_engine(where, block, engine)
+    with log.progress(f"block {block} train", total, state.step, dist.rank() == 0) as task:
+        while state.step < total:
+            if rating_due(run, state.step):  # it informs; it never enters the block's own prefix
+                job.saver.wait()
+                engine.gather()
+                job.rate_midway(block, state.winners)
+            with job.trace.span(f"block {block}"):
+                step = next(step for step in steps if step is not None)
+            job.metrics.write("train", block, state.step, **measures(state, step))
+            warn(state, step, run.config.train.collapse_below)
+            task.advance(f"loss {step.loss:+.3f}  {step.images_per_second:.0f} images/s")
+            job.guard.at(f"block {block} step {state.step}")
+            stop = job.guard.should_stop()
+            if stop or save_due(run, state.step):
+                job.save({block: engine}, stop)
+    steps.close()
+    engine.close()
+
+
+def start_block(run: Run) -> tuple[Engine, Iterator[Step | None]]:
+    """The engine of the state's block and its training on the winners before it; nothing has run yet."""
+    state = run.state
+
+    def inputs() -> Iterator[list[Tensor]]:
+        for views in train_batches(run, state.block * run.config.train.epochs, state.step):
+            with stage.engine.autocast():
+                features = [run.target.features(state.winners, x) for x in views]
+            yield features
+
+    stage = train_with(run, state, inputs(), state.winners)
+    return stage.engine, stage.steps
+
+
+def _checkpoint_bytes(run: Run) -> int:
+    """An upper bound: both networks, the predictors, and one momentum per parameter of the blocks that train at once,
+    or of the largest block."""
+    def size(module: nn.Module) -> int:
+        return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
+
+    momentum = [size(run.online.part(b)) + size(run.predictors[b]) for b in range(run.space.blocks)]
+    at_once = max if run.config.schedule == "sequential" else sum
+    return size(run.online) + size(run.target) + size(run.predictors) + at_once(momentum)

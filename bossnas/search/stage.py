@@ -1,0 +1,177 @@
+"""The training of one block, and what every order of training the blocks works with: saving, rating, stopping, time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path as Folder
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from bossnas.data.batches import view_batches
+from bossnas.distributed import dist
+from bossnas.distributed.alive import Guard
+from bossnas.distributed.engines.protocol import Engine
+from bossnas.log import logger
+from bossnas.optim.groups import parameter_groups
+from bossnas.optim.lars import LARS
+from bossnas.runs import checkpoint
+from bossnas.runs.metrics import Metrics
+from bossnas.search import rating, winners
+from bossnas.search.run import Run, make_engine, save
+from bossnas.spaces.ops import synchronise
+from bossnas.spaces.paths import Path, encode
+from bossnas.supernet.supernet import Supernet
+from bossnas.supernet.train_block import RunState, Step, train_block
+
+WAITS = ("receive", "send", "vote")  # spans in which a rank does no work
+
+
+class Trace:
+    """Where a rank's time goes. ``keep``: every span for `write`, otherwise only the sum by name."""
+
+    def __init__(self, keep: bool = False):
+        self.keep, self.seconds = keep, dict.fromkeys(WAITS, 0.0)
+        self.spans: list[tuple[str, float, float]] = []  # name, start, seconds
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        started, clock = time.time(), time.perf_counter()
+        yield
+        took = time.perf_counter() - clock
+        self.seconds[name] = self.seconds.get(name, 0.0) + took
+        if self.keep:
+            self.spans.append((name, started, took))
+
+    @property
+    def waited(self) -> float:
+        return sum(self.seconds[name] for name in WAITS)
+
+    def write(self, file: Folder, rank: int) -> None:
+        """The spans as events for chrome://tracing or ui.perfetto.dev; those of several ranks may be put together."""
+        events = [{"name": name, "ph": "X", "pid": 0, "tid": rank, "ts": start * 1e6, "dur": took * 1e6}
+                  for name, start, took in self.spans]
+        file.write_text(json.dumps({"traceEvents": events}), encoding="utf-8")
+
+
+@dataclass
+class Job:
+    """What a schedule works with: the run, and what writes, saves, stops and times it."""
+
+    run: Run
+    folder: Folder
+    metrics: Metrics
+    saver: checkpoint.Saver
+    guard: Guard
+    trace: Trace
+
+    def save(self, engines: dict[int, Engine], stop: bool = False) -> None:
+        """A checkpoint of the run, and of the engines of the blocks that train now; after it the run stops, if it
+        must."""
+        with self.trace.span("save"):
+            save(self.saver, self.run, engines)
+        if stop:
+            self.saver.wait()
+            raise self.guard.stopped()
+
+    def rate_midway(self, block: int, prefix: Sequence[Path]) -> Path:
+        """Rates a block that still trains on the paths of the blocks before; returns the best path."""
+        run, step = self.run, self.run.state.step
+        name = f"block_{block}_epoch_{step // run.steps_per_epoch}"
+        with self.trace.span("rate"):
+            scores = rating.rate(run, block, self.folder / "ratings" / f"{name}.partial", prefix, self.guard)
+        leader, value = winners.winner_of(run, scores)
+        logger.info("block %d after %d epochs: leader %s with %s %+.4f", block, step // run.steps_per_epoch,
+                    encode(leader), run.config.rating.score, value)
+        self.metrics.write("rating", block, step, best=value, path=encode(leader))
+        rating.write(self.folder, run, block, scores, f"{name}.json", prefix)
+        return leader
+
+    def finish_block(self) -> None:
+        """Rates the state's block, whose training is done and saved, and freezes it along its winner."""
+        run, block = self.run, self.run.state.block
+        self.saver.wait()
+        with self.trace.span("rate"):
+            scores = rating.rate(run, block, self.folder / "ratings" / f"block_{block}.partial", guard=self.guard)
+        winner, value = winners.settle(run, self.folder, scores)
+        self.metrics.write("rating", block, total_steps(run), best=value, path=encode(winner))
+
+
+def total_steps(run: Run) -> int:
+    """Optimizer steps of a block's stage."""
+    return run.config.train.epochs * run.steps_per_epoch
+
+
+def rating_due(run: Run, step: int) -> bool:
+    """Whether blocks are rated in mid-stage after ``step`` steps. The run has been saved before it is: a run that goes
+    on from there rates them again, and finds the same."""
+    every, (epoch, rest) = run.config.rating.every_epochs, divmod(step, run.steps_per_epoch)
+    return every > 0 and 0 < step < total_steps(run) and rest == 0 and epoch % every == 0
+
+
+def save_due(run: Run, step: int) -> bool:
+    return step % run.config.checkpoint.every_steps == 0 or step == total_steps(run) or rating_due(run, step)
+
+
+def train_batches(run: Run, first_epoch: int, step: int) -> Iterator[list[Tensor]]:
+    """The micro-batches of images of a stage whose epochs count from ``first_epoch``, from its ``step`` on."""
+    config, mesh = run.config, run.mesh
+    first, start = divmod(step, run.steps_per_epoch)
+    for epoch in range(first, config.train.epochs):
+        yield from view_batches(
+            run.train_set, run.recipe, run.view_ids, run.space.view_pairs, config.data, seed=config.seed,
+            epoch=first_epoch + epoch, start=start * run.accumulate, steps=run.steps_per_epoch * run.accumulate,
+            batch=config.train.micro_batch, rank=mesh.shard, world=mesh.shards, device=run.device, bad=run.bad)
+        start = 0
+
+
+class Stage(NamedTuple):
+    """The training of a block: ``target`` is the target network as its engine keeps it."""
+
+    engine: Engine
+    target: Supernet
+    steps: Iterator[Step | None]
+
+
+def train_with(run: Run, position: RunState, inputs: Iterator[list[Tensor]], prefix: list[Path]) -> Stage:
+    """A fresh engine for block ``position.block`` and the block's training on ``inputs`` (see `train_block`)."""
+    config, block, train = run.config, position.block, run.config.train
+    engine = make_engine(config, run.mesh)
+
+    def optimizer(module: nn.Module, followers: nn.Module | None, sharded: bool) -> LARS:
+        return LARS(parameter_groups(module, followers), train.lr, train.momentum, train.weight_decay, train.trust,
+                    sharded=sharded, clip=train.clip)
+
+    trained = nn.ModuleDict({**run.online.part(block), "predictor": run.predictors[block]})
+    followers = run.target.part(block)
+    if train.sync_batch_norm:
+        synchronise(trained, followers, average=partial(dist.average, group=run.mesh.group))
+    trained, followers = engine.wrap(trained, followers, optimizer)
+    online, target = run.online.replaced(block, trained), run.target.replaced(block, followers)
+    return Stage(engine, target, train_block(
+        online, target, trained["predictor"], run.space, engine, inputs, position, train, prefix=prefix,
+        accumulate=run.accumulate, steps_per_epoch=run.steps_per_epoch, seed=config.seed, device=run.device,
+        group=run.mesh.group, check_paths=config.engine.check_paths))
+
+
+def measures(state: RunState, step: Step) -> dict[str, Any]:
+    """What metrics.jsonl says of a step."""
+    return {"epoch": step.epoch, "loss": step.loss, "spread": step.spread, "lr": step.lr,
+            "ema_momentum": step.ema_momentum, "images": state.images_seen,
+            "images_per_second": round(step.images_per_second, 2), "outcome": step.outcome,
+            "loss_scale": step.loss_scale}
+
+
+def warn(state: RunState, step: Step, collapse_below: float) -> None:
+    """Says in the log what is wrong with a step."""
+    if step.outcome == "bad":
+        logger.warning("block %d step %d: its gradient is not finite, so it is skipped (%d so far)", state.block,
+                       state.step, state.bad_steps)
+    if step.spread < collapse_below:
+        logger.warning("block %d step %d: the embeddings are collapsing (spread %.3f < train.collapse_below %.3f); "
+                       "lower train.lr", state.block, state.step, step.spread, collapse_below)

@@ -1,0 +1,1 @@
+"""The best architectures of a run's ratings."""

@@ -1,0 +1,1 @@
+"""Ratings held against true accuracies."""

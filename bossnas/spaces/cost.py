@@ -1,0 +1,217 @@
+"""Multiply-adds and parameters: of anything that runs (`count`), and of every network of a space (`CostTable`)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bossnas.errors import ConfigError
+from bossnas.spaces import Space
+from bossnas.spaces.paths import Path, decode, encode
+
+Shape = tuple[int, int, int]  # channels, height, width of one image's map
+Key = tuple[int, int, int, Shape]  # block, layer, candidate id, input shape
+COSTS = ("macs", "params", "latency_ns")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a layer, a path or a network: MACs of one image, parameters, and the measured latency of one batch."""
+
+    macs: int
+    params: int
+    latency_ns: int = 0  # 0 in a table without latencies
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.macs + other.macs, self.params + other.params, self.latency_ns + other.latency_ns)
+
+    @property
+    def latency_ms(self) -> float:
+        return self.latency_ns / 1e6
+
+
+class Entry(NamedTuple):
+    """What a layer candidate costs on one input shape, and what it gives out."""
+
+    cost: Cost
+    shape: Shape
+
+
+class Start(NamedTuple):
+    """What a block can begin from: its input's shape (the image's for block 0) and the paths that may follow."""
+
+    shape: Shape
+    paths: tuple[Path, ...]
+
+
+class CostTable:
+    """The cost of every layer candidate on every input shape that can occur in a space.
+
+    Stem and searched layers count; adapters, projectors and classifiers do not. Costs of layers add up to exactly what
+    `count` gives for the whole path or network, since every layer has weights of its own. ``starts[k]`` holds what
+    block k can begin from, each with one list of winners that leads there: two winners lead to the same start if they
+    end in the same shape and `Space.paths` lets the same paths follow.
+    """
+
+    def __init__(self, space: Space, image_size: int):
+        self.space = space
+        self.image: Shape = (3, image_size, image_size)
+        self.entries: dict[Key, Entry] = {}
+        self.starts: list[dict[Start, list[Path]]] = []
+        self.has_latency = False
+        stem = space.stem().eval()
+        self.stem = run(lambda x: call_stem(stem, x), [stem], self.image)
+        self._known: dict[tuple[int, Path, Shape], Entry] = {}
+
+    @classmethod
+    def of(cls, space: Space, image_size: int) -> CostTable:
+        """Runs every candidate once per input shape with one image, one layer's weights in memory at a time."""
+        table = cls(space, image_size)
+        starts: dict[Start, list[Path]] = {Start(table.image, tuple(space.paths(0, []))): []}
+        for block in range(space.blocks):
+            table.starts.append(starts)
+            table._run_block(block)
+            following: dict[Start, list[Path]] = {}
+            for start, winners in starts.items():
+                for path in start.paths if block + 1 < space.blocks else ():
+                    following.setdefault(table.after(block, start, path), [*winners, path])
+            starts = following
+        return table
+
+    def _run_block(self, block: int) -> None:
+        reached = {(start.shape, path): self.stem.shape if block == 0 else start.shape
+                   for start in self.starts[block] for path in start.paths}
+        for layer in range(self.space.layers(block)):
+            module = self.space.layer(block, layer).eval()
+            for choice, shape in sorted({(path[layer], shape) for (_, path), shape in reached.items()}):
+                self.entries[block, layer, choice, shape] = run(
+                    lambda x, c=choice, m=module: m(x, c, 1, None), [module], shape)
+            reached = {key: self.entries[block, layer, key[1][layer], shape].shape for key, shape in reached.items()}
+
+    def after(self, block: int, start: Start, path: Path) -> Start:
+        """What the next block begins from when this one takes ``path`` from ``start``."""
+        shape = self.path(block, path, start.shape)[1]
+        return Start(shape, tuple(self.space.paths(block + 1, [*self.starts[block][start], path])))
+
+    def path(self, block: int, path: Path, shape: Shape) -> tuple[Cost, Shape]:
+        """Cost and output shape of a path on an input shape; in block 0 the input is the image and the stem counts.
+
+        Raises ConfigError where the space does not let this path meet this input.
+        """
+        known = self._known.get((block, path, shape))
+        if known is not None:
+            return known
+        cost, out = (self.stem.cost, self.stem.shape) if block == 0 and shape == self.image else (Cost(0, 0), shape)
+        for layer, choice in enumerate(path):
+            entry = self.entries.get((block, layer, choice, out))
+            if entry is None:
+                raise ConfigError("architecture", f"path {encode(path)} of block {block} cannot follow an input of "
+                                  f"{'x'.join(map(str, shape))}", "name an architecture of the space")
+            cost, out = cost + entry.cost, entry.shape
+        self._known[block, path, shape] = Entry(cost, out)
+        return cost, out
+
+    def cost(self, architecture: Sequence[Path]) -> Cost:
+        """Cost of a network, one path per block (or of its first blocks)."""
+        total, shape = Cost(0, 0), self.image
+        for block, path in enumerate(architecture):
+            cost, shape = self.path(block, path, shape)
+            total = total + cost
+        return total
+
+    def network(self, architecture: Sequence[Path]) -> dict[str, int]:
+        """{"macs", "params"} of a network, one path per block."""
+        total = self.cost(architecture)
+        return {"macs": total.macs, "params": total.params}
+
+    def networks(self, architectures: Sequence[Sequence[Path]]) -> dict[str, np.ndarray]:
+        """{"macs", "params"}, each an int64 array with one value per architecture."""
+        costs = [self.cost(architecture) for architecture in architectures]
+        return {name: np.array([getattr(cost, name) for cost in costs], np.int64) for name in ("macs", "params")}
+
+    def with_latency(self, stem_ns: int, latencies_ns: dict[Key, int]) -> CostTable:
+        """A table with measured latencies, one for each entry of this one."""
+        table = copy.copy(self)
+        table.stem = Entry(replace(self.stem.cost, latency_ns=stem_ns), self.stem.shape)
+        table.entries = {key: Entry(replace(entry.cost, latency_ns=latencies_ns[key]), entry.shape)
+                         for key, entry in self.entries.items()}
+        table.has_latency, table._known = True, {}
+        return table
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table as plain values: the stem (block and layer null), then every entry."""
+        def row(entry: Entry, **head: Any) -> dict[str, Any]:
+            return {**head, "output": list(entry.shape), "macs": entry.cost.macs, "params": entry.cost.params}
+
+        stem = row(self.stem, block=None, layer=None, candidate=None, name="stem", input=list(self.image))
+        return [stem, *(row(entry, block=b, layer=layer, candidate=c, name=self.space.candidates(b)[c],
+                            input=list(shape)) for (b, layer, c, shape), entry in self.entries.items())]
+
+
+def read_architecture(space: Space, text: str) -> list[Path]:
+    """"5433|3230|0010|0000" -> one path per block. Raises ConfigError for what is not an architecture of the space."""
+    fix = "write one path per block as bossnas search does, such as '5433|3230|0010|0000' for hytra"
+    parts = text.split("|")
+    if len(parts) != space.blocks:
+        raise ConfigError("--architecture", f"{text!r} has {len(parts)} paths, the space {space.blocks} blocks", fix)
+    architecture: list[Path] = []
+    for block, part in enumerate(parts):
+        if not (part.isascii() and part.isalnum()):
+            raise ConfigError("--architecture", f"{part!r} is no path", fix)
+        path = decode(part.lower())
+        if path not in space.paths(block, architecture):
+            raise ConfigError("--architecture", f"block {block} has no path {part!r} after "
+                              f"{'|'.join(parts[:block]) or 'the stem'}", fix)
+        architecture.append(path)
+    return architecture
+
+
+def call_stem(stem: nn.Module, x: Tensor) -> Tensor:
+    """A space without a stem has an nn.Identity, which takes nothing but ``x``."""
+    return x if isinstance(stem, nn.Identity) else stem(x, 1, None)
+
+
+@torch.no_grad()
+def run(call: Callable[[Tensor], Tensor], modules: list[nn.Module], shape: Shape) -> Entry:
+    """Runs ``call`` with one image's map of zeros; what it cost of ``modules``, and the output's shape."""
+    x = torch.zeros(1, *shape)
+    shapes: list[Shape] = []
+    price = count(modules, lambda: shapes.append(tuple(call(x).shape[1:])))
+    return Entry(Cost(price["macs"], price["params"]), shapes[0])
+
+
+@torch.no_grad()
+def count(modules: list[nn.Module], call: Callable[[], object]) -> dict[str, int]:
+    """Runs ``call()`` and returns {"macs", "params"} of what it used of ``modules``.
+
+    MACs are those of convolutions, linear layers and attention products; give one image for the cost of an image.
+    Parameters are those of the leaf modules that ran; a convolution that ran on a slice of its weights counts the
+    slice. Norms and activations add no MACs, as in the literature.
+    """
+    used: dict[nn.Module, int] = {}
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, nn.Conv2d):
+            kernel = module.weight[0, 0].numel()
+            size = output.shape[1] * inputs[0].shape[1] // module.groups * kernel
+            used[module] = size + (0 if module.bias is None else output.shape[1])
+        else:
+            used[module] = sum(p.numel() for p in module.parameters(recurse=False))
+
+    handles = [leaf.register_forward_hook(note) for module in modules for leaf in module.modules()
+               if any(True for _ in leaf.parameters(recurse=False))]
+    try:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {"macs": counter.get_total_flops() // 2, "params": sum(used.values())}

@@ -1,0 +1,123 @@
+"""The memory that paths take which are rated together."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bossnas.spaces.ops import Statistics
+from bossnas.spaces.paths import Path
+from bossnas.supernet.supernet import Item, Supernet
+from bossnas.supernet.units import Unit, units
+
+
+class Footprint:
+    """Bytes that units of a block need at once, from each candidate's own, measured with two nodes of a few images
+    that are calibrated.
+
+    ``x``: the block's input for those images, [2N, C, H, W]. Not counted: the weights, the input, the statistics.
+    """
+
+    @torch.no_grad()
+    def __init__(self, network: Supernet, block: int, paths: Sequence[Path], x: Tensor):
+        self.paths, self.images = paths, len(x)
+        self.inputs: dict[Path, int] = {}  # bytes of the output of each node of the trie; () is the first layer's input
+        self.kinds: dict[Path, tuple] = {}  # which candidate makes it from which shape: those of a kind share a batch
+        self.inner: dict[tuple, int] = {}  # peak of each kind, its output included
+        outputs: dict[tuple, Tensor] = {}
+        entered = network.enter(block, x)  # as one node: every path shares it
+        shapes, samples = {(): tuple(entered.shape[1:])}, {(): entered}
+        self.inputs[()] = entered.nbytes
+        for path in paths:
+            for depth, choice in enumerate(path):
+                node, parent = path[:depth + 1], path[:depth]
+                if node in shapes:
+                    continue
+                kind = (depth, choice, shapes[parent])
+                if kind not in outputs:
+                    item, made = Item(path, samples[parent], 2), []
+                    self.inner[kind] = peak_bytes(lambda i=item, m=made, d=depth: m.extend(
+                        network(block, [i], Statistics(), start=d, stop=d + 1)))
+                    outputs[kind] = made[0]
+                samples[node] = outputs[kind]
+                self.kinds[node], shapes[node] = kind, tuple(outputs[kind].shape[1:])
+                self.inputs[node] = outputs[kind].nbytes
+        projector = network.projectors[block]
+        self.pools: dict[tuple, int] = {}  # peak of the projector's first part, by the last layer's kind
+        for path in paths:
+            kind, pooled = self.kinds[path], []
+            if kind not in self.pools:
+                self.pools[kind] = peak_bytes(lambda p=path, rows=pooled: rows.append(
+                    projector.pool(samples[p], p[-1], 2, Statistics())))
+                self.head = pooled[0].nbytes + peak_bytes(  # the second part
+                    lambda rows=pooled: projector.mlp(rows[0], 2, Statistics()))
+
+    def of(self, unit: Unit, images: int) -> int:
+        """Bytes at the unit's peak when ``images`` pass it together: each layer's inputs, outputs, and one candidate at
+        work, with its inputs put together and, for what it does node by node, one node more."""
+        paths = [self.paths[row] for row in unit.rows]
+        trail = [unit.prefix[:d] for d in range(len(unit.prefix) + 1)]
+        prefix = sum(self.inputs[node] for node in trail)
+        peak = max((self.inner[self.kinds[node]] for node in trail[1:]), default=0)
+        for depth in range(len(unit.prefix), len(paths[0])):
+            parents, children = ({p[:d] for p in paths} for d in (depth, depth + 1))
+            size = sum(self.inputs[n] for n in parents) + sum(self.inputs[n] for n in children)
+            for kind, count in Counter(self.kinds[n] for n in children).items():
+                entering = next(self.inputs[n[:-1]] for n in children if self.kinds[n] == kind)
+                peak = max(peak, size + count * entering + (count + 1) * self.inner[kind])
+        size = sum(self.inputs[p] for p in paths)
+        for kind, count in Counter(self.kinds[p] for p in paths).items():
+            entering = next(self.inputs[p] for p in paths if self.kinds[p] == kind)
+            peak = max(peak, size + count * entering + (count + 1) * self.pools[kind])
+        peak = max(peak, size + 2 * len(paths) * self.head)
+        return -(-(prefix + peak) * images // self.images)
+
+    def most(self, images: int, limit: int) -> int:
+        """The largest ``most`` with which `units` keeps within ``limit`` bytes; 0 if not even one path fits."""
+        low, high = 0, len(self.paths)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if max(self.of(unit, images) for unit in units(self.paths, middle)) <= limit:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most bytes of tensors that ``call`` made and that were alive at once. What a single operation allocates and
+    frees inside is not seen. Works on every device."""
+    with _Alive() as alive:
+        call()
+    return alive.peak
+
+
+class _Alive(TorchDispatchMode):
+    """Follows the storages that operations make until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.peak = 0, 0
+        self.known: weakref.WeakSet = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor):
+                storage = t.untyped_storage()
+                if storage.data_ptr() not in given and storage not in self.known:
+                    self.known.add(storage)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _free(self, size: int) -> None:
+        self.now -= size

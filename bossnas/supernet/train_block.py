@@ -1,0 +1,171 @@
+"""The training loop of one block, written once, top to bottom (METHOD 3)."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bossnas.config.search import TrainConfig
+from bossnas.distributed import dist
+from bossnas.distributed.engines.protocol import Engine, Outcome
+from bossnas.errors import ConfigError
+from bossnas.optim.schedules import ema_momentum, learning_rate
+from bossnas.spaces import Space
+from bossnas.spaces.paths import Path
+from bossnas.supernet import losses
+from bossnas.supernet.supernet import Item, Supernet
+
+PATHS, SHUFFLE = 1, 2  # random streams: everything drawn is a pure function of (seed, stream, block, micro-batch)
+
+
+@dataclass
+class RunState:
+    """Where a run is. Randomness and data order are functions of the seed and this position."""
+
+    block: int = 0
+    step: int = 0  # optimizer steps done in the block
+    images_seen: int = 0
+    bad_steps: int = 0  # of the block, skipped because their gradient was not finite
+    winners: list[Path] = field(default_factory=list)
+    # where all blocks train at once: the paths along which features are handed on, and the bad steps of every block
+    leaders: list[Path] = field(default_factory=list)
+    bad_by_block: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step reports. ``loss``: mean over paths, micro-batches and ranks, of the bootstrapping in
+    [-4, 4], not finite in a step that was not applied, perhaps."""
+
+    epoch: int
+    ends_epoch: bool
+    loss: float
+    spread: float
+    lr: float
+    ema_momentum: float
+    images_per_second: float
+    outcome: Outcome = "applied"
+    loss_scale: float = 1.0
+
+
+def sample_paths(space: Space, block: int, winners: Sequence[Path], seed: int, micro: int,
+                 most: int | None = None) -> list[Path]:
+    """The paths of micro-batch ``micro`` of the block, at most ``most``: equal on all ranks, and after a resume."""
+    return space.sample(block, list(winners), np.random.default_rng([seed, PATHS, block, micro]))[:most]
+
+
+def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space: Space, engine: Engine,
+                inputs: Iterator[list[Tensor]], state: RunState, settings: TrainConfig, *, prefix: list[Path],
+                accumulate: int, steps_per_epoch: int, seed: int, device: torch.device, group: Any = None,
+                check_paths: bool = False) -> Iterator[Step | None]:
+    """Trains block ``state.block`` from ``state.step`` to the end of its stage.
+
+    Yields None after every micro-batch but an update's last, and a Step after the optimizer step. ``inputs`` gives the
+    micro-batches from there on, for block 0 images, for others features of the block before: per view one tensor
+    [n, C, H, W] on the device, channels_last, views 0..J-1 of kind A and J..2J-1 of kind B. ``prefix``: the paths of
+    the blocks before, which say what paths this block has; it may change between two steps. ``engine`` wraps the
+    block's trainable modules; its optimizer moves the target network, too. ``group``: the ranks that share a batch
+    (None: all). The caller may rate or save between two steps.
+
+    A step whose gradient is not finite is skipped and counted; raises ConfigError after more than
+    settings.max_bad_steps of them.
+    """
+    block, pairs, total = state.block, space.view_pairs, settings.epochs * steps_per_epoch
+    ranks = dist.world_size(group)
+    online.part(block).train()
+    target.part(block).train()
+    warmup = round(settings.warmup_epochs * steps_per_epoch * accumulate)
+
+    while state.step < total:
+        started = time.perf_counter()
+        loss_sum, spread_sum, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
+        for m in range(accumulate):
+            micro = state.step * accumulate + m
+            paths = sample_paths(space, block, prefix, seed, micro, settings.paths)
+            if check_paths:
+                _check_paths(paths, block, micro, group)
+            features = next(inputs)
+            n = len(features[0])
+            order = None
+            if ranks > 1:
+                rng = np.random.default_rng([seed, SHUFFLE, block, micro])
+                order = torch.from_numpy(rng.permutation(n * ranks))
+
+            targets_a, targets_b = [], []
+            if settings.objective != "instance":
+                with torch.no_grad(), engine.autocast():
+                    projections = _targets(target, block, paths, pairs, features, order, group)
+                targets_a, targets_b = projections[0::2], projections[1::2]
+
+            size = settings.paths_per_pass or len(paths)
+            for start in range(0, len(paths), size):
+                chosen = range(start, min(start + size, len(paths)))
+                items = [Item(paths[j], features[v]) for j in chosen for v in (j % pairs, j % pairs + pairs)]
+                with engine.autocast():
+                    projections = online.embed(block, items, recompute=settings.activation_checkpointing)
+                    loss = _loss(settings, predictor, projections, targets_a, targets_b)
+                engine.micro(loss, last=m == accumulate - 1 and chosen.stop == len(paths))
+                loss_sum += loss.detach() / len(paths)
+                spread_sum += losses.spread(projections[0].detach()) * len(chosen) / len(paths)
+            seen += n * ranks
+            if m < accumulate - 1:
+                yield None
+
+        epoch = state.step // steps_per_epoch
+        lr = learning_rate(settings.lr, epoch, settings.epochs, micro, warmup)
+        momentum = ema_momentum(micro, total * accumulate, settings.ema)
+        outcome = engine.step(lr, momentum)
+        state.step += 1
+        state.images_seen += seen
+        state.bad_steps += outcome == "bad"
+        sums = torch.stack([loss_sum, spread_sum]) / accumulate
+        means = torch.stack(dist.all_gather(sums, group)).mean(0).tolist()
+        if state.bad_steps > settings.max_bad_steps:
+            raise ConfigError("train.lr", f"{state.bad_steps} steps of block {block} had a gradient that is not "
+                              f"finite, the last one step {state.step}; train.max_bad_steps allows no more",
+                              "lower it, or lengthen train.warmup_epochs; the last checkpoint is unharmed")
+        yield Step(epoch, state.step % steps_per_epoch == 0, means[0], means[1], lr, momentum,
+                   seen / (time.perf_counter() - started), outcome, engine.loss_scale)
+
+
+def _targets(target: Supernet, block: int, paths: list[Path], pairs: int, features: list[Tensor], order: Tensor | None,
+             group: Any) -> list[Tensor]:
+    """The target network's projections of both views along every path, of images that are mixed over the ranks."""
+    shown = features if order is None else [dist.shuffle(x, order, group) for x in features]
+    items = [Item(path, shown[v]) for j, path in enumerate(paths) for v in (j % pairs, j % pairs + pairs)]
+    projections = target.embed(block, items)
+    return projections if order is None else [dist.shuffle(t, order.argsort(), group) for t in projections]
+
+
+def _loss(settings: TrainConfig, predictor: nn.Module, projections: list[Tensor], targets_a: list[Tensor],
+          targets_b: list[Tensor]) -> Tensor:
+    """The objective of some paths, summed over them; ``projections`` of view A and view B by turns."""
+    total = torch.zeros((), device=projections[0].device)
+    if settings.objective != "instance":
+        predicted = _predict(predictor, projections)
+        total = (losses.ensemble_loss(predicted[0::2], targets_b)
+                 + losses.ensemble_loss(predicted[1::2], targets_a)).sum()
+    if settings.objective != "bootstrap":
+        total = total + losses.instance_loss(projections[0::2], projections[1::2], settings.temperature).sum()
+    return total
+
+
+def _predict(predictor: nn.Module, projections: list[Tensor]) -> list[Tensor]:
+    """The predictor over all items in one batch, each item normalised by itself."""
+    sizes = [len(o) for o in projections]
+    return list(predictor(torch.cat(projections), len(projections)).split(sizes))
+
+
+def _check_paths(paths: list[Path], block: int, micro: int, group: Any) -> None:
+    """Fails where ranks that share a batch have sampled different paths: their gradients would be mixed up."""
+    digest = zlib.crc32(repr(paths).encode())
+    everyone = [int(x) for x in dist.all_gather(torch.tensor(digest), group)]
+    if len(set(everyone)) > 1:
+        raise RuntimeError(f"block {block}, micro-batch {micro}: the ranks have sampled different paths {everyone}")
