@@ -49,12 +49,9 @@ run_pytest() { # name of the report, selection; then the script's own arguments
 
 ruff check . || failed=1
 # The kernels' tests have a process of their own: Triton's interpreter is chosen before anything imports it. They, whole
-# searches and the tests of networks run beside the others, about half of the time on a core each; what they print comes
-# at the end.
-searches=(tests/test_bench.py tests/test_search.py)
-for name in bossnet cli_networks export fusing inherit kernel_layers labelled networks optimizers pretrained retrain; do
-    searches+=("tests/test_$name.py")
-done
+# searches and the tests of networks run beside the other rooms, about half of the time on a core each; what they print
+# comes at the end.
+searches=(tests/bench tests/cli tests/networks tests/optim tests/retrain tests/search)
 {
     run_pytest kernels tests/kernels "$@"
     run_pytest searches "${searches[@]}" "$@"

@@ -1,4 +1,4 @@
-"""One process of test_checkpoint.py: `ranks FOLDER` of two under torchrun, `kills FOLDER`, `hang FOLDER`."""
+"""One process of runs/test_checkpoint.py: `ranks FOLDER` of two under torchrun, `kills FOLDER`, `hang FOLDER`."""
 
 from __future__ import annotations
 

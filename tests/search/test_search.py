@@ -15,6 +15,7 @@ from collections import namedtuple
 import pytest
 import torch
 from ranks import ROOT, environment
+from tiny_search import TINY
 
 from bossnas import cli, log
 from bossnas.config.loading import load
@@ -27,11 +28,6 @@ from bossnas.search.stage import warn
 from bossnas.spaces import cost
 from bossnas.spaces.paths import decode
 from bossnas.supernet.train_block import RunState, Step
-
-TINY = ["space.width=0.0625", "space.image_size=32", "heads.hidden=16", "heads.out=8", "data.workers=0",
-        "train.batch=16", "train.micro_batch=8", "train.epochs=2", "train.steps_per_epoch=2", "train.lr=0.5",
-        "data.val_images=24", "rating.batch=16", "rating.calibration_images=16", "rating.every_epochs=1",
-        "checkpoint.every_steps=2"]
 
 
 def config(out, *more):

@@ -1,4 +1,4 @@
-"""One rank of test_dist.py: checks every collective, then leaves in the way that the test asks for."""
+"""One rank of distributed/test_dist.py: checks every collective, then leaves in the way that the test asks for."""
 
 from __future__ import annotations
 

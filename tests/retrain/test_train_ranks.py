@@ -8,7 +8,7 @@ import json
 import pytest
 import ranks
 import torch
-from test_retrain import TINY, VIT, metrics, same, tensors
+from tiny_retraining import TINY, VIT, metrics, same, tensors
 
 from bossnas.config.loading import load
 from bossnas.config.retrain import RetrainConfig

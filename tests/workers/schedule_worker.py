@@ -1,4 +1,4 @@
-"""One rank of test_schedule.py: does one after another what the JSON argument lists.
+"""One rank of search/test_block_parallel.py: does one after another what the JSON argument lists.
 
 {"set": [...], "resume": null | "auto", "stop": [rank, place]}: a search; that rank gets a SIGTERM when it says that
 it is at that place. {"pipe": ...}: a check of the stream between ranks 0 and 1.

@@ -9,7 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+WORKERS = ROOT / "tests/workers"
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -28,7 +29,7 @@ def environment() -> dict[str, str]:
 
 
 def start(launcher: str, ranks: int, script: str, *arguments: str, timeout: float = 100) -> tuple[int, str]:
-    """Exit code and output of ``tests/script``. ``launcher``: python | torchrun | deepspeed."""
+    """Exit code and output of ``tests/workers/script``. ``launcher``: python | torchrun | deepspeed."""
     port = str(free_port())
     front = {
         "python": [],
@@ -43,7 +44,7 @@ def start(launcher: str, ranks: int, script: str, *arguments: str, timeout: floa
         ],
     }[launcher]
     process = subprocess.Popen(
-        [sys.executable, *front, str(ROOT / "tests" / script), *arguments],
+        [sys.executable, *front, str(WORKERS / script), *arguments],
         env=environment(),
         text=True,
         stdout=subprocess.PIPE,

@@ -125,7 +125,7 @@ def test_votes_of_ranks_that_run_apart_are_all_counted():
 @pytest.mark.parametrize(("how", "silent"), [("freeze", 1), ("stuck", None), ("frozen store", 0)])
 def test_who_waits_says_for_whom(how, silent):
     """A rank that is frozen gives no sign of life, one that is stuck says where itself."""
-    program = [sys.executable, str(ranks.ROOT / "tests/alive_worker.py"), how, str(3 / 60)]
+    program = [sys.executable, str(ranks.WORKERS / "alive_worker.py"), how, str(3 / 60)]
     env = ranks.environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.free_port())}
     started = [subprocess.Popen(program, env=env | {"RANK": str(r)}, stderr=subprocess.PIPE, text=True)
                for r in range(2)]
@@ -153,7 +153,7 @@ def test_torchrun_starts_dead_ranks_again():
     """Rank 0 is killed in the first start, rank 1 in the second; the third finds nothing of them in the store."""
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in ranks.environment()
     program = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "2",
-               "--master_port", str(ranks.free_port()), str(ranks.ROOT / "tests/alive_worker.py"), "survive", "-"]
+               "--master_port", str(ranks.free_port()), str(ranks.WORKERS / "alive_worker.py"), "survive", "-"]
     done = subprocess.run(program, env=ranks.environment(), capture_output=True, text=True, timeout=90)
     assert done.returncode == 0 and done.stdout.count("got through in start 2") == 2, done.stdout + done.stderr
 
@@ -191,7 +191,7 @@ def test_no_loader_process_outlives_the_run_or_holds_it_up(kind, end):
                     found.append(place.name)
         return found
 
-    program = [sys.executable, str(ranks.ROOT / "tests/alive_worker.py"), kind, end]
+    program = [sys.executable, str(ranks.WORKERS / "alive_worker.py"), kind, end]
     done = subprocess.run(program, env=ranks.environment() | {"MARK": mark}, stdout=subprocess.PIPE, timeout=60)
     assert done.stdout == b"loading\n" and done.returncode == (-signal.SIGKILL if end == "killed" else 75)
     deadline = time.monotonic() + 30
@@ -202,7 +202,7 @@ def test_no_loader_process_outlives_the_run_or_holds_it_up(kind, end):
 
 def test_ranks_whose_launcher_was_killed_save_and_stop(tmp_path):
     program = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-               str(ranks.free_port()), str(ranks.ROOT / "tests/alive_worker.py"), "orphan", "1"]
+               str(ranks.free_port()), str(ranks.WORKERS / "alive_worker.py"), "orphan", "1"]
     with open(tmp_path / "errors", "w") as errors:  # a pipe would end with the launcher
         launcher = subprocess.Popen(program, env=ranks.environment(), stderr=errors, start_new_session=True)
     try:

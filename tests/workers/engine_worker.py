@@ -1,4 +1,4 @@
-"""One rank of the engine tests; started by test_engines.py through torchrun, deepspeed or plain python.
+"""One rank of the engine tests; started by distributed/test_engines.py through torchrun, deepspeed or plain python.
 
 Arguments: JSON list of specs: engine, out, and optionally section, clip, precision, steps (their numbers), blocks,
 split, bad, save, load, optimizer (its kind; every step then goes through all branches). Each trains the reference

@@ -1,4 +1,4 @@
-"""One rank of test_alive.py: counts steps under a guard until what the test asks for happens.
+"""One rank of distributed/test_alive.py: counts steps under a guard until what the test asks for happens.
 
     alive_worker.py HOW TIMEOUT_MINUTES
     alive_worker.py served|streamed killed|stopped      (a loader process and how the run leaves it)

@@ -24,7 +24,7 @@ from bossnas.spaces.ops import GroupedBatchNorm
 from bossnas.spaces.paths import decode
 from bossnas.supernet.supernet import Supernet
 
-OWN = "tests/hop_space.py:Hop"
+OWN = "tests/workers/hop_space.py:Hop"
 HYTRA, MBCONV = "5433|3230|0010|0000", "21|1023|3210|0123|1132"
 WIDTH = {"hytra": 0.0625, "mbconv": 0.125, "nats": 0.5, OWN: 1.0}
 
@@ -269,7 +269,8 @@ def test_after_a_real_search(tmp_path):
     """The winners' calibrated statistics lie in the last checkpoint."""
     folder = tmp_path / "run"
     search.search(load(None, [
-        "space.name=tests/hop_space.py:Hop2", "space.image_size=32", "heads.hidden=16", "heads.out=8", "data.workers=0",
+        "space.name=tests/workers/hop_space.py:Hop2", "space.image_size=32", "heads.hidden=16", "heads.out=8",
+        "data.workers=0",
         "data.val_images=16", "train.batch=16", "train.micro_batch=16", "train.epochs=1", "train.steps_per_epoch=1",
         "train.warmup_epochs=0", "rating.batch=16", "rating.calibration_images=16", "rating.every_epochs=0",
         "checkpoint.asynchronous=false", f"out={folder}"]))

@@ -25,7 +25,7 @@ TINY = ["space.width=0.125", "heads.hidden=16", "heads.out=8", "data.val_images=
 
 def load(name):
     path = list(sys.path)
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent / f"bench/accuracy/{name}.py")
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / f"bench/accuracy/{name}.py")
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
     sys.path[:] = path

@@ -23,7 +23,7 @@ from bossnas.spaces.paths import decode
 
 PATHS = ["21", "1023", "3210", "0123", "1132"]
 WIDTHS = [24, 40, 40, 16, 24]
-OWN = "tests/hop_space.py:Hop"
+OWN = "tests/workers/hop_space.py:Hop"
 MODELS = {"mbconv": ("bossnas_mbconv", {"paths": PATHS, "width": 0.125}),
           "nats": ("bossnas_nats", {"widths": WIDTHS}),
           "own": ("bossnas_own", {"space": OWN, "paths": ["01", "20", "12"]})}

@@ -20,7 +20,7 @@ from bossnas.search.stage import Job, Trace, train_batches
 from bossnas.spaces.paths import decode, encode
 from bossnas.supernet.supernet import Item
 
-HOP = f"{ranks.ROOT / 'tests/hop_space.py'}:Hop"
+HOP = f"{ranks.WORKERS / 'hop_space.py'}:Hop"
 TINY = ["seed=10", "space.image_size=32", "heads.hidden=16", "heads.out=8", "data.workers=0", "train.batch=16",
         "train.micro_batch=8", "train.epochs=3", "train.steps_per_epoch=2", "train.lr=0.5", "train.warmup_epochs=0",
         "data.val_images=8", "rating.batch=8", "rating.max_gib=0.002", "rating.calibration_images=16",

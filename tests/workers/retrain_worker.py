@@ -1,4 +1,4 @@
-"""One rank of test_retrain_ranks.py: retrainings and evaluations one after the other.
+"""One rank of retrain/test_train_ranks.py: retrainings and evaluations one after the other.
 
 Arguments: JSON list of jobs: sets (of a config) with resume, or evaluate (a run folder) with sets of its reader; out (a
 JSON file) gets the evaluation's result, the warnings and what the networks of the ranks are.

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_search import TINY
+from tiny_search import TINY
 
 from bossnas import cli
 from bossnas.config.loading import load
