@@ -1,4 +1,4 @@
-"""One rank of supernet/test_train_block_ranks.py: training steps and a rating on several ranks against one process doing it all.
+"""One rank of supernet/test_train_block_ranks.py: training steps and a rating on several ranks against one process.
 
 Arguments: JSON list of cases: engine, space, and optionally section, recompute, sync, own_group, objective, paths, rate
 (afterwards).
