@@ -48,7 +48,17 @@ setup(
         "gpu": ["nvidia-ml-py"],  # what torch.cuda.utilization and temperature need
         "export": ["onnx", "onnxruntime", "onnxscript"],  # bossnas export --formats onnx
         "report": ["matplotlib", "tensorboard"],
-        "dev": ["aiohttp", "fvcore", "import-linter", "matplotlib", "onnx", "onnxruntime", "onnxscript", "pytest",
-                "pytest-timeout", "ruff"],
+        "dev": [
+            "aiohttp",
+            "fvcore",
+            "import-linter",
+            "matplotlib",
+            "onnx",
+            "onnxruntime",
+            "onnxscript",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+        ],
     },
 )

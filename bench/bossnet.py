@@ -39,8 +39,15 @@ from bossnas.spaces import cost
 
 PARTS = ("golden", "sizes", "exports", "latency")
 NETWORKS = {"bossnet_t0_nose": 224, "bossnet_t0": 224, "bossnet_t0_288": 288, "bossnet_t1": 224, "bossnet_t1_256": 256}
-SIDES = ("torch eager", "torch fused", "torch compiled", "torchscript", "torchscript fused", "onnxruntime",
-         "onnxruntime fused")
+SIDES = (
+    "torch eager",
+    "torch fused",
+    "torch compiled",
+    "torchscript",
+    "torchscript fused",
+    "onnxruntime",
+    "onnxruntime fused",
+)
 SMALL_GRADIENT = 1e-3  # norms below it are not compared: mathematically zero before a batch norm
 
 
@@ -78,14 +85,20 @@ def golden(folder: Path) -> dict:
     loss = F.cross_entropy(logits, torch.tensor([3, 7]))
     loss.backward()
     parameters = dict(model.named_parameters())
-    norms = {name: (float(parameters[name].grad.norm()), float(norm))
-             for name, norm in zip(trained["grad_names"], trained["grad_norms"], strict=True) if norm > SMALL_GRADIENT}
+    norms = {
+        name: (float(parameters[name].grad.norm()), float(norm))
+        for name, norm in zip(trained["grad_names"], trained["grad_norms"], strict=True)
+        if norm > SMALL_GRADIENT
+    }
     wanted = np.load(folder / "bossnet_T0_B_eval_224.npz")["logits"]
-    return {"names_in_order": names == list(model.state_dict()),
-            "evaluation_logits": float(np.abs(evaluated - wanted).max()),
-            "training_logits": float(np.abs(logits.detach().numpy() - trained["logits"]).max()),
-            "loss": abs(float(loss.detach()) - float(trained["loss"])), "gradients_compared": len(norms),
-            "gradient_norms_relative": max(abs(a - b) / b for a, b in norms.values())}
+    return {
+        "names_in_order": names == list(model.state_dict()),
+        "evaluation_logits": float(np.abs(evaluated - wanted).max()),
+        "training_logits": float(np.abs(logits.detach().numpy() - trained["logits"]).max()),
+        "loss": abs(float(loss.detach()) - float(trained["loss"])),
+        "gradients_compared": len(norms),
+        "gradient_norms_relative": max(abs(a - b) / b for a, b in norms.values()),
+    }
 
 
 def sizes() -> dict:
@@ -95,8 +108,11 @@ def sizes() -> dict:
         model, image = build_network(Spec(name)).eval(), torch.zeros(1, 3, size, size)
         with torch.no_grad():
             macs = cost.count([model], lambda m=model, x=image: m(x))["macs"]
-        result[name] = {"image_size": size, "parameters": sum(p.numel() for p in model.parameters()),
-                        "multiply_adds": macs}
+        result[name] = {
+            "image_size": size,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "multiply_adds": macs,
+        }
     return result
 
 
@@ -132,8 +148,9 @@ def sides(spec: Spec, wanted: list[str], batch: int, folder: Path) -> dict[str, 
             export.export_network(network, folder / name, ["onnx"], fuse=chosen is fused)
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = torch.get_num_threads()
-            session = onnxruntime.InferenceSession(folder / name / f"{spec.architecture}.onnx", options,
-                                                   providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(
+                folder / name / f"{spec.architecture}.onnx", options, providers=["CPUExecutionProvider"]
+            )
             calls[name] = lambda session=session: session.run(None, {"images": x.numpy()})
             continue
         calls[name] = lambda chosen=chosen: chosen(x)
@@ -144,13 +161,18 @@ def latencies(spec: Spec, wanted: list[str], batch: int, repeats: int) -> dict:
     """Milliseconds of a batch: medians, tenths and nine tenths; ratios to torch eager of the same round."""
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         calls = sides(spec, ["torch eager", *(name for name in wanted if name != "torch eager")], batch, Path(folder))
-        times = {name: np.array(ns) / 1e6
-                 for name, ns in latency.interleaved(calls, repeats, torch.device("cpu")).items()}
+        times = {
+            name: np.array(ns) / 1e6 for name, ns in latency.interleaved(calls, repeats, torch.device("cpu")).items()
+        }
     eager, result = times["torch eager"], {}
     for name, ms in times.items():
         low, middle, high = np.quantile(ms, (0.1, 0.5, 0.9))
-        result[name] = {"median_ms": float(middle), "p10_ms": float(low), "p90_ms": float(high),
-                        "times_as_fast": float(np.median(eager / ms))}
+        result[name] = {
+            "median_ms": float(middle),
+            "p10_ms": float(low),
+            "p90_ms": float(high),
+            "times_as_fast": float(np.median(eager / ms)),
+        }
     return result
 
 
@@ -172,12 +194,23 @@ def main() -> None:
         parser.error("the part golden needs --golden FOLDER")
     torch.set_num_threads(options.threads)
     spec = Spec(options.model, options.options, image_size=options.image_size)
-    result: dict = {"device": latency.machine(torch.device("cpu")), "cores": os.cpu_count(),
-                    "threads": options.threads, "torch": torch.__version__, "network": spec.to_json()}
-    run = {"golden": lambda: golden(options.golden), "sizes": sizes,
-           "exports": lambda: exports(spec, (options.formats or list(export.FORMATS))),
-           "latency": lambda: {"batch": options.batch, "repeats": options.repeats,
-                               "sides": latencies(spec, options.sides, options.batch, options.repeats)}}
+    result: dict = {
+        "device": latency.machine(torch.device("cpu")),
+        "cores": os.cpu_count(),
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "network": spec.to_json(),
+    }
+    run = {
+        "golden": lambda: golden(options.golden),
+        "sizes": sizes,
+        "exports": lambda: exports(spec, (options.formats or list(export.FORMATS))),
+        "latency": lambda: {
+            "batch": options.batch,
+            "repeats": options.repeats,
+            "sides": latencies(spec, options.sides, options.batch, options.repeats),
+        },
+    }
     for part in options.parts:
         result[part] = run[part]()
         print(f"{part}:")

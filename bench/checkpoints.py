@@ -49,27 +49,49 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for ranks in options.ranks:
-            subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                            str(ranks), __file__, "--rank-of", folder, "--width", str(options.width), "--repeats",
-                            str(options.repeats)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--standalone",
+                    "--nproc_per_node",
+                    str(ranks),
+                    __file__,
+                    "--rank-of",
+                    folder,
+                    "--width",
+                    str(options.width),
+                    "--repeats",
+                    str(options.repeats),
+                ],
+                check=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
             rows += json.loads((Path(folder) / "rows.json").read_text())
     print("| ranks | asynchronous | blocked, s | on disk after, s | training's work meanwhile | MB | MB/s |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
         work = "-" if row["work"] is None else f"{row['work']:.0%}"
-        print(f"| {row['ranks']} | {'yes' if row['asynchronous'] else 'no'} | {_spread(row['blocked'])} | "
-              f"{_spread(row['durable'])} | {work} | {row['bytes'] / 1e6:.0f} | "
-              f"{row['bytes'] / 1e6 / statistics.median(row['durable']):.0f} |")
-    print(f"Median (least to most) of {options.repeats} saves; {row['tensors']} tensors; torch {torch.__version__}, "
-          f"{len(os.sched_getaffinity(0))} cores.")
+        print(
+            f"| {row['ranks']} | {'yes' if row['asynchronous'] else 'no'} | {_spread(row['blocked'])} | "
+            f"{_spread(row['durable'])} | {work} | {row['bytes'] / 1e6:.0f} | "
+            f"{row['bytes'] / 1e6 / statistics.median(row['durable']):.0f} |"
+        )
+    print(
+        f"Median (least to most) of {options.repeats} saves; {row['tensors']} tensors; torch {torch.__version__}, "
+        f"{len(os.sched_getaffinity(0))} cores."
+    )
     if options.json is not None:
         options.json.write_text(json.dumps({"width": options.width, "rows": rows}, indent=2) + "\n")
 
 
 def measure(options: argparse.Namespace) -> None:
     tensors = supernet(options.width)
-    rows = [saves(options.rank_of / f"{dist.world_size()}-{asynchronous}", tensors, asynchronous, options.repeats)
-            for asynchronous in (False, True)]
+    rows = [
+        saves(options.rank_of / f"{dist.world_size()}-{asynchronous}", tensors, asynchronous, options.repeats)
+        for asynchronous in (False, True)
+    ]
     if dist.rank() == 0:
         (options.rank_of / "rows.json").write_text(json.dumps(rows))
 
@@ -78,13 +100,21 @@ def supernet(width: float) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     space = spaces.make("hytra", width=width, image_size=224, restricted=True, split="cifar10")
     online = Supernet(space, HIDDEN, OUT)
-    tensors = {f"{kind}.{name}": tensor.clone() for kind in ("online", "target")
-               for name, tensor in online.state_dict().items()}
-    largest = max((online.part(block) for block in range(space.blocks)),
-                  key=lambda part: sum(p.numel() for p in part.parameters()))
+    tensors = {
+        f"{kind}.{name}": tensor.clone()
+        for kind in ("online", "target")
+        for name, tensor in online.state_dict().items()
+    }
+    largest = max(
+        (online.part(block) for block in range(space.blocks)),
+        key=lambda part: sum(p.numel() for p in part.parameters()),
+    )
     tensors |= {f"momentum.0.{name}": p.detach().clone() for name, p in largest.named_parameters()}
-    return tensors | {f"predictors.{block}.{name}": tensor for block in range(space.blocks)
-                      for name, tensor in predictor(HIDDEN, OUT).state_dict().items()}
+    return tensors | {
+        f"predictors.{block}.{name}": tensor
+        for block in range(space.blocks)
+        for name, tensor in predictor(HIDDEN, OUT).state_dict().items()
+    }
 
 
 def saves(root: Path, tensors: dict[str, torch.Tensor], asynchronous: bool, repeats: int) -> dict:
@@ -104,8 +134,15 @@ def saves(root: Path, tensors: dict[str, torch.Tensor], asynchronous: bool, repe
     path = checkpoint.latest(root)
     size = sum(file.stat().st_size for file in path.iterdir())
     saver.close()
-    return {"ranks": dist.world_size(), "asynchronous": asynchronous, "blocked": blocked[1:], "durable": durable[1:],
-            "work": statistics.median(work[1:]) if work else None, "bytes": size, "tensors": len(tensors)}
+    return {
+        "ranks": dist.world_size(),
+        "asynchronous": asynchronous,
+        "blocked": blocked[1:],
+        "durable": durable[1:],
+        "work": statistics.median(work[1:]) if work else None,
+        "bytes": size,
+        "tensors": len(tensors),
+    }
 
 
 def rate(go_on) -> float:

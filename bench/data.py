@@ -74,10 +74,20 @@ def official(recipe: str) -> Callable[[bytes], list[torch.Tensor]]:
     if recipe == "cifar":
         of_view = [T.Compose([T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), *end])] * 2
     else:
-        a, b = (T.Compose([
-            T.RandomResizedCrop(224, interpolation=T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(),
-            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), T.RandomGrayscale(0.2), Blur(blur),
-            Solarise(solarise), *end]) for blur, solarise in ((0.1, 0.0), (1.0, 0.2)))
+        a, b = (
+            T.Compose(
+                [
+                    T.RandomResizedCrop(224, interpolation=T.InterpolationMode.BICUBIC),
+                    T.RandomHorizontalFlip(),
+                    T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+                    T.RandomGrayscale(0.2),
+                    Blur(blur),
+                    Solarise(solarise),
+                    *end,
+                ]
+            )
+            for blur, solarise in ((0.1, 0.0), (1.0, 0.2))
+        )
         of_view = [a] * 4 + [b] * 4
 
     def make(content: bytes) -> list[torch.Tensor]:
@@ -103,7 +113,7 @@ class Task:
         return Collate(self.recipe, tuple(range(2 * self.pairs)), self.pairs, 0, 0, place)
 
     def dataset(self, place: str, samples: list[int]) -> _Indexed:
-        chunks = [np.array(samples[i:i + self.batch]) for i in range(0, len(samples), self.batch)]
+        chunks = [np.array(samples[i : i + self.batch]) for i in range(0, len(samples), self.batch)]
         return _Indexed(self.index, self.collate(place), 0, chunks)
 
     def variants(self) -> dict[str, Callable[[list[int]], None]]:
@@ -115,9 +125,12 @@ class Task:
             for sample in self.webdataset(len(samples)):
                 self.official(sample)
 
-        return {"official": lambda samples: [self.official(self.index.read(i)[0]) for i in samples],
-                "loose files": loose, "webdataset": plain_webdataset,
-                **{place: lambda samples, place=place: self.work(place, samples) for place in PLACES}}
+        return {
+            "official": lambda samples: [self.official(self.index.read(i)[0]) for i in samples],
+            "loose files": loose,
+            "webdataset": plain_webdataset,
+            **{place: lambda samples, place=place: self.work(place, samples) for place in PLACES},
+        }
 
     def work(self, place: str, samples: list[int]) -> None:
         dataset = self.dataset(place, samples)
@@ -146,8 +159,9 @@ class Task:
         sizes = {i: picture.shape[:2] for i, picture in pictures.items()}
 
         def draw(samples: list[int]) -> views.Looks:
-            return self.recipe.draw(np.array([sizes[i] for i in samples]), samples, range(2 * self.pairs), self.pairs,
-                                    seed=0, epoch=0)
+            return self.recipe.draw(
+                np.array([sizes[i] for i in samples]), samples, range(2 * self.pairs), self.pairs, seed=0, epoch=0
+            )
 
         looks = draw(list(range(self.limit)))
         ints, floats = looks.ints.tolist(), looks.floats.tolist()
@@ -178,17 +192,20 @@ class Task:
             run.prepare = prepare
             return run
 
-        return {"read: index": lambda samples: [self.index.read(i) for i in samples],
-                "read: loose files": lambda samples: [(self.folder / str(i)).read_bytes() for i in samples],
-                "read: webdataset": lambda samples: list(self.webdataset(len(samples))),
-                "read: stream": lambda samples: self.streamed(len(samples)),
-                "decode": lambda samples: [decode(contents[i]) for i in samples],
-                "decode: PIL": lambda samples: [np.asarray(Image.open(io.BytesIO(contents[i])).convert("RGB"))
-                                                for i in samples],
-                "draw looks": draw,
-                "crops": crop,
-                "colours, blur": paint,
-                **{f"on the device (CPU): {place}": complete(place) for place in PLACES}}
+        return {
+            "read: index": lambda samples: [self.index.read(i) for i in samples],
+            "read: loose files": lambda samples: [(self.folder / str(i)).read_bytes() for i in samples],
+            "read: webdataset": lambda samples: list(self.webdataset(len(samples))),
+            "read: stream": lambda samples: self.streamed(len(samples)),
+            "decode": lambda samples: [decode(contents[i]) for i in samples],
+            "decode: PIL": lambda samples: [
+                np.asarray(Image.open(io.BytesIO(contents[i])).convert("RGB")) for i in samples
+            ],
+            "draw looks": draw,
+            "crops": crop,
+            "colours, blur": paint,
+            **{f"on the device (CPU): {place}": complete(place) for place in PLACES},
+        }
 
 
 def measure(task: Task, rounds: int, samples: int) -> dict:
@@ -207,13 +224,17 @@ def measure(task: Task, rounds: int, samples: int) -> dict:
             run(chosen)
             if r:  # the first round warms up
                 times[name].append((time.process_time() - start) / samples)
-    ratios = {name: sorted(a / b for a, b in zip(times["official"], times[name], strict=True))
-              for name in task.variants() if name != "official"}
-    return {"cpu_ms_per_sample": {name: round(1e3 * statistics.median(t), 4) for name, t in times.items()},
-            "samples_per_second_and_core": {name: round(1 / statistics.median(times[name]), 1)
-                                            for name in task.variants()},
-            "ratio": {name: round(statistics.median(r), 2) for name, r in ratios.items()},
-            "ratio_range": {name: [round(r[0], 2), round(r[-1], 2)] for name, r in ratios.items()}}
+    ratios = {
+        name: sorted(a / b for a, b in zip(times["official"], times[name], strict=True))
+        for name in task.variants()
+        if name != "official"
+    }
+    return {
+        "cpu_ms_per_sample": {name: round(1e3 * statistics.median(t), 4) for name, t in times.items()},
+        "samples_per_second_and_core": {name: round(1 / statistics.median(times[name]), 1) for name in task.variants()},
+        "ratio": {name: round(statistics.median(r), 2) for name, r in ratios.items()},
+        "ratio_range": {name: [round(r[0], 2), round(r[-1], 2)] for name, r in ratios.items()},
+    }
 
 
 def show(title: str, found: dict) -> None:
@@ -222,8 +243,11 @@ def show(title: str, found: dict) -> None:
         rate = found["samples_per_second_and_core"].get(name)
         ratio = found["ratio"].get(name)
         low, high = found["ratio_range"].get(name, (0, 0))
-        print(f"{name:34}{ms:10.3f}" + (f"{rate:11.1f}" if rate else "")
-              + (f"{ratio:12.2f}   ({low:.2f}, {high:.2f})" if ratio else ""))
+        print(
+            f"{name:34}{ms:10.3f}"
+            + (f"{rate:11.1f}" if rate else "")
+            + (f"{ratio:12.2f}   ({low:.2f}, {high:.2f})" if ratio else "")
+        )
 
 
 def main() -> None:
@@ -241,9 +265,12 @@ def main() -> None:
         parser.error(f"--json: cannot write {options.json}")
     torch.set_num_threads(1)
     views.one_thread()
-    about = {"cpu": _cpu(), "python": platform.python_version(),
-             **{name: version(name) for name in ("torch", "torchvision", "pillow", "webdataset", "numpy")},
-             **{name: _version(name) for name in ("simplejpeg", "opencv-python-headless")}}
+    about = {
+        "cpu": _cpu(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "torchvision", "pillow", "webdataset", "numpy")},
+        **{name: _version(name) for name in ("simplejpeg", "opencv-python-headless")},
+    }
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     result: dict = {"about": about, "ratio": {}}
     with tempfile.TemporaryDirectory() as folder:

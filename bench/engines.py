@@ -39,13 +39,23 @@ FIRST = re.compile(r"(online|target)\.(stem|blocks\.0|projectors\.0)\.|predictor
 
 def launch(space: str, engine: str, stage: int | None, ranks: int, out: Path) -> None:
     values = {
-        "out": str(out), "kernels": "reference",
-        "space": {"name": space, "width": WIDTHS[space], "image_size": 32}, "heads": {"hidden": 64, "out": 32},
+        "out": str(out),
+        "kernels": "reference",
+        "space": {"name": space, "width": WIDTHS[space], "image_size": 32},
+        "heads": {"hidden": 64, "out": 32},
         "data": {"workers": 0, "val_images": 48, "recipe": "cifar" if space == "nats" else "imagenet"},
-        "train": {"batch": BATCH, "micro_batch": BATCH // ranks, "epochs": 1, "steps_per_epoch": STEPS,
-                  "warmup_epochs": 0, "lr": RATES[space] * BATCH / 4096, "sync_batch_norm": True},
+        "train": {
+            "batch": BATCH,
+            "micro_batch": BATCH // ranks,
+            "epochs": 1,
+            "steps_per_epoch": STEPS,
+            "warmup_epochs": 0,
+            "lr": RATES[space] * BATCH / 4096,
+            "sync_batch_norm": True,
+        },
         "rating": {"batch": 16, "calibration_images": 32, "every_epochs": 0},
-        "engine": {"name": engine, "device": "cpu"}}
+        "engine": {"name": engine, "device": "cpu"},
+    }
     if stage is not None:
         values["engine"]["deepspeed"] = {"zero_optimization": {"stage": stage}}
     config = out.with_suffix(".json")
@@ -56,8 +66,13 @@ def launch(space: str, engine: str, stage: int | None, ranks: int, out: Path) ->
     elif ranks > 1:
         front += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [*front, str(root / "launch/train.py"), "--config", str(config)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout}")
 
@@ -79,9 +94,13 @@ def compare(ours: tuple, theirs: tuple) -> dict:
         apart = max(abs(mine[path] - other[path]) for path in other) if mine.keys() == other.keys() else float("nan")
         ratings = max(ratings, apart)
         relative = max(relative, apart / (max(other.values()) - min(other.values())))
-    return {"first_block": max(value for name, value in off.items() if FIRST.match(name)),
-            "all_blocks": max(off.values()), "ratings": ratings, "relative": relative,
-            "winners_equal": winners == theirs[2]}
+    return {
+        "first_block": max(value for name, value in off.items() if FIRST.match(name)),
+        "all_blocks": max(off.values()),
+        "ratings": ratings,
+        "relative": relative,
+        "winners_equal": winners == theirs[2],
+    }
 
 
 def start(config: Path) -> dict[str, torch.Tensor]:
@@ -114,9 +133,12 @@ def main() -> None:
                 row = {"space": space, "engine": name, "ranks": ranks, "moved": moved, **compare(result(out), truth)}
                 rows.append(row)
                 shutil.rmtree(out)
-                print(f"| {space} | {name} | {ranks} | {row['first_block']:.1e} | {row['all_blocks']:.1e} | "
-                      f"{row['ratings']:.1e} | {row['relative']:.1e} | "
-                      f"{'equal' if row['winners_equal'] else 'differ'} |", flush=True)
+                print(
+                    f"| {space} | {name} | {ranks} | {row['first_block']:.1e} | {row['all_blocks']:.1e} | "
+                    f"{row['ratings']:.1e} | {row['relative']:.1e} | "
+                    f"{'equal' if row['winners_equal'] else 'differ'} |",
+                    flush=True,
+                )
     shutil.rmtree(folder)
     if options.json:
         Path(options.json).write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=2) + "\n")

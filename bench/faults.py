@@ -39,11 +39,28 @@ import torch  # noqa: E402
 from bossnas.distributed import launch  # noqa: E402
 from bossnas.runs import checkpoint
 
-TINY = ["space.name=nats", "space.width=0.125", "space.image_size=32", "heads.hidden=16", "heads.out=8",
-        "data.workers=0", "train.batch=16", "train.micro_batch=8", "train.epochs=1", "train.steps_per_epoch=8",
-        "train.lr=0.5", "train.warmup_epochs=0", "data.val_images=8", "rating.batch=4", "rating.every_epochs=0",
-        "rating.calibration_images=16", "checkpoint.every_steps=3", "checkpoint.keep=3",
-        "checkpoint.asynchronous=false", "engine.timeout_minutes=0.5"]
+TINY = [
+    "space.name=nats",
+    "space.width=0.125",
+    "space.image_size=32",
+    "heads.hidden=16",
+    "heads.out=8",
+    "data.workers=0",
+    "train.batch=16",
+    "train.micro_batch=8",
+    "train.epochs=1",
+    "train.steps_per_epoch=8",
+    "train.lr=0.5",
+    "train.warmup_epochs=0",
+    "data.val_images=8",
+    "rating.batch=4",
+    "rating.every_epochs=0",
+    "rating.calibration_images=16",
+    "checkpoint.every_steps=3",
+    "checkpoint.keep=3",
+    "checkpoint.asynchronous=false",
+    "engine.timeout_minutes=0.5",
+]
 BLOCKS, STEPS, AT = 3, 8, (1, 5)
 FULL_TIMEOUT = 400.0  # seconds for anything
 MARK = "BOSSNAS_FAULTS"  # environment variable by which all processes of a case are found
@@ -61,8 +78,15 @@ class Search:
             script = [str(Path(__file__)), "--inject", inject, str(folder / "injected")]
         self.elastic = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         self.front = [] if ranks == 1 else [*self.elastic, "--max-restarts", "3"]
-        self.back = [*script, *(["search"] if inject else []), "--config", str(folder / "config.json"), "--resume",
-                     "auto", *(f"--set={o}" for o in [*TINY, f"engine.name={engine}", f"out={self.run}", *sets])]
+        self.back = [
+            *script,
+            *(["search"] if inject else []),
+            "--config",
+            str(folder / "config.json"),
+            "--resume",
+            "auto",
+            *(f"--set={o}" for o in [*TINY, f"engine.name={engine}", f"out={self.run}", *sets]),
+        ]
         self.parallel = "schedule=block_parallel" in sets
         self.process: subprocess.Popen | None = None
         self.codes: list[int] = []  # of the commands that have ended
@@ -72,8 +96,9 @@ class Search:
         env = {k: v for k, v in os.environ.items() if k not in launched and not k.startswith("SLURM_")}
         env |= {MARK: str(self.folder), "OMP_NUM_THREADS": "1"}
         with open(self.log, "a") as log:
-            self.process = subprocess.Popen([sys.executable, *self.front, *self.back], env=env, stdout=log,
-                                            stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                [sys.executable, *self.front, *self.back], env=env, stdout=log, stderr=log, start_new_session=True
+            )
 
     def trained(self) -> list[tuple[int, int]]:
         """(block, step) of every step in metrics.jsonl."""
@@ -230,6 +255,7 @@ def _tear(how: str) -> Callable[[Search], None]:
             file.unlink()
         else:
             (search.run / "checkpoints/latest").unlink()
+
     return mend
 
 
@@ -261,6 +287,7 @@ def _by_signal(number: int, rank: int | None = None, everyone: bool = False) -> 
                 os.kill(pid, number)
         else:
             search.signal(number, rank)
+
     return hurt
 
 
@@ -268,53 +295,155 @@ STOPPED = r"stopped on {} at block 1 step \d+; everything is saved"
 FAULTS = [
     Fault("kill_rank_1", "kill -9 of rank 1", _by_signal(signal.SIGKILL, 1), code=0),
     Fault("kill_rank_0", "kill -9 of rank 0", _by_signal(signal.SIGKILL, 0), code=0),
-    Fault("kill_rank_1_async", "kill -9 of rank 1, asynchronous checkpoints", _by_signal(signal.SIGKILL, 1),
-          sets=("checkpoint.asynchronous=true",), lost=6, code=0),
-    Fault("kill_rank_1_loader", "kill -9 of rank 1, which has a loader process", _kill_rank_itself,
-          sets=("data.workers=1",), code=0),
+    Fault(
+        "kill_rank_1_async",
+        "kill -9 of rank 1, asynchronous checkpoints",
+        _by_signal(signal.SIGKILL, 1),
+        sets=("checkpoint.asynchronous=true",),
+        lost=6,
+        code=0,
+    ),
+    Fault(
+        "kill_rank_1_loader",
+        "kill -9 of rank 1, which has a loader process",
+        _kill_rank_itself,
+        sets=("data.workers=1",),
+        code=0,
+    ),
     Fault("kill_rank_1_fsdp2", "kill -9 of rank 1, FSDP2", _by_signal(signal.SIGKILL, 1), engine="fsdp2", code=0),
     Fault("kill_agent", "kill -9 of torchrun", _by_signal(signal.SIGKILL), lost=0, says=STOPPED.format("SIGHUP")),
     Fault("kill_everything", "kill -9 of all processes (a node's power)", _kill_all),
-    Fault("term_agent", "SIGTERM to torchrun", _by_signal(signal.SIGTERM), lost=0, code=1,
-          says=STOPPED.format("SIGTERM")),
-    Fault("term_agent_fsdp2", "SIGTERM to torchrun, FSDP2", _by_signal(signal.SIGTERM), engine="fsdp2", lost=0,
-          code=1, says=STOPPED.format("SIGTERM")),
-    Fault("hangup_agent", "SIGHUP to torchrun (its terminal closes)", _by_signal(signal.SIGHUP), lost=0, code=1,
-          says=STOPPED.format("SIGHUP")),
-    Fault("usr1_rank_1", "SIGUSR1 to rank 1", _by_signal(signal.SIGUSR1, 1), lost=0, code=1,
-          says=STOPPED.format("SIGUSR1")),
-    Fault("term_everyone", "SIGTERM to every process, loaders too", _by_signal(signal.SIGTERM, everyone=True), lost=0,
-          code=1, sets=("data.workers=1",), says=STOPPED.format("SIGTERM")),
-    Fault("usr1_single", "SIGUSR1, one process", _by_signal(signal.SIGUSR1), ranks=1, engine="single", lost=0,
-          code=launch.RESUMABLE, says=STOPPED.format("SIGUSR1")),
-    Fault("int_single", "Ctrl-C, one process with a loader", _by_signal(signal.SIGINT, everyone=True), ranks=1,
-          engine="single", sets=("data.workers=1",), lost=0, code=launch.RESUMABLE, says=STOPPED.format("SIGINT")),
-    Fault("freeze_rank_1", "SIGSTOP of rank 1", _by_signal(signal.SIGSTOP, 1), code=0,
-          says="rank 1 was last seen at .*no sign of life"),
-    Fault("freeze_rank_0", "SIGSTOP of rank 0", _by_signal(signal.SIGSTOP, 0), code=0,
-          says="rank 0 was last seen at .*no sign of life"),
-    Fault("stuck_rank_1", "rank 1 never comes back from a loader", inject="stuck", code=0,
-          says=r"rank 1 has not moved for .* at block 1 step \d+"),
+    Fault(
+        "term_agent", "SIGTERM to torchrun", _by_signal(signal.SIGTERM), lost=0, code=1, says=STOPPED.format("SIGTERM")
+    ),
+    Fault(
+        "term_agent_fsdp2",
+        "SIGTERM to torchrun, FSDP2",
+        _by_signal(signal.SIGTERM),
+        engine="fsdp2",
+        lost=0,
+        code=1,
+        says=STOPPED.format("SIGTERM"),
+    ),
+    Fault(
+        "hangup_agent",
+        "SIGHUP to torchrun (its terminal closes)",
+        _by_signal(signal.SIGHUP),
+        lost=0,
+        code=1,
+        says=STOPPED.format("SIGHUP"),
+    ),
+    Fault(
+        "usr1_rank_1",
+        "SIGUSR1 to rank 1",
+        _by_signal(signal.SIGUSR1, 1),
+        lost=0,
+        code=1,
+        says=STOPPED.format("SIGUSR1"),
+    ),
+    Fault(
+        "term_everyone",
+        "SIGTERM to every process, loaders too",
+        _by_signal(signal.SIGTERM, everyone=True),
+        lost=0,
+        code=1,
+        sets=("data.workers=1",),
+        says=STOPPED.format("SIGTERM"),
+    ),
+    Fault(
+        "usr1_single",
+        "SIGUSR1, one process",
+        _by_signal(signal.SIGUSR1),
+        ranks=1,
+        engine="single",
+        lost=0,
+        code=launch.RESUMABLE,
+        says=STOPPED.format("SIGUSR1"),
+    ),
+    Fault(
+        "int_single",
+        "Ctrl-C, one process with a loader",
+        _by_signal(signal.SIGINT, everyone=True),
+        ranks=1,
+        engine="single",
+        sets=("data.workers=1",),
+        lost=0,
+        code=launch.RESUMABLE,
+        says=STOPPED.format("SIGINT"),
+    ),
+    Fault(
+        "freeze_rank_1",
+        "SIGSTOP of rank 1",
+        _by_signal(signal.SIGSTOP, 1),
+        code=0,
+        says="rank 1 was last seen at .*no sign of life",
+    ),
+    Fault(
+        "freeze_rank_0",
+        "SIGSTOP of rank 0",
+        _by_signal(signal.SIGSTOP, 0),
+        code=0,
+        says="rank 0 was last seen at .*no sign of life",
+    ),
+    Fault(
+        "stuck_rank_1",
+        "rank 1 never comes back from a loader",
+        inject="stuck",
+        code=0,
+        says=r"rank 1 has not moved for .* at block 1 step \d+",
+    ),
     Fault("slow_rank_1", "rank 1 takes half a second longer in every step of block 1", inject="slow", lost=0, code=0),
     Fault("save_tensors", "kill -9 while tensors are written", inject="tensors", lost=5, code=0),
     Fault("save_rename", "kill -9 before the checkpoint's rename", inject="rename", lost=5, code=0),
     Fault("save_latest", "kill -9 between rename and latest", inject="latest", lost=5, code=0),
-    Fault("disk_full", "disk full while saving", _fill, lambda search: (search.folder / "filler").unlink(), lost=5,
-          says="disk is full|No space left"),
-    Fault("nan_once", "a loss that is not a number, once", inject="nan once", lost=0, same=False, code=0,
-          says="its gradient is not finite, so it is skipped"),
-    Fault("nan_always", "losses that are not numbers from then on", inject="nan always", lost=16, same=False,
-          sets=("train.max_bad_steps=2",), says="train.max_bad_steps allows no more"),
+    Fault(
+        "disk_full",
+        "disk full while saving",
+        _fill,
+        lambda search: (search.folder / "filler").unlink(),
+        lost=5,
+        says="disk is full|No space left",
+    ),
+    Fault(
+        "nan_once",
+        "a loss that is not a number, once",
+        inject="nan once",
+        lost=0,
+        same=False,
+        code=0,
+        says="its gradient is not finite, so it is skipped",
+    ),
+    Fault(
+        "nan_always",
+        "losses that are not numbers from then on",
+        inject="nan always",
+        lost=16,
+        same=False,
+        sets=("train.max_bad_steps=2",),
+        says="train.max_bad_steps allows no more",
+    ),
     Fault("torn_cut", "newest checkpoint cut in half", _kill_all, _tear("cut"), lost=6, says="is passed over"),
-    Fault("torn_bit", "a bit of the newest checkpoint flipped", _kill_all, _tear("bit"), lost=6,
-          says="is passed over"),
-    Fault("torn_gone", "a file of the newest checkpoint is gone", _kill_all, _tear("gone"), lost=6,
-          says="is passed over"),
+    Fault("torn_bit", "a bit of the newest checkpoint flipped", _kill_all, _tear("bit"), lost=6, says="is passed over"),
+    Fault(
+        "torn_gone", "a file of the newest checkpoint is gone", _kill_all, _tear("gone"), lost=6, says="is passed over"
+    ),
     Fault("no_latest", "the file latest is gone", _kill_all, _tear("latest")),
-    Fault("kill_row", "kill -9 of row 1, schedule block_parallel", _by_signal(signal.SIGKILL, 1), code=0,
-          sets=("schedule=block_parallel",)),
-    Fault("term_row", "SIGTERM to torchrun, schedule block_parallel", _by_signal(signal.SIGTERM), lost=0, code=1,
-          sets=("schedule=block_parallel",), says="stopped on SIGTERM at block"),
+    Fault(
+        "kill_row",
+        "kill -9 of row 1, schedule block_parallel",
+        _by_signal(signal.SIGKILL, 1),
+        code=0,
+        sets=("schedule=block_parallel",),
+    ),
+    Fault(
+        "term_row",
+        "SIGTERM to torchrun, schedule block_parallel",
+        _by_signal(signal.SIGTERM),
+        lost=0,
+        code=1,
+        sets=("schedule=block_parallel",),
+        says="stopped on SIGTERM at block",
+    ),
 ]
 
 
@@ -375,12 +504,20 @@ def measure(root: Path, fault: Fault, known: dict) -> dict:
     trained = search.trained()
     if search.parallel and fault.lost:  # its steps are in metrics.jsonl only from the next checkpoint on
         row["lost"] = f"at most {fault.lost}"
-    row |= {"name": fault.name, "fault": fault.what, "engine": fault.engine, "ranks": fault.ranks,
-            "by": "torchrun" if len(row["codes"]) == 1 and row["seconds"] else
-                  "the command again" if len(row["codes"]) > 1 else "nobody",
-            "ratings_equal": files == truth[0],
-            "weights_equal": weights.keys() == truth[1].keys() and all(
-                torch.equal(tensor, truth[1][name]) for name, tensor in weights.items())}
+    row |= {
+        "name": fault.name,
+        "fault": fault.what,
+        "engine": fault.engine,
+        "ranks": fault.ranks,
+        "by": "torchrun"
+        if len(row["codes"]) == 1 and row["seconds"]
+        else "the command again"
+        if len(row["codes"]) > 1
+        else "nobody",
+        "ratings_equal": files == truth[0],
+        "weights_equal": weights.keys() == truth[1].keys()
+        and all(torch.equal(tensor, truth[1][name]) for name, tensor in weights.items()),
+    }
     said, broken = search.said(), []
     if isinstance(row["lost"], int) and row["lost"] > fault.lost:
         broken.append(f"{row['lost']} steps lost, at most {fault.lost} may be")
@@ -462,13 +599,18 @@ def _mine(marker: Path) -> bool:
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| fault | engine x ranks | steps lost | seconds to go on | gone on by | exit codes | ratings equal | "
-             "weights equal |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| fault | engine x ranks | steps lost | seconds to go on | gone on by | exit codes | ratings equal | "
+        "weights equal |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         seconds = "-" if row["seconds"] is None else f"{row['seconds']:.1f}"
-        lines.append(f"| {row['fault']} | {row['engine']} x {row['ranks']} | {row['lost']} | {seconds} | {row['by']} | "
-                     f"{', '.join(map(str, row['codes']))} | {'yes' if row['ratings_equal'] else 'no'} | "
-                     f"{'yes' if row['weights_equal'] else 'no'} |")
+        lines.append(
+            f"| {row['fault']} | {row['engine']} x {row['ranks']} | {row['lost']} | {seconds} | {row['by']} | "
+            f"{', '.join(map(str, row['codes']))} | {'yes' if row['ratings_equal'] else 'no'} | "
+            f"{'yes' if row['weights_equal'] else 'no'} |"
+        )
     return "\n".join(lines)
 
 
@@ -512,8 +654,11 @@ def main() -> None:
             for problem in rows[-1]["broken"]:
                 print(f"  broken: {problem}", file=sys.stderr, flush=True)
             if options.json:
-                where = {"cpus": len(os.sched_getaffinity(0)), "python": platform.python_version(),
-                         "torch": torch.__version__}
+                where = {
+                    "cpus": len(os.sched_getaffinity(0)),
+                    "python": platform.python_version(),
+                    "torch": torch.__version__,
+                }
                 options.json.write_text(json.dumps({"environment": where, "rows": rows}, indent=2) + "\n")
     finally:
         if options.keep is None:

@@ -60,12 +60,36 @@ def check(holds: bool, what: str) -> str:
 # ---------------------------------------------------------------------------------------------------------- order
 
 
-def global_batches(index: ShardIndex, recipe: views.Recipe, pairs: int, batch: int, world: int, workers: int,
-                   place: str, steps: int, start: int = 0) -> list[str]:
+def global_batches(
+    index: ShardIndex,
+    recipe: views.Recipe,
+    pairs: int,
+    batch: int,
+    world: int,
+    workers: int,
+    place: str,
+    steps: int,
+    start: int = 0,
+) -> list[str]:
     """A hash of the pixels of every global batch, from all ranks' parts in turn."""
     settings = DataConfig(workers=workers, views_on=place)
-    ranks = [view_batches(index, recipe, range(2 * pairs), pairs, settings, seed=1, epoch=3, start=start, steps=steps,
-                          batch=batch // world, rank=rank, world=world) for rank in range(world)]
+    ranks = [
+        view_batches(
+            index,
+            recipe,
+            range(2 * pairs),
+            pairs,
+            settings,
+            seed=1,
+            epoch=3,
+            start=start,
+            steps=steps,
+            batch=batch // world,
+            rank=rank,
+            world=world,
+        )
+        for rank in range(world)
+    ]
     hashes = []
     for parts in zip(*ranks, strict=True):
         digest = hashlib.sha256()
@@ -76,8 +100,10 @@ def global_batches(index: ShardIndex, recipe: views.Recipe, pairs: int, batch: i
 
 
 def order(options: argparse.Namespace) -> None:
-    sets = [("ImageNet pictures", options.shards, views.recipe("imagenet", 224), 4, 40, 6),
-            ("CIFAR", options.cifar, views.recipe("cifar", 32), 1, 1000, None)]
+    sets = [
+        ("ImageNet pictures", options.shards, views.recipe("imagenet", 224), 4, 40, 6),
+        ("CIFAR", options.cifar, views.recipe("cifar", 32), 1, 1000, None),
+    ]
     print("| set | place | ranks x workers | global batches | same pixels | taken up in mid-epoch |")
     print("|---" * 6 + "|")
     for title, shards, recipe, pairs, batch, steps in sets:
@@ -95,12 +121,16 @@ def order(options: argparse.Namespace) -> None:
                     half = steps // 2
                     rest = global_batches(index, recipe, pairs, batch, world, workers, place, steps, half)
                     name = f"{title} {place} {world}x{workers}"
-                    print(f"| {title} | {place} | {world} x {workers} | {len(found)} of {batch} | "
-                          f"{check(found == first, name)} | {check(rest == first[half:], name + ' resumed')} |",
-                          flush=True)
+                    print(
+                        f"| {title} | {place} | {world} x {workers} | {len(found)} of {batch} | "
+                        f"{check(found == first, name)} | {check(rest == first[half:], name + ' resumed')} |",
+                        flush=True,
+                    )
         drawn = _order(index, 1, 3, None)
-        print(f"\n{title}: every sample once in an epoch: "
-              f"{check(sorted(drawn.tolist()) == list(range(len(index))), title + ' once')}\n")
+        print(
+            f"\n{title}: every sample once in an epoch: "
+            f"{check(sorted(drawn.tolist()) == list(range(len(index))), title + ' once')}\n"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- faults
@@ -117,8 +147,12 @@ class Fault:
 
     def replace(self, make: Callable[[bytes], bytes]) -> None:
         """Another image in the place of the first shard's third."""
-        self.rewrite(lambda members: [(name, make(content) if i == 2 else content) for i, (name, content) in
-                                      enumerate([m for m in members if m[0].endswith("jpg")])])
+        self.rewrite(
+            lambda members: [
+                (name, make(content) if i == 2 else content)
+                for i, (name, content) in enumerate([m for m in members if m[0].endswith("jpg")])
+            ]
+        )
 
     def rewrite(self, change: Callable[[list], list]) -> None:
         with tarfile.open(self.shards[0]) as tar:
@@ -152,8 +186,21 @@ def read_all(source, log: io.StringIO, during: Callable[[int], None] = lambda i:
     settings = DataConfig(workers=1 if isinstance(source, ShardIndex) else 0, max_bad=0.02, buffer=10)
     taken, steps = 0, len(source) // 10
     try:
-        for i, (view,) in enumerate(view_batches(source, views.recipe("imagenet", 64), [0], 4, settings, seed=0,
-                                                 epoch=0, start=0, steps=steps, batch=10, bad=bad)):
+        for i, (view,) in enumerate(
+            view_batches(
+                source,
+                views.recipe("imagenet", 64),
+                [0],
+                4,
+                settings,
+                seed=0,
+                epoch=0,
+                start=0,
+                steps=steps,
+                batch=10,
+                bad=bad,
+            )
+        ):
             taken += len(view)
             during(i)
     except ConfigError as error:
@@ -173,6 +220,7 @@ def faults(options: argparse.Namespace) -> None:
         logging.getLogger(name).propagate = False
     logging.getLogger("bossnas.data.streams").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as root:
+
         def fault(title: str, prepare: Callable[[Fault], None], stream: bool = True) -> None:
             here = Fault(shards, Path(root) / str(time.monotonic_ns()))
             count = len(here.index)
@@ -208,18 +256,27 @@ def faults(options: argparse.Namespace) -> None:
         fault("none", lambda here: None)
         fault("truncated tar", truncate)
         fault("damaged header in mid-tar", damage)
-        fault("bad JPEG", lambda here: here.replace(lambda c: c[:len(c) // 2]))
+        fault("bad JPEG", lambda here: here.replace(lambda c: c[: len(c) // 2]))
         fault("PNG named .jpg", lambda here: here.replace(lambda c: encoded(opened(c).convert("RGB"), "PNG")))
         fault("greyscale JPEG", lambda here: here.replace(lambda c: encoded(opened(c).convert("L"), "JPEG")))
         fault("CMYK JPEG", lambda here: here.replace(lambda c: encoded(opened(c).convert("CMYK"), "JPEG")))
         fault("EXIF-rotated JPEG (rotation is not applied)", lambda here: here.replace(rotated))
         fault("image of zero bytes", lambda here: here.replace(lambda c: b""))
-        fault("decompression bomb (PNG of 30000 x 30000)",
-              lambda here: here.replace(lambda c: encoded(Image.new("1", (30000, 30000)), "PNG")))
+        fault(
+            "decompression bomb (PNG of 30000 x 30000)",
+            lambda here: here.replace(lambda c: encoded(Image.new("1", (30000, 30000)), "PNG")),
+        )
         fault("duplicate keys", lambda here: here.rewrite(lambda members: members[:4] + members[2:4] + members[4:]))
-        fault("a pickle among the members", lambda here: here.rewrite(
-            lambda members: members[:2] + [(members[0][0][:-4] + ".pkl", b"cos\nsystem\n(S'touch /tmp/pwned'\ntR.")]
-            + members[2:]))
+        fault(
+            "a pickle among the members",
+            lambda here: here.rewrite(
+                lambda members: (
+                    members[:2]
+                    + [(members[0][0][:-4] + ".pkl", b"cos\nsystem\n(S'touch /tmp/pwned'\ntR.")]
+                    + members[2:]
+                )
+            ),
+        )
 
         here = Fault(shards, Path(root) / "deleted")
         index = ShardIndex.open(list(map(str, here.shards)))
@@ -231,8 +288,10 @@ def faults(options: argparse.Namespace) -> None:
         report("a shard deleted after indexing, before its first sample", [read_all(index, log)], here.folder)
 
         here = Fault(shards, Path(root) / "http")
-        for title, after, times in (("HTTP connection dropped three times", 200_000, 3),
-                                    ("HTTP connection always dropped at once", 0, 10**9)):
+        for title, after, times in (
+            ("HTTP connection dropped three times", 200_000, 3),
+            ("HTTP connection always dropped at once", 0, 10**9),
+        ):
             with dropping(here.folder, after, times) as url:
                 urls = [f"{url}/{shard.name}" for shard in here.shards]
                 log.truncate(0)
@@ -309,8 +368,9 @@ def epochs(index: ShardIndex, count: int) -> Iterator[tuple[int, float, int]]:
     steps = len(index) // 250
     for epoch in range(count):
         memory = 0.0
-        for i, _ in enumerate(view_batches(index, recipe, range(2), 1, settings, seed=0, epoch=epoch, start=0,
-                                           steps=steps, batch=250)):
+        for i, _ in enumerate(
+            view_batches(index, recipe, range(2), 1, settings, seed=0, epoch=epoch, start=0, steps=steps, batch=250)
+        ):
             if i == steps // 2:
                 memory = resident_mib(os.getpid())
         yield epoch, memory, len(os.listdir("/proc/self/fd"))
@@ -324,9 +384,11 @@ def memory(options: argparse.Namespace) -> None:
         rows.append((mib, files))
         print(f"| {epoch + 1} | {mib:.1f} | {files} |", flush=True)
     late, early = np.mean([mib for mib, _ in rows[-3:]]), np.mean([mib for mib, _ in rows[1:4]])
-    print(f"\nlast three epochs against epochs 2 to 4: {late - early:+.1f} MiB; flat: "
-          f"{check(late - early < 0.03 * early, 'memory')}; no file left open: "
-          f"{check(min(files for _, files in rows[-5:]) <= min(files for _, files in rows[:5]), 'open files')}")
+    print(
+        f"\nlast three epochs against epochs 2 to 4: {late - early:+.1f} MiB; flat: "
+        f"{check(late - early < 0.03 * early, 'memory')}; no file left open: "
+        f"{check(min(files for _, files in rows[-5:]) <= min(files for _, files in rows[:5]), 'open files')}"
+    )
 
 
 def kill(options: argparse.Namespace) -> None:
@@ -336,11 +398,13 @@ def kill(options: argparse.Namespace) -> None:
     before = held()
     print("| loaders | killed | gone after, s | left in /dev/shm | left in /tmp |\n|---|---|---|---|---|")
     for workers in (2, 4):
-        code = (f"import sys; sys.argv = ['x', 'memory', '--cifar', {options.cifar!r}]; "
-                f"sys.path.insert(0, {str(ROOT / 'bench')!r}); import loading; "
-                "from bossnas.config.search import DataConfig; "
-                f"loading.DataConfig = lambda **k: DataConfig(workers={workers}); "
-                "print('go', flush=True); list(loading.epochs(loading.ShardIndex.open(sys.argv[3]), 100))")
+        code = (
+            f"import sys; sys.argv = ['x', 'memory', '--cifar', {options.cifar!r}]; "
+            f"sys.path.insert(0, {str(ROOT / 'bench')!r}); import loading; "
+            "from bossnas.config.search import DataConfig; "
+            f"loading.DataConfig = lambda **k: DataConfig(workers={workers}); "
+            "print('go', flush=True); list(loading.epochs(loading.ShardIndex.open(sys.argv[3]), 100))"
+        )
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
         process.stdout.readline()
         deadline = time.monotonic() + 60
@@ -356,8 +420,11 @@ def kill(options: argparse.Namespace) -> None:
         seconds = time.monotonic() - start
         left = [now - then for now, then in zip(held(), before, strict=True)]
         check(not any(left) and seconds < 60, f"kill with {workers} loaders")
-        print(f"| {workers} | the run, kill -9 | {seconds:.1f} | {sorted(left[0]) or 'nothing'} | "
-              f"{sorted(left[1]) or 'nothing'} |", flush=True)
+        print(
+            f"| {workers} | the run, kill -9 | {seconds:.1f} | {sorted(left[0]) or 'nothing'} | "
+            f"{sorted(left[1]) or 'nothing'} |",
+            flush=True,
+        )
 
 
 def main() -> None:

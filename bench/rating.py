@@ -143,8 +143,17 @@ class Task:
 
     def ours(self) -> list[float]:
         """Scores against the population centre."""
-        found = rate_block(self.online, self.target, self.predictors[self.block], self.block, self.winners, self.paths,
-                           self.calibration[1:], Validation.held(self.validation), most=self.most)
+        found = rate_block(
+            self.online,
+            self.target,
+            self.predictors[self.block],
+            self.block,
+            self.winners,
+            self.paths,
+            self.calibration[1:],
+            Validation.held(self.validation),
+            most=self.most,
+        )
         return list(found["population_centre"].values())
 
 
@@ -164,9 +173,11 @@ class Official:
     def __init__(self, task: Task):
         self.task = task
         self.target, self.online, self.predictor = (
-            plain(m) for m in (task.target, task.online, task.predictors[task.block]))
-        self.trained = nn.ModuleList([*self.target.part(task.block).values(), *self.online.part(task.block).values(),
-                                      self.predictor])
+            plain(m) for m in (task.target, task.online, task.predictors[task.block])
+        )
+        self.trained = nn.ModuleList(
+            [*self.target.part(task.block).values(), *self.online.part(task.block).values(), self.predictor]
+        )
         layout = torch.contiguous_format if task.layout == "nchw" else torch.channels_last
         self.calibration = [x.contiguous(memory_format=layout) for x in task.calibration]
         self.validation = [[x.contiguous(memory_format=layout) for x in views] for views in task.validation]
@@ -218,14 +229,21 @@ def measure(task: Task) -> dict:
     batches, layers, behind = len(task.validation), len(task.paths[0]), sum(len(p) for p in task.winners)
     nodes = sum(len({p[:d] for p in task.paths}) for d in range(1, layers + 1))
     order = [sorted(range(rows), key=scores.__getitem__) for scores in (ours, truth)]
-    return {"paths": rows, "official_s": round(official_s, 3), "ours_s": round(statistics.median(ours_s), 3),
-            "ours_spread_s": [round(min(ours_s), 3), round(max(ours_s), 3)],
-            "ratio": official_s / statistics.median(ours_s),
-            "max_abs_diff": max(abs(a - b) for a, b in zip(ours, truth, strict=True)),
-            "same_order": order[0] == order[1], "units": len(units(task.paths, task.most)),
-            "footprint_s": round(task.footprint_s, 3),
-            "gib": task.gib, "peak_gib": round(peak_bytes(task.ours) / 2**30, 4), "nodes": nodes,
-            "formula": round(rows * batches * (8 * layers + 4 * behind) / (2 * nodes + 4 * nodes * batches), 2)}
+    return {
+        "paths": rows,
+        "official_s": round(official_s, 3),
+        "ours_s": round(statistics.median(ours_s), 3),
+        "ours_spread_s": [round(min(ours_s), 3), round(max(ours_s), 3)],
+        "ratio": official_s / statistics.median(ours_s),
+        "max_abs_diff": max(abs(a - b) for a, b in zip(ours, truth, strict=True)),
+        "same_order": order[0] == order[1],
+        "units": len(units(task.paths, task.most)),
+        "footprint_s": round(task.footprint_s, 3),
+        "gib": task.gib,
+        "peak_gib": round(peak_bytes(task.ours) / 2**30, 4),
+        "nodes": nodes,
+        "formula": round(rows * batches * (8 * layers + 4 * behind) / (2 * nodes + 4 * nodes * batches), 2),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -245,9 +263,16 @@ def main(argv: list[str] | None = None) -> int:
     if min(options.batches) < 1 or options.images < 4:
         parser.error("--batches: at least 1; --images: at least 4")
     torch.set_num_threads(1)
-    report = {"torch": torch.__version__, "python": platform.python_version(), "images": options.images,
-              "width": options.width, "hidden": options.hidden, "out": options.out, "official_layout": options.layout,
-              "rows": []}
+    report = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "images": options.images,
+        "width": options.width,
+        "hidden": options.hidden,
+        "out": options.out,
+        "official_layout": options.layout,
+        "rows": [],
+    }
     for space in [options.space] if options.space else SIZES:
         count = spaces.make(space, width=1.0, image_size=SIZES[space], restricted=True, split="cifar10").blocks
         if options.block is not None and not 0 <= options.block < count:

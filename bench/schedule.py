@@ -65,31 +65,63 @@ def measure(schedule: str, options: argparse.Namespace, folder: Path, seed: int)
     out.mkdir()
     epochs = options.ratings + 1
     overrides = [
-        f"out={out / 'run'}", f"schedule={schedule}", f"seed={seed}", "space.name=nats", "space.image_size=32",
-        f"space.width={options.width}", "heads.hidden=256", "heads.out=64", f"data.train={options.cifar}",
-        f"data.val={options.val}", "data.recipe=cifar", "data.workers=0", f"train.batch={options.batch}",
-        f"train.micro_batch={options.micro_batch}", f"train.epochs={epochs}",
-        f"train.steps_per_epoch={options.steps // epochs}", f"train.lr={options.lr}", "train.warmup_epochs=0",
-        f"data.val_images={options.val_images}", "rating.batch=256", "rating.calibration_images=256",
-        f"rating.every_epochs={int(schedule == 'block_parallel')}", "checkpoint.every_steps=1000000",
-        "engine.name=ddp"]
+        f"out={out / 'run'}",
+        f"schedule={schedule}",
+        f"seed={seed}",
+        "space.name=nats",
+        "space.image_size=32",
+        f"space.width={options.width}",
+        "heads.hidden=256",
+        "heads.out=64",
+        f"data.train={options.cifar}",
+        f"data.val={options.val}",
+        "data.recipe=cifar",
+        "data.workers=0",
+        f"train.batch={options.batch}",
+        f"train.micro_batch={options.micro_batch}",
+        f"train.epochs={epochs}",
+        f"train.steps_per_epoch={options.steps // epochs}",
+        f"train.lr={options.lr}",
+        "train.warmup_epochs=0",
+        f"data.val_images={options.val_images}",
+        "rating.batch=256",
+        "rating.calibration_images=256",
+        f"rating.every_epochs={int(schedule == 'block_parallel')}",
+        "checkpoint.every_steps=1000000",
+        "engine.name=ddp",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{root / 'kernels'}"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks),
-               str(Path(__file__).resolve()), "--work", json.dumps([overrides, str(out)])]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(options.ranks),
+        str(Path(__file__).resolve()),
+        "--work",
+        json.dumps([overrides, str(out)]),
+    ]
     subprocess.run(command, check=True, env=environment, timeout=options.timeout)
     ranks = [json.loads((out / f"times_{rank}.json").read_text()) for rank in range(options.ranks)]
     training = [{name: value for name, value in rank["seconds"].items() if name not in BESIDE} for rank in ranks]
     steps = options.steps // epochs * epochs
     cpu = sum(value for rank in ranks for name, value in rank["cpu"].items() if name not in BESIDE)
-    result = {"steps": steps, "step_s": max(sum(t.values()) for t in training) / steps,
-              "cpu_ms_per_image": 1000 * cpu / steps / options.batch,
-              "rating_s": max(rank["seconds"]["rate"] for rank in ranks)}
+    result = {
+        "steps": steps,
+        "step_s": max(sum(t.values()) for t in training) / steps,
+        "cpu_ms_per_image": 1000 * cpu / steps / options.batch,
+        "rating_s": max(rank["seconds"]["rate"] for rank in ranks),
+    }
     if schedule == "block_parallel":
         result["waits"] = [sum(t[name] for name in WAITS) / sum(t.values()) for t in training]
         result["hand_over"] = [t.get("hand over", 0) / sum(t.values()) for t in training]
         if options.trace:
-            events = [e for rank in range(options.ranks)
-                      for e in json.loads((out / f"trace_{rank}.json").read_text())["traceEvents"]]
+            events = [
+                e
+                for rank in range(options.ranks)
+                for e in json.loads((out / f"trace_{rank}.json").read_text())["traceEvents"]
+            ]
             Path(options.trace).write_text(json.dumps({"traceEvents": events}))
     return result
 
@@ -128,20 +160,32 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        result = {"cores": len(os.sched_getaffinity(0)), "torch": torch.__version__, **vars(options), "schedules": {
-            "sequential": measure("sequential", options, folder, 0),
-            "sequential, another seed": measure("sequential", options, folder, 1),
-            "block_parallel": measure("block_parallel", options, folder, 0)}}
+        result = {
+            "cores": len(os.sched_getaffinity(0)),
+            "torch": torch.__version__,
+            **vars(options),
+            "schedules": {
+                "sequential": measure("sequential", options, folder, 0),
+                "sequential, another seed": measure("sequential", options, folder, 1),
+                "block_parallel": measure("block_parallel", options, folder, 0),
+            },
+        }
         result["agreement"] = {
             "block_parallel with sequential": correlations(folder, "sequential_0", "block_parallel_0"),
-            "sequential with another seed": correlations(folder, "sequential_0", "sequential_1")}
-    print("\n| schedule | ranks | s a step, all blocks | CPU ms an image, all blocks | rows wait | rows hand over | "
-          "ratings, s |\n|---|---|---|---|---|---|---|")
+            "sequential with another seed": correlations(folder, "sequential_0", "sequential_1"),
+        }
+    print(
+        "\n| schedule | ranks | s a step, all blocks | CPU ms an image, all blocks | rows wait | rows hand over | "
+        "ratings, s |\n|---|---|---|---|---|---|---|"
+    )
     for name, row in result["schedules"].items():
-        waits, hands = (", ".join(f"{100 * share:.0f} %" for share in row.get(key, [])) or "-"
-                        for key in ("waits", "hand_over"))
-        print(f"| {name} | {options.ranks} | {row['step_s']:.2f} | {row['cpu_ms_per_image']:.2f} | {waits} | {hands} "
-              f"| {row['rating_s']:.1f} |")
+        waits, hands = (
+            ", ".join(f"{100 * share:.0f} %" for share in row.get(key, [])) or "-" for key in ("waits", "hand_over")
+        )
+        print(
+            f"| {name} | {options.ranks} | {row['step_s']:.2f} | {row['cpu_ms_per_image']:.2f} | {waits} | {hands} "
+            f"| {row['rating_s']:.1f} |"
+        )
     print("\n| last ratings of | block | paths | Spearman | Kendall |\n|---|---|---|---|---|")
     for name, rows in result["agreement"].items():
         for block, row in enumerate(rows):

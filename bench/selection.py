@@ -88,10 +88,21 @@ def selection(name: str) -> list[dict]:
         begin = time.perf_counter()
         front = select.front(graph, limits, "macs")
         front_s = time.perf_counter() - begin
-        rows.append({"space": name, "ratings": kind, "architectures": graph.size(), "limits": limits, "top": len(found),
-                     "front_points": len(front), "table_s": round(table_s, 2), "graph_s": round(graph_s, 3),
-                     "best_s": round(best_s, 3), "front_s": round(front_s, 3),
-                     "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, 2)})
+        rows.append(
+            {
+                "space": name,
+                "ratings": kind,
+                "architectures": graph.size(),
+                "limits": limits,
+                "top": len(found),
+                "front_points": len(front),
+                "table_s": round(table_s, 2),
+                "graph_s": round(graph_s, 3),
+                "best_s": round(best_s, 3),
+                "front_s": round(front_s, 3),
+                "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+            }
+        )
         checks.append((graph, limits, found, front))
     for row, (graph, limits, found, front) in zip(rows, checks, strict=True):
         row["equals_enumeration"] = equal_to_enumeration(graph, limits, found, front) if name == "hytra" else None
@@ -103,8 +114,12 @@ def equal_to_enumeration(graph: Graph, limits: dict, found: list, front: list) -
     feasible = everything[(everything[:, 1:3] <= list(limits.values())).all(1)]
     best = [graph.score(score) for score in np.sort(feasible[:, 0])[:TOP]]
     points = {(graph.score(score), int(macs)) for score, macs in feasible[nondominated(feasible[:, :2])][:, :2]}
-    return (len(everything) == graph.size() and best == [one.score for one in found]
-            and points == {(one.score, one.cost.macs) for one in front} and len(points) == len(front))
+    return (
+        len(everything) == graph.size()
+        and best == [one.score for one in found]
+        and points == {(one.score, one.cost.macs) for one in front}
+        and len(points) == len(front)
+    )
 
 
 def additivity(config_file: str, overrides: list[str], networks: int, batch: int, repeats: int) -> dict:
@@ -113,8 +128,9 @@ def additivity(config_file: str, overrides: list[str], networks: int, batch: int
     space, device = spaces.make(**of.model_dump()), dist.device()
     table = CostTable.of(space, of.image_size)
     stem = space.stem().eval().to(device)
-    blocks = [[space.layer(b, layer).eval().to(device) for layer in range(space.layers(b))]
-              for b in range(space.blocks)]
+    blocks = [
+        [space.layer(b, layer).eval().to(device) for layer in range(space.layers(b))] for b in range(space.blocks)
+    ]
     rng, calls = np.random.default_rng(0), {}
     x = torch.randn(batch, *table.image, device=device).contiguous(memory_format=torch.channels_last)
     for _ in range(networks):
@@ -132,13 +148,26 @@ def additivity(config_file: str, overrides: list[str], networks: int, batch: int
         sums = np.array([timed.cost(architecture).latency_ms for architecture in times])
         whole = np.array([statistics.median(ns) / 1e6 for ns in times.values()])
         off = sums / whole - 1
-        rounds.append({"median_ms": float(np.median(whole)), "median_signed_error": float(np.median(off)),
-                       "median_absolute_error": float(np.median(abs(off))),
-                       "largest_absolute_error": float(abs(off).max()),
-                       "spearman": float(np.corrcoef(whole.argsort().argsort(), sums.argsort().argsort())[0, 1])})
+        rounds.append(
+            {
+                "median_ms": float(np.median(whole)),
+                "median_signed_error": float(np.median(off)),
+                "median_absolute_error": float(np.median(abs(off))),
+                "largest_absolute_error": float(abs(off).max()),
+                "spearman": float(np.corrcoef(whole.argsort().argsort(), sums.argsort().argsort())[0, 1]),
+            }
+        )
     median = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
-    return {"space": of.model_dump(mode="json"), "device": latency.machine(device), "batch": batch, "repeats": repeats,
-            "threads": torch.get_num_threads(), "networks": len(calls), "median_of_rounds": median, "rounds": rounds}
+    return {
+        "space": of.model_dump(mode="json"),
+        "device": latency.machine(device),
+        "batch": batch,
+        "repeats": repeats,
+        "threads": torch.get_num_threads(),
+        "networks": len(calls),
+        "median_of_rounds": median,
+        "rounds": rounds,
+    }
 
 
 def split(rows: list[dict], table: CostTable) -> tuple[int, dict]:
@@ -167,8 +196,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.latency:
-        result: object = additivity(options.latency, options.overrides, options.networks, options.batch,
-                                    options.repeats)
+        result: object = additivity(
+            options.latency, options.overrides, options.networks, options.batch, options.repeats
+        )
         print(result)
     else:
         result = []

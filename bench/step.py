@@ -58,20 +58,31 @@ def main() -> None:
         started = time.perf_counter()
         step = next(step for step in steps if step is not None)  # None after each micro-batch but an update's last
         seconds.append(time.perf_counter() - started)
-    gib = (torch.cuda.max_memory_allocated() if run.device.type == "cuda"
-           else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30
+    gib = (
+        torch.cuda.max_memory_allocated()
+        if run.device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    ) / 2**30
     result = {
-        "device": (torch.cuda.get_device_name() if run.device.type == "cuda"
-                   else f"cpu, {torch.get_num_threads()} threads"),
-        "torch": torch.__version__, "space": run.config.space.name, "width": run.config.space.width,
-        "image_size": run.config.space.image_size, "block": options.block, "batch": run.config.train.batch,
-        "micro_batch": run.config.train.micro_batch, "precision": run.config.train.precision,
+        "device": (
+            torch.cuda.get_device_name() if run.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+        ),
+        "torch": torch.__version__,
+        "space": run.config.space.name,
+        "width": run.config.space.width,
+        "image_size": run.config.space.image_size,
+        "block": options.block,
+        "batch": run.config.train.batch,
+        "micro_batch": run.config.train.micro_batch,
+        "precision": run.config.train.precision,
         "supernet_parameters": sum(p.numel() for p in run.online.parameters()),
         "block_parameters": sum(p.numel() for p in run.online.part(options.block).parameters()),
         "predictor_parameters": sum(p.numel() for p in run.predictors.parameters()),
-        "loss": step.loss, "first_step_s": round(seconds[0], 3),
+        "loss": step.loss,
+        "first_step_s": round(seconds[0], 3),
         "median_step_s": round(statistics.median(seconds[1:]), 3) if seconds[1:] else None,
-        "peak_gib": round(gib, 2)}
+        "peak_gib": round(gib, 2),
+    }
     print(json.dumps(result, indent=2))
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")

@@ -117,8 +117,17 @@ class Variant:
     def rate(self) -> float:
         """The rating procedure itself on one calibration and one validation batch; the mean score."""
         task = self.task
-        scores = rate_block(self.online, self.target, self.predictor, task.block, task.winners, task.rated,
-                                 [task.images[0]], Validation.held([task.images]), autocast=task.autocast)
+        scores = rate_block(
+            self.online,
+            self.target,
+            self.predictor,
+            task.block,
+            task.winners,
+            task.rated,
+            [task.images[0]],
+            Validation.held([task.images]),
+            autocast=task.autocast,
+        )
         return statistics.mean(scores["population_centre"].values())
 
     def _embed(self, network: Supernet, items: list[Item]) -> list[Tensor]:
@@ -147,8 +156,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layout", choices=("nhwc", "nchw"), default="nhwc", help="memory format (default nhwc)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="VARIANT",
-                        help="the first is what the others are compared with; default: all that make sense here")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        metavar="VARIANT",
+        help="the first is what the others are compared with; default: all that make sense here",
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rounds", type=int, default=10, help="measurements of each (default 10)")
     parser.add_argument("--json", type=File, metavar="OUT", help="write the measurements there, after every part")
@@ -193,8 +207,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def set_up(options: argparse.Namespace, device: torch.device) -> tuple[Task, tuple[Supernet, Supernet, nn.Module]]:
     """Space, networks, paths and random images. Raises ValueError for what cannot be."""
-    space = spaces.make(options.space, width=options.width, image_size=options.image_size, restricted=True,
-                        split="cifar10")
+    space = spaces.make(
+        options.space, width=options.width, image_size=options.image_size, restricted=True, split="cifar10"
+    )
     block = options.block
     if not 0 <= block < space.blocks:
         raise ValueError(f"--block: there is no block {block}; choose 0 to {space.blocks - 1}")
@@ -212,7 +227,7 @@ def set_up(options: argparse.Namespace, device: torch.device) -> tuple[Task, tup
     torch.manual_seed(0)
     layout = torch.channels_last if options.layout == "nhwc" else torch.contiguous_format
     online = Supernet(space, options.hidden, options.out)
-    del online.blocks[block + 1:], online.projectors[block + 1:]
+    del online.blocks[block + 1 :], online.projectors[block + 1 :]
     for module in online.modules():
         if getattr(module, "is_norm", False):  # residual branches start with zero weights, which would hide mistakes
             nn.init.ones_(module.weight)
@@ -260,8 +275,9 @@ def agreeing(part: str, variants: dict[str, Variant], dtype: str, report: dict[s
     return running
 
 
-def time_part(part: str, variants: dict[str, Variant], rounds: int, device: torch.device,
-              report: dict[str, Any]) -> None:
+def time_part(
+    part: str, variants: dict[str, Variant], rounds: int, device: torch.device, report: dict[str, Any]
+) -> None:
     """Times one part of all variants in turn and adds it to the report. peak_gib: GPU memory beyond the networks'."""
     print(f"\n{part}", flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -304,9 +320,19 @@ def kernels_in_use(kernels: str) -> Iterator[None]:
         bossnas_kernels.use("auto")
 
 
-def eager_gbn_act(x: Tensor, weight: Tensor, bias: Tensor, *, groups: int = 1, residual: Tensor | None = None,
-                  act: str = "none", training: bool = True, running_mean: Tensor | None = None,
-                  running_var: Tensor | None = None, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
+def eager_gbn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    act: str = "none",
+    training: bool = True,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
     """`gbn_act` as a loop of F.batch_norm over the groups."""
     if training:
         mean, var = weight.new_zeros(2, groups, x.shape[1])
@@ -321,9 +347,19 @@ def eager_gbn_act(x: Tensor, weight: Tensor, bias: Tensor, *, groups: int = 1, r
     return ys[0] if groups == 1 else torch.cat(ys), mean, var
 
 
-def formula_gbn_act(x: Tensor, weight: Tensor, bias: Tensor, *, groups: int = 1, residual: Tensor | None = None,
-                    act: str = "none", training: bool = True, running_mean: Tensor | None = None,
-                    running_var: Tensor | None = None, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
+def formula_gbn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    act: str = "none",
+    training: bool = True,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
     """`gbn_act` written out over all groups at once, in fp32: what torch.compile can fuse best."""
     wide = x.unflatten(0, (groups, -1)).float()  # [groups, N, C, ...]
     spread = (-1, 1, x.shape[1], *(1,) * (x.dim() - 2))

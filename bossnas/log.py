@@ -22,8 +22,10 @@ PLAIN_SECONDS = 10  # without a terminal, progress is a line this often
 def setup(folder: Path | None, main: bool = True) -> None:
     """Console logging on the main rank (warnings alone elsewhere), and ``folder``/log.txt when given."""
     handlers: list[logging.Handler] = [
-        RichHandler(console=console, show_path=False, show_time=False, markup=False) if console.is_terminal
-        else logging.StreamHandler(sys.stderr)]
+        RichHandler(console=console, show_path=False, show_time=False, markup=False)
+        if console.is_terminal
+        else logging.StreamHandler(sys.stderr)
+    ]
     handlers[0].setLevel(logging.INFO if main else logging.WARNING)
     handlers[0].setFormatter(logging.Formatter("%(message)s"))
     if folder is not None and main:
@@ -62,7 +64,14 @@ def progress(title: str, total: int, done: int = 0, show: bool = True) -> Iterat
     if not (show and console.is_terminal):
         yield Task(title, total, done, None, show)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-               TextColumn("{task.fields[info]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[info]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as bar:
         yield Task(title, total, done, bar, show)

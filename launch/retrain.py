@@ -1,8 +1,8 @@
 """Trains a network on one or many workers:
 
-    python launch/retrain.py --config configs/bossnet_cifar10.yaml
-    torchrun --nproc-per-node 8 launch/retrain.py --config configs/bossnet_t0_imagenet.yaml
-    deepspeed launch/retrain.py --config configs/bossnet_t0_imagenet.yaml --set engine.name=deepspeed
+python launch/retrain.py --config configs/bossnet_cifar10.yaml
+torchrun --nproc-per-node 8 launch/retrain.py --config configs/bossnet_t0_imagenet.yaml
+deepspeed launch/retrain.py --config configs/bossnet_t0_imagenet.yaml --set engine.name=deepspeed
 """
 
 import os

@@ -1,7 +1,7 @@
 """Runs a search on one or many workers:
 
-    python launch/train.py --config configs/quickstart_ds.json
-    deepspeed launch/train.py --config configs/hytra_ds.json
+python launch/train.py --config configs/quickstart_ds.json
+deepspeed launch/train.py --config configs/hytra_ds.json
 """
 
 import os

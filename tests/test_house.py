@@ -17,8 +17,15 @@ ROOT = Path(__file__).resolve().parent.parent
 def faults(folder: Path, *command: str) -> str:
     """What a linter says of the packages in the folder; "" if nothing."""
     path = os.pathsep.join([str(folder), str(folder / "kernels"), str(Path(sys.executable).parent)])
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False,
-                         env={**os.environ, "PYTHONPATH": path, "PATH": path + os.pathsep + os.environ["PATH"]})
+    run = subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path, "PATH": path + os.pathsep + os.environ["PATH"]},
+    )
     return "" if run.returncode == 0 else run.stdout + run.stderr
 
 
@@ -31,15 +38,28 @@ def test_every_import_runs_downward(command):
     assert not faults(ROOT, *command)
 
 
-@pytest.mark.parametrize(("file", "line", "command", "fault"), [
-    ("errors.py", "from bossnas.config import shared", FLOORS, "bossnas.errors is not allowed to import"),
-    ("data/views.py", "def f():\n    from bossnas.search import run", FLOORS, "bossnas.data is not allowed to import"),
-    ("networks/nats.py", "from bossnas import runs", FLOORS, "bossnas.networks is not allowed to import bossnas.runs"),
-    ("news.py", "import torch", FLOORS, "news"),
-    ("supernet/heads.py", "import torch.distributed as dist", USERS, "torch.distributed"),
-    ("supernet/heads.py", "import torch\n\ntorch.distributed.barrier()", USERS, "torch.distributed"),
-    ("supernet/heads.py", "from bossnas_kernels import gbn_act", USERS, "bossnas_kernels"),
-])
+@pytest.mark.parametrize(
+    ("file", "line", "command", "fault"),
+    [
+        ("errors.py", "from bossnas.config import shared", FLOORS, "bossnas.errors is not allowed to import"),
+        (
+            "data/views.py",
+            "def f():\n    from bossnas.search import run",
+            FLOORS,
+            "bossnas.data is not allowed to import",
+        ),
+        (
+            "networks/nats.py",
+            "from bossnas import runs",
+            FLOORS,
+            "bossnas.networks is not allowed to import bossnas.runs",
+        ),
+        ("news.py", "import torch", FLOORS, "news"),
+        ("supernet/heads.py", "import torch.distributed as dist", USERS, "torch.distributed"),
+        ("supernet/heads.py", "import torch\n\ntorch.distributed.barrier()", USERS, "torch.distributed"),
+        ("supernet/heads.py", "from bossnas_kernels import gbn_act", USERS, "bossnas_kernels"),
+    ],
+)
 def test_the_checks_find_faults(tmp_path, file, line, command, fault):
     for name in ("bossnas", "kernels/bossnas_kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.gz", "__pycache__"))
@@ -52,8 +72,9 @@ def test_the_checks_find_faults(tmp_path, file, line, command, fault):
 def imported(file: Path) -> set[str]:
     """Full names of the modules that a file imports, in functions too."""
     nodes = list(ast.walk(ast.parse(file.read_text("utf-8"))))
-    return ({alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-            | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)})
+    return {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names} | {
+        node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)
+    }
 
 
 def test_kernels_need_torch_and_triton_only():

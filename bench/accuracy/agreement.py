@@ -58,8 +58,11 @@ def main(arguments: list[str] | None = None) -> None:
     print("|---|---|---|---|---|---|")
     for score, rows in found.items():
         for block, row in enumerate(rows):
-            print(f"| {score} | {block} | {row['paths']} | " + " | ".join(
-                _cell(row[key]) for key in (*SIZES, "between_seeds")) + " |")
+            print(
+                f"| {score} | {block} | {row['paths']} | "
+                + " | ".join(_cell(row[key]) for key in (*SIZES, "between_seeds"))
+                + " |"
+            )
     if options.json is not None:
         write_json(options.json, {"runs": [str(run) for run in options.runs], "scores": found})
 

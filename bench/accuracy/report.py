@@ -43,19 +43,44 @@ FAULTS = ("stacked", "prefix", "norms", "adapters", "predictor", "all")
 MAIN = ("untrained", "bootstrap", "instance at 25", "instance", "both")
 VARIED = ("lr0.15", "lr1.5", "paths2", "paths8", "batch256", "parallel", "images32", "steps300")
 TABLES: dict[str, list[tuple[str, str]]] = {
-    "The scores": [(setting, score) for setting in ("untrained", "bootstrap", "instance", "both")
-                   for score in (CENTRE, INSTANCE, POOLED, AGREEMENT, POOLED_AGREEMENT, RANK)],
-    "The repairs": [(setting, score) for setting in ("bootstrap", *(f"fault-{fault}" for fault in FAULTS))
-                    for score in (CENTRE, POOLED)],
-    "Training": [("untrained", POOLED)] + [
-        (f"{setting}{moment}", score) for setting, score in (
-            ("bootstrap", CENTRE), ("bootstrap", POOLED), ("instance", POOLED))
-        for moment in (" at 25", " at 50", "", "-steps300")],
-    "Variations of the training": [(f"{setting}-{varied}", score) for setting, scores in (
-        ("bootstrap", (CENTRE, POOLED)), ("instance", (POOLED,))) for varied in VARIED for score in scores],
-    "Variations of the rating": [(setting, POOLED) for setting in (
-        "untrained", "untrained-t0.1", "untrained-t0.5", "untrained-t1", "untrained-val2048", "untrained-images32",
-        "bootstrap-centre", "bootstrap-score-t0.5", "instance-t0.1", "instance-t0.5")]}
+    "The scores": [
+        (setting, score)
+        for setting in ("untrained", "bootstrap", "instance", "both")
+        for score in (CENTRE, INSTANCE, POOLED, AGREEMENT, POOLED_AGREEMENT, RANK)
+    ],
+    "The repairs": [
+        (setting, score)
+        for setting in ("bootstrap", *(f"fault-{fault}" for fault in FAULTS))
+        for score in (CENTRE, POOLED)
+    ],
+    "Training": [("untrained", POOLED)]
+    + [
+        (f"{setting}{moment}", score)
+        for setting, score in (("bootstrap", CENTRE), ("bootstrap", POOLED), ("instance", POOLED))
+        for moment in (" at 25", " at 50", "", "-steps300")
+    ],
+    "Variations of the training": [
+        (f"{setting}-{varied}", score)
+        for setting, scores in (("bootstrap", (CENTRE, POOLED)), ("instance", (POOLED,)))
+        for varied in VARIED
+        for score in scores
+    ],
+    "Variations of the rating": [
+        (setting, POOLED)
+        for setting in (
+            "untrained",
+            "untrained-t0.1",
+            "untrained-t0.5",
+            "untrained-t1",
+            "untrained-val2048",
+            "untrained-images32",
+            "bootstrap-centre",
+            "bootstrap-score-t0.5",
+            "instance-t0.1",
+            "instance-t0.5",
+        )
+    ],
+}
 
 
 def main() -> None:
@@ -71,15 +96,24 @@ def main() -> None:
     chosen = decided(choice)
     best, how = rows[chosen["setting"], chosen["score"]], chosen["combine"]
     result = {"choice": choice, "chosen": chosen, "sizes": truth.figures(truth.sizes)}
-    result["tables"] = {title: [compared(truth, rows[key], how) for key in keys if key in rows]
-                        for title, keys in TABLES.items()}
+    result["tables"] = {
+        title: [compared(truth, rows[key], how) for key in keys if key in rows] for title, keys in TABLES.items()
+    }
     result["tables"]["How blocks are put together"] = [compared(truth, best, how) for how in combine.HOW]
-    result["many"] = {f"{setting}, {score}": many(truth, row, how) for (setting, score), row in rows.items()
-                      if len(row.ratings) >= 3 * len(SEEDS) and score in (INSTANCE, POOLED)}
-    result["blocks"] = {f"{setting}, {score}": blocks(truth, rows[setting, score]) for setting in MAIN
-                        for score in (CENTRE, POOLED) if (setting, score) in rows}
-    result["size"] = beside_size(truth, {key: rows[key] for key in itertools.product(MAIN, (INSTANCE, POOLED))
-                                         if key in rows}, how)
+    result["many"] = {
+        f"{setting}, {score}": many(truth, row, how)
+        for (setting, score), row in rows.items()
+        if len(row.ratings) >= 3 * len(SEEDS) and score in (INSTANCE, POOLED)
+    }
+    result["blocks"] = {
+        f"{setting}, {score}": blocks(truth, rows[setting, score])
+        for setting in MAIN
+        for score in (CENTRE, POOLED)
+        if (setting, score) in rows
+    }
+    result["size"] = beside_size(
+        truth, {key: rows[key] for key in itertools.product(MAIN, (INSTANCE, POOLED)) if key in rows}, how
+    )
     print("\n".join(markdown(result)))
     if options.json is not None:
         options.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
@@ -138,7 +172,7 @@ class Truth:
         for choice in choices:
             start = 0
             for block, layers in enumerate(LAYERS):
-                paths[block].append("".join(map(str, choice[start:start + layers])))
+                paths[block].append("".join(map(str, choice[start : start + layers])))
                 start += layers
         self.accuracy, self.names, self.places = accuracy, [], []
         for of_block in paths:
@@ -187,10 +221,15 @@ class Truth:
         of_part, accuracy = {name: score[part] for name, score in scores.items()}, self.accuracy[part]
         within = correlation.within(self.sizes["params"][part], of_part, accuracy)
         top = accuracy >= np.quantile(accuracy, 1 - correlation.TOP)
-        return {name: {"spearman": self.spearman(scores[name], part), "within": within[name],
-                       "kendall": float(stats.kendalltau(score, accuracy).statistic),
-                       "top": float(stats.kendalltau(score[top], accuracy[top]).statistic)}
-                for name, score in of_part.items()}
+        return {
+            name: {
+                "spearman": self.spearman(scores[name], part),
+                "within": within[name],
+                "kendall": float(stats.kendalltau(score, accuracy).statistic),
+                "top": float(stats.kendalltau(score[top], accuracy[top]).statistic),
+            }
+            for name, score in of_part.items()
+        }
 
 
 def ranked(truth: Truth, rows: Mapping[Any, Row]) -> list[dict[str, Any]]:
@@ -200,10 +239,17 @@ def ranked(truth: Truth, rows: Mapping[Any, Row]) -> list[dict[str, Any]]:
     for row in rows.values():
         for how in combine.HOW:
             totals = [truth.total(rating, how) for rating in row.of_seeds]
-            found.append({"setting": row.setting, "score": row.score, "combine": how, "seeds": len(totals),
-                          **_spread([truth.spearman(total, truth.choosing) for total in totals]),
-                          "reporting": _spread([truth.spearman(total, truth.reporting) for total in totals]),
-                          "cpu_seconds": row.cpu_seconds})
+            found.append(
+                {
+                    "setting": row.setting,
+                    "score": row.score,
+                    "combine": how,
+                    "seeds": len(totals),
+                    **_spread([truth.spearman(total, truth.choosing) for total in totals]),
+                    "reporting": _spread([truth.spearman(total, truth.reporting) for total in totals]),
+                    "cpu_seconds": row.cpu_seconds,
+                }
+            )
     # a setting of one seed is no candidate: chance would choose it
     return sorted(found, key=lambda r: (r["seeds"] == len(SEEDS), r["mean"]), reverse=True)
 
@@ -234,22 +280,28 @@ def compared(truth: Truth, row: Row, how: str) -> dict[str, Any]:
         scores |= {f"alone {i}": total, f"with size {i}": truth.with_size(total)}
     scores |= {"summed": sum(totals), "summed with size": truth.with_size(sum(totals))}
     found = truth.figures(scores)
-    result: dict[str, Any] = {"setting": row.setting, "score": row.score, "combine": how, "seeds": len(totals),
-                              "cpu_seconds": row.cpu_seconds}
+    result: dict[str, Any] = {
+        "setting": row.setting,
+        "score": row.score,
+        "combine": how,
+        "seeds": len(totals),
+        "cpu_seconds": row.cpu_seconds,
+    }
     for kind in ("alone", "with size"):
         result[kind] = _spreads([found[f"{kind} {i}"] for i in range(len(totals))])
     if len(totals) > 1:
         result |= {"summed": found["summed"], "summed with size": found["summed with size"]}
-        result["between_seeds"] = float(np.mean([stats.spearmanr(totals[i], totals[j]).statistic
-                                                 for i in range(len(totals)) for j in range(i)]))
+        result["between_seeds"] = float(
+            np.mean([stats.spearmanr(totals[i], totals[j]).statistic for i in range(len(totals)) for j in range(i)])
+        )
     return result
 
 
 def many(truth: Truth, row: Row, how: str) -> dict[str, Any]:
     """Of nine seeds: each, sums of three, and all of them."""
-    ratings, result = [row.ratings[seed] for seed in sorted(row.ratings)][:3 * len(SEEDS)], {}
+    ratings, result = [row.ratings[seed] for seed in sorted(row.ratings)][: 3 * len(SEEDS)], {}
     for name, count in (("one", 1), ("three", len(SEEDS)), ("nine", len(ratings))):
-        sums = [truth.summed(ratings[i:i + count], how) for i in range(0, len(ratings), count)]
+        sums = [truth.summed(ratings[i : i + count], how) for i in range(0, len(ratings), count)]
         for kind, scores in ((name, sums), (f"{name} with size", map(truth.with_size, sums))):
             result[kind] = _spreads(list(truth.figures({str(i): s for i, s in enumerate(scores)}).values()))
     return result
@@ -268,8 +320,9 @@ def blocks(truth: Truth, row: Row) -> list[dict[str, Any]]:
 def beside_size(truth: Truth, rows: Mapping[tuple[str, str], Row], how: str) -> list[dict[str, Any]]:
     """What the seeds' sums add to size, of all blocks and without the last one, by how much size counts (None: ranks
     added up); and, as a control, size alone in which the last layer counts less. On both parts."""
-    scores: dict[tuple[str, float | None], np.ndarray] = {("size, last layer x", last): truth.log_channels(last)
-                                                          for last in LAST}
+    scores: dict[tuple[str, float | None], np.ndarray] = {
+        ("size, last layer x", last): truth.log_channels(last) for last in LAST
+    }
     for (setting, score), row in rows.items():
         for of, name in (((0, 1, 2), f"{setting}, {score}"), ((0, 1), f"{setting}, {score} of blocks 0, 1")):
             total = truth.summed(row.of_seeds, how, of)
@@ -284,32 +337,76 @@ def beside_size(truth: Truth, rows: Mapping[tuple[str, str], Row], how: str) -> 
 
 def markdown(result: Mapping[str, Any]) -> list[str]:
     chosen = result["chosen"]
-    lines = ["### The choice", "", "| setting | score | blocks | choosing part | reporting part | CPU s |",
-             "|---" * 6 + "|"]
-    lines += [_line(row["setting"], row["score"], row["combine"], _mean(row), _mean(row["reporting"]),
-                    f"{row['cpu_seconds']:.0f}")
-              for row in result["choice"][:12]]
-    lines += ["", f"Chosen: {chosen['setting']}, {chosen['score']}, {chosen['combine']}.", "", "### Size", "",
-              "| size | Spearman | within 10 % | Kendall | top 10 % |", "|---" * 5 + "|"]
+    lines = [
+        "### The choice",
+        "",
+        "| setting | score | blocks | choosing part | reporting part | CPU s |",
+        "|---" * 6 + "|",
+    ]
+    lines += [
+        _line(
+            row["setting"],
+            row["score"],
+            row["combine"],
+            _mean(row),
+            _mean(row["reporting"]),
+            f"{row['cpu_seconds']:.0f}",
+        )
+        for row in result["choice"][:12]
+    ]
+    lines += [
+        "",
+        f"Chosen: {chosen['setting']}, {chosen['score']}, {chosen['combine']}.",
+        "",
+        "### Size",
+        "",
+        "| size | Spearman | within 10 % | Kendall | top 10 % |",
+        "|---" * 5 + "|",
+    ]
     lines += [_line(name, *(f"{value:.3f}" for value in figures.values())) for name, figures in result["sizes"].items()]
     for title, rows in result["tables"].items():
-        lines += ["", f"### {title}", "", "| setting | score | blocks | one seed | with size | sum of three | "
-                  "with size | between seeds | CPU s |", "|---" * 9 + "|"]
+        lines += [
+            "",
+            f"### {title}",
+            "",
+            "| setting | score | blocks | one seed | with size | sum of three | with size | between seeds | CPU s |",
+            "|---" * 9 + "|",
+        ]
         for row in rows:
             name = row["setting"] + ("" if row["seeds"] == len(SEEDS) else f" ({row['seeds']} seed(s))")
-            lines.append(_line(name, row["score"], row["combine"], *(
-                _two(row.get(kind)) for kind in ("alone", "with size", "summed", "summed with size")),
-                f"{row['between_seeds']:.2f}" if "between_seeds" in row else "", f"{row['cpu_seconds']:.0f}"))
-    lines += ["", "### Nine seeds", "", "| rating | one | sum of three | with size | sum of nine | with size |",
-              "|---" * 6 + "|"]
+            lines.append(
+                _line(
+                    name,
+                    row["score"],
+                    row["combine"],
+                    *(_two(row.get(kind)) for kind in ("alone", "with size", "summed", "summed with size")),
+                    f"{row['between_seeds']:.2f}" if "between_seeds" in row else "",
+                    f"{row['cpu_seconds']:.0f}",
+                )
+            )
+    lines += [
+        "",
+        "### Nine seeds",
+        "",
+        "| rating | one | sum of three | with size | sum of nine | with size |",
+        "|---" * 6 + "|",
+    ]
     for name, row in result["many"].items():
-        lines.append(_line(name, *(_two(row[kind]) for kind in (
-            "one", "three", "three with size", "nine", "nine with size"))))
+        lines.append(
+            _line(name, *(_two(row[kind]) for kind in ("one", "three", "three with size", "nine", "nine with size")))
+        )
     lines += ["", "### Blocks alone", "", "| rating | block 0 | block 1 | block 2 |", "|---" * 4 + "|"]
-    lines += [_line(name, *(f"{_mean(block)} of {block['ceiling']:.3f}" for block in of))
-              for name, of in result["blocks"].items()]
-    lines += ["", "### Beside size: half each, and the best weight by the choosing part", "",
-              "| score | choosing part | reporting part |", "|---" * 3 + "|"]
+    lines += [
+        _line(name, *(f"{_mean(block)} of {block['ceiling']:.3f}" for block in of))
+        for name, of in result["blocks"].items()
+    ]
+    lines += [
+        "",
+        "### Beside size: half each, and the best weight by the choosing part",
+        "",
+        "| score | choosing part | reporting part |",
+        "|---" * 3 + "|",
+    ]
     for name, rows in itertools.groupby(result["size"], key=lambda row: row["name"]):
         rows = list(rows)
         best = max(rows, key=lambda row: row["choosing"]["spearman"])

@@ -43,10 +43,27 @@ from bossnas.supernet.scores import BETTER  # noqa: E402
 from bossnas.supernet.supernet import Item, Supernet  # noqa: E402
 from bossnas.supernet.train_block import train_block  # noqa: E402
 
-BASE = ["space.name=nats", "space.split=cifar10", "space.image_size=16", "heads.hidden=512", "heads.out=128",
-        "data.recipe=cifar", "data.workers=0", "data.val_images=512", "train.batch=128", "train.micro_batch=128",
-        "train.epochs=2", "train.steps_per_epoch=50", "train.lr=0.5", "train.warmup_epochs=0.2", "train.paths=4",
-        "rating.batch=256", "rating.calibration_images=256", "rating.every_epochs=0", "engine.device=cpu"]
+BASE = [
+    "space.name=nats",
+    "space.split=cifar10",
+    "space.image_size=16",
+    "heads.hidden=512",
+    "heads.out=128",
+    "data.recipe=cifar",
+    "data.workers=0",
+    "data.val_images=512",
+    "train.batch=128",
+    "train.micro_batch=128",
+    "train.epochs=2",
+    "train.steps_per_epoch=50",
+    "train.lr=0.5",
+    "train.warmup_epochs=0.2",
+    "train.paths=4",
+    "rating.batch=256",
+    "rating.calibration_images=256",
+    "rating.every_epochs=0",
+    "engine.device=cpu",
+]
 FAULTS = ("stacked", "prefix", "norms", "adapters", "predictor")
 OWN = "pooled_instance_discrimination"  # the score that chooses the prefix
 
@@ -65,8 +82,12 @@ class Setting:
 
 def _settings() -> dict[str, Setting]:
     bootstrap, instance = "train.objective=bootstrap", "train.objective=instance"
-    found = {"untrained": Setting(train=False), "instance": Setting((instance,), rate_at=(25, 50)),
-             "bootstrap": Setting((bootstrap,), rate_at=(25, 50)), "both": Setting(("train.objective=both",))}
+    found = {
+        "untrained": Setting(train=False),
+        "instance": Setting((instance,), rate_at=(25, 50)),
+        "bootstrap": Setting((bootstrap,), rate_at=(25, 50)),
+        "both": Setting(("train.objective=both",)),
+    }
     for fault in FAULTS:
         found[f"fault-{fault}"] = Setting((bootstrap,), faults=(fault,))
     found["fault-all"] = Setting((bootstrap,), faults=FAULTS)
@@ -116,8 +137,11 @@ def main(arguments: list[str] | None = None) -> None:
                         parser.error(str(error))
                     write_json(file, {"setting": name, "seed": seed, **found})
                 elif not file.exists():
-                    print(f"{name}, seed {seed}: begun by another process (if there is none, remove "
-                          f"{file.with_suffix('.begun')})", flush=True)
+                    print(
+                        f"{name}, seed {seed}: begun by another process (if there is none, remove "
+                        f"{file.with_suffix('.begun')})",
+                        flush=True,
+                    )
 
 
 @contextlib.contextmanager
@@ -140,17 +164,32 @@ def _claimed(file: Folder) -> Iterator[bool]:
 
 def run(setting: Setting, seed: int, data: str, more: list[str]) -> dict[str, Any]:
     """The ratings of all blocks: ``blocks[k]["ratings"][step or "end"][score][path]``, larger is better."""
-    config = load(None, [*BASE, f"data.train={data}/train-*.tar", f"data.val={data}/test-*.tar", f"seed={seed}",
-                         f"rating.score={setting.chosen_by}", *setting.sets, *more])
+    config = load(
+        None,
+        [
+            *BASE,
+            f"data.train={data}/train-*.tar",
+            f"data.val={data}/test-*.tar",
+            f"seed={seed}",
+            f"rating.score={setting.chosen_by}",
+            *setting.sets,
+            *more,
+        ],
+    )
     began = time.process_time()
     if config.schedule == "block_parallel":
         blocks, trained = _all_at_once(config), None
     else:
         blocks, trained = _one_by_one(config, setting)
     total = time.process_time() - began
-    return {"sets": [*setting.sets, *more], "faults": list(setting.faults), "chosen_by": setting.chosen_by,
-            "blocks": blocks, "torch": torch.__version__,
-            "cpu_seconds": {"all": round(total, 1), "train": None if trained is None else round(trained, 1)}}
+    return {
+        "sets": [*setting.sets, *more],
+        "faults": list(setting.faults),
+        "chosen_by": setting.chosen_by,
+        "blocks": blocks,
+        "torch": torch.__version__,
+        "cpu_seconds": {"all": round(total, 1), "train": None if trained is None else round(trained, 1)},
+    }
 
 
 def _all_at_once(config: Config) -> list[dict[str, Any]]:
@@ -158,8 +197,14 @@ def _all_at_once(config: Config) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         out = search(override(config, [f"out={folder}/run", f"checkpoint.every_steps={config.train.steps_per_epoch}"]))
         files = [json.loads((out / "ratings" / f"block_{b}.json").read_text(encoding="utf-8")) for b in range(3)]
-    return [{"prefix": of["prefix"], "winner": _best(_signed(of["scores"]), of["score"]),
-             "ratings": {"end": _signed(of["scores"])}} for of in files]
+    return [
+        {
+            "prefix": of["prefix"],
+            "winner": _best(_signed(of["scores"]), of["score"]),
+            "ratings": {"end": _signed(of["scores"])},
+        }
+        for of in files
+    ]
 
 
 def _one_by_one(config: Config, setting: Setting) -> tuple[list[dict[str, Any]], float]:
@@ -189,8 +234,10 @@ def _best(ratings: dict[str, dict[str, float]], score: str) -> str:
 
 def _signed(scores: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """Larger is better."""
-    return {score: {path: value if BETTER[score] == "higher" else -value for path, value in values.items()}
-            for score, values in scores.items()}
+    return {
+        score: {path: value if BETTER[score] == "higher" else -value for path, value in values.items()}
+        for score, values in scores.items()
+    }
 
 
 def training(run: Run, setting: Setting) -> Iterator[int]:
@@ -230,9 +277,21 @@ def training(run: Run, setting: Setting) -> Iterator[int]:
     for b in before:
         run.online.part(b).requires_grad_(True)
     engine.wrap(trained, followers, optimizer)
-    steps = train_block(run.online, target, run.predictors[block], run.space, engine, inputs(), state, config.train,
-                        prefix=state.winners, accumulate=run.accumulate, steps_per_epoch=run.steps_per_epoch,
-                        seed=config.seed, device=run.device)
+    steps = train_block(
+        run.online,
+        target,
+        run.predictors[block],
+        run.space,
+        engine,
+        inputs(),
+        state,
+        config.train,
+        prefix=state.winners,
+        accumulate=run.accumulate,
+        steps_per_epoch=run.steps_per_epoch,
+        seed=config.seed,
+        device=run.device,
+    )
     half = total_steps(run) // 2
     for step in steps:
         if step is None:

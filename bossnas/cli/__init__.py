@@ -11,9 +11,13 @@ from bossnas import __version__
 from bossnas.cli import data, networks, planning, search, selection
 from bossnas.distributed import launch
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                  context_settings={"help_option_names": ["-h", "--help"]},
-                  help="Block-wise self-supervised neural architecture search for hybrid CNN-transformers.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Block-wise self-supervised neural architecture search for hybrid CNN-transformers.",
+)
 for work in (search, selection, data, planning, networks):
     app.add_typer(work.app)
 
@@ -25,8 +29,11 @@ def _version(show: bool) -> None:
 
 
 @app.callback()
-def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
-                                                   help="Print the version.")] = False) -> None:
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     pass
 
 

@@ -13,15 +13,22 @@ app = typer.Typer()
 
 
 @app.command(epilog="Example: bossnas pack ~/pictures shards/pictures   or: bossnas pack --verify shards/pictures")
-def pack(folder: Annotated[Path | None, typer.Argument(help="Images: a folder, ImageNet, or CIFAR's download.")] = None,
-         out: Annotated[Path | None, typer.Argument(help="Folder for the shards.")] = None,
-         kind: Annotated[str, typer.Option(help="auto | folder | imagenet | cifar10 | cifar100.")] = "auto",
-         val_labels: Annotated[Path | None, typer.Option(help="Labels of ImageNet's val images without class folders; "
-                                                              "default: looked for in the usual places.")] = None,
-         shard_mb: Annotated[int, typer.Option(min=1, help="Size of a shard, MB.")] = 64,
-         workers: Annotated[int | None, typer.Option(min=1, help="Shards at a time; default: one per core.")] = None,
-         verify: Annotated[bool, typer.Option("--verify", metavar="OUT",
-                                              help="Check the shards in OUT instead of packing.")] = False) -> None:
+def pack(
+    folder: Annotated[Path | None, typer.Argument(help="Images: a folder, ImageNet, or CIFAR's download.")] = None,
+    out: Annotated[Path | None, typer.Argument(help="Folder for the shards.")] = None,
+    kind: Annotated[str, typer.Option(help="auto | folder | imagenet | cifar10 | cifar100.")] = "auto",
+    val_labels: Annotated[
+        Path | None,
+        typer.Option(
+            help="Labels of ImageNet's val images without class folders; default: looked for in the usual places."
+        ),
+    ] = None,
+    shard_mb: Annotated[int, typer.Option(min=1, help="Size of a shard, MB.")] = 64,
+    workers: Annotated[int | None, typer.Option(min=1, help="Shards at a time; default: one per core.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", metavar="OUT", help="Check the shards in OUT instead of packing.")
+    ] = False,
+) -> None:
     """Pack images into WebDataset shards, or verify such. An interrupted packing continues when called again."""
     from bossnas import log
     from bossnas.data.packing.pack import pack as pack_folder
@@ -30,22 +37,30 @@ def pack(folder: Annotated[Path | None, typer.Argument(help="Images: a folder, I
     log.setup(None)
     if verify:
         if folder is None or out is not None or kind != "auto" or val_labels is not None:
-            raise ConfigError("--verify", "takes one folder of shards and no options but --workers",
-                              "see bossnas pack --help")
+            raise ConfigError(
+                "--verify", "takes one folder of shards and no options but --workers", "see bossnas pack --help"
+            )
         found = verify_shards(folder, workers)
         for entry in found["problems"]:
             typer.echo(f"{entry['shard']}: {entry['problem']}; {entry['fix']}")
         if found["problems"]:
-            raise ConfigError("--verify", f"{len(found['problems'])} problems with the shards in {folder}",
-                              "mend them as said above")
-        typer.echo(f"{found['samples']} images in {found['shards']} shards are whole"
-                   + ("" if found["checksums"] else ", as far as can be told without pack.json and its checksums"))
+            raise ConfigError(
+                "--verify", f"{len(found['problems'])} problems with the shards in {folder}", "mend them as said above"
+            )
+        typer.echo(
+            f"{found['samples']} images in {found['shards']} shards are whole"
+            + ("" if found["checksums"] else ", as far as can be told without pack.json and its checksums")
+        )
         return
     if folder is None or out is None:
         raise ConfigError("FOLDER" if folder is None else "OUT", "is missing", "see bossnas pack --help")
     result = pack_folder(folder, out, shard_mb, kind=kind, val_labels=val_labels, workers=workers)
     for split, size in result["splits"].items():
-        typer.echo(f"{split}: {size['samples']} images in {size['shards']} shards, {size['bytes'] / 1e6:.1f} MB, "
-                   f"as {out / split}-*.tar")
-    typer.echo(f"{len(result['classes'])} classes, {len(result['bad'])} unreadable images left out, "
-               f"{result['kept']} shards kept from an earlier run")
+        typer.echo(
+            f"{split}: {size['samples']} images in {size['shards']} shards, {size['bytes'] / 1e6:.1f} MB, "
+            f"as {out / split}-*.tar"
+        )
+    typer.echo(
+        f"{len(result['classes'])} classes, {len(result['bad'])} unreadable images left out, "
+        f"{result['kept']} shards kept from an earlier run"
+    )

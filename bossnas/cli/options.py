@@ -13,13 +13,20 @@ from bossnas.errors import ConfigError
 from bossnas.selection.combine import HOW
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="JSON or YAML config file.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE",
-                                                     help="Override a key of the config; may be repeated.")]
-Resume = Annotated[str, typer.Option(
-    metavar="auto|never|PATH", help="never: begin; auto: begin, or go on with the run that the folder holds; PATH: "
-    "go on from that run, or from its RUN/checkpoints/NAME.")]
-Combine = Annotated[str, typer.Option("--combine", help="How the scores of blocks are put together: "
-                                      + " | ".join(HOW) + ".")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override a key of the config; may be repeated.")
+]
+Resume = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|never|PATH",
+        help="never: begin; auto: begin, or go on with the run that the folder holds; PATH: "
+        "go on from that run, or from its RUN/checkpoints/NAME.",
+    ),
+]
+Combine = Annotated[
+    str, typer.Option("--combine", help="How the scores of blocks are put together: " + " | ".join(HOW) + ".")
+]
 LocalRank = Annotated[int, typer.Option("--local_rank", hidden=True)]  # DeepSpeed's launcher gives it
 
 

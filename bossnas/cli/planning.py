@@ -14,21 +14,28 @@ from bossnas.config.loading import load
 app = typer.Typer()
 
 
-@app.command(name="plan", epilog="Example: bossnas plan --config configs/hytra_ds.json --gpus 8,64,256 --gpu h100 "
-                                 "--set data.views_on=device --json plan.json")
-def plan_command(config: ConfigFile, overrides: Overrides = None,
-                 gpus: Annotated[str, typer.Option(help="Numbers of GPUs, such as 8 or 8,64.")] = "1,8,64,256,1024",
-                 gpu: Annotated[str, typer.Option(help="v100 | a100-40 | a100 | h100 | h200 | b200 | mi300x")] = "h100",
-                 architecture: Annotated[str | None, typer.Option(help="Winners to assume; default: average.")] = None,
-                 train_images: Annotated[int | None, typer.Option(
-                     min=1, help="Training images; default: of ImageNet, CIFAR or the sample.")] = None,
-                 val_images: Annotated[int | None, typer.Option(
-                     min=1, help="Validation images; default: as above.")] = None,
-                 kernel_rates: Annotated[list[Path] | None, typer.Option(
-                     help="JSON of bench/step.py on one such GPU; may be repeated, a block each.")] = None,
-                 tflops: Annotated[float | None, typer.Option(help="TFLOP/s that matrix products sustain.")] = None,
-                 gbps: Annotated[float | None, typer.Option(help="GB/s that the GPU's memory sustains.")] = None,
-                 json: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None) -> None:
+@app.command(
+    name="plan",
+    epilog="Example: bossnas plan --config configs/hytra_ds.json --gpus 8,64,256 --gpu h100 "
+    "--set data.views_on=device --json plan.json",
+)
+def plan_command(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs, such as 8 or 8,64.")] = "1,8,64,256,1024",
+    gpu: Annotated[str, typer.Option(help="v100 | a100-40 | a100 | h100 | h200 | b200 | mi300x")] = "h100",
+    architecture: Annotated[str | None, typer.Option(help="Winners to assume; default: average.")] = None,
+    train_images: Annotated[
+        int | None, typer.Option(min=1, help="Training images; default: of ImageNet, CIFAR or the sample.")
+    ] = None,
+    val_images: Annotated[int | None, typer.Option(min=1, help="Validation images; default: as above.")] = None,
+    kernel_rates: Annotated[
+        list[Path] | None, typer.Option(help="JSON of bench/step.py on one such GPU; may be repeated, a block each.")
+    ] = None,
+    tflops: Annotated[float | None, typer.Option(help="TFLOP/s that matrix products sustain.")] = None,
+    gbps: Annotated[float | None, typer.Option(help="GB/s that the GPU's memory sustains.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
+) -> None:
     """Memory, communication and hours of a search on a number of GPUs, on paper: nothing is trained."""
     from rich.console import Console
 
@@ -38,9 +45,17 @@ def plan_command(config: ConfigFile, overrides: Overrides = None,
 
     check_writable(json)
     log.setup(None)
-    result = plan.plan(load(config, overrides), plan.read_gpus(gpus), gpu, architecture=architecture,
-                       train_images=train_images, val_images=val_images, measured=kernel_rates or [], tflops=tflops,
-                       gbps=gbps)
+    result = plan.plan(
+        load(config, overrides),
+        plan.read_gpus(gpus),
+        gpu,
+        architecture=architecture,
+        train_images=train_images,
+        val_images=val_images,
+        measured=kernel_rates or [],
+        tflops=tflops,
+        gbps=gbps,
+    )
     tables.show(result, Console(width=None if sys.stdout.isatty() else 175))
     if json is not None:
         write_json(json, result)

@@ -16,27 +16,35 @@ app = typer.Typer()
 
 
 @app.command(name="search", epilog="Example: bossnas search --config configs/quickstart_ds.json --set out=runs/a")
-def search_command(config: ConfigFile, overrides: Overrides = None, resume: Resume = "never",
-                   local_rank: LocalRank = 0) -> None:
+def search_command(
+    config: ConfigFile, overrides: Overrides = None, resume: Resume = "never", local_rank: LocalRank = 0
+) -> None:
     """Search an architecture: train, rate and select block by block. Results go to the config's `out` folder."""
     from bossnas.search.search import search
 
     search(load(config, overrides), None if resume == "never" else resume)
 
 
-@app.command(epilog="Example: bossnas rate runs/quickstart --block 0 --set rating.temperature=0.1   or, without a run: "
-                    "bossnas rate --untrained --config configs/quickstart_ds.json --set out=runs/untrained")
-def rate(run: Annotated[Path | None, typer.Argument(help="Run folder.")] = None,
-         block: Annotated[list[int] | None, typer.Option(help="Block to rate, from 0; default: all finished.")] = None,
-         untrained: Annotated[bool, typer.Option("--untrained", help="Rate a supernet with random weights.")] = False,
-         config: Annotated[Path | None, typer.Option("--config", "-c", help="Config file, with --untrained.")] = None,
-         overrides: Overrides = None) -> None:
+@app.command(
+    epilog="Example: bossnas rate runs/quickstart --block 0 --set rating.temperature=0.1   or, without a run: "
+    "bossnas rate --untrained --config configs/quickstart_ds.json --set out=runs/untrained"
+)
+def rate(
+    run: Annotated[Path | None, typer.Argument(help="Run folder.")] = None,
+    block: Annotated[list[int] | None, typer.Option(help="Block to rate, from 0; default: all finished.")] = None,
+    untrained: Annotated[bool, typer.Option("--untrained", help="Rate a supernet with random weights.")] = False,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="Config file, with --untrained.")] = None,
+    overrides: Overrides = None,
+) -> None:
     """Rate the finished blocks of a run again and rewrite their rating files, or rate a supernet without training."""
     from bossnas.search import rerate
 
     if untrained == (run is not None):
-        raise ConfigError("RUN", "is missing" if run is None else "and --untrained exclude each other",
-                          "name a run folder, or give --untrained --config FILE")
+        raise ConfigError(
+            "RUN",
+            "is missing" if run is None else "and --untrained exclude each other",
+            "name a run folder, or give --untrained --config FILE",
+        )
     if untrained and (config is None or block is not None):
         raise ConfigError("--untrained", "needs --config and rates all blocks", "see bossnas rate --help")
     if run is not None and config is not None:
@@ -49,16 +57,22 @@ def rate(run: Annotated[Path | None, typer.Argument(help="Run folder.")] = None,
         typer.echo("\n".join(map(str, written)))
 
 
-@app.command(name="export-weights",
-             epilog="Example: bossnas export-weights runs/quickstart quickstart.safetensors --force")
-def export_weights(run: Annotated[Path, typer.Argument(help="Run folder.")],
-                   out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="File to write.")],
-                   checkpoint: Annotated[str | None, typer.Option(metavar="NAME", help="Of RUN/checkpoints; default: "
-                                                                  "the last one.")] = None,
-                   force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False) -> None:
+@app.command(
+    name="export-weights", epilog="Example: bossnas export-weights runs/quickstart quickstart.safetensors --force"
+)
+def export_weights(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="File to write.")],
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of RUN/checkpoints; default: the last one.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+) -> None:
     """Write the weights of a run's online and target network and predictors to one safetensors file."""
     from bossnas.runs import weights
 
     about = weights.export(run, out, checkpoint, force)
-    typer.echo(f"{out}: {about['space']} after {len(about['winners'])} finished blocks, from checkpoint "
-               f"{about['checkpoint']}, {out.stat().st_size / 1e6:.1f} MB")
+    typer.echo(
+        f"{out}: {about['space']} after {len(about['winners'])} finished blocks, from checkpoint "
+        f"{about['checkpoint']}, {out.stat().st_size / 1e6:.1f} MB"
+    )

@@ -17,19 +17,24 @@ app = typer.Typer()
 
 
 @app.command(epilog="Example: bossnas select runs/quickstart --max-macs 5M --max-params 1M --top 3 --front macs")
-def select(run: Annotated[list[Path], typer.Argument(help="Folder of a finished run; several, that differ in their "
-                                                          "seed: the sum of their ratings.")],
-           score: Annotated[str | None, typer.Option(help="Score of the rating files; default: the run's own.")] = None,
-           combine: Combine = "sum",
-           size_weight: Annotated[float, typer.Option(help="How much the log of the layers' channels counts beside the "
-                                                      "rating; 1: as much.")] = 0.0,
-           max_macs: Annotated[str | None, typer.Option(help="Most multiply-adds of an image, such as 600M.")] = None,
-           max_params: Annotated[str | None, typer.Option(help="Most parameters, such as 5M.")] = None,
-           max_latency_ms: Annotated[str | None, typer.Option(help="Most milliseconds; needs --latency.")] = None,
-           latency: Annotated[Path | None, typer.Option(help="Table of bossnas cost --measure --json.")] = None,
-           top: Annotated[int, typer.Option(min=1, max=1000, help="How many architectures, the best first.")] = 5,
-           front: Annotated[str | None, typer.Option(help="Pareto front against macs, params or latency_ms.")] = None,
-           json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None) -> None:
+def select(
+    run: Annotated[
+        list[Path],
+        typer.Argument(help="Folder of a finished run; several, that differ in their seed: the sum of their ratings."),
+    ],
+    score: Annotated[str | None, typer.Option(help="Score of the rating files; default: the run's own.")] = None,
+    combine: Combine = "sum",
+    size_weight: Annotated[
+        float, typer.Option(help="How much the log of the layers' channels counts beside the rating; 1: as much.")
+    ] = 0.0,
+    max_macs: Annotated[str | None, typer.Option(help="Most multiply-adds of an image, such as 600M.")] = None,
+    max_params: Annotated[str | None, typer.Option(help="Most parameters, such as 5M.")] = None,
+    max_latency_ms: Annotated[str | None, typer.Option(help="Most milliseconds; needs --latency.")] = None,
+    latency: Annotated[Path | None, typer.Option(help="Table of bossnas cost --measure --json.")] = None,
+    top: Annotated[int, typer.Option(min=1, max=1000, help="How many architectures, the best first.")] = 5,
+    front: Annotated[str | None, typer.Option(help="Pareto front against macs, params or latency_ms.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
+) -> None:
     """Select the best architectures of a run's ratings under limits. The run folder stays as it is."""
     from bossnas.files import write_json
     from bossnas.selection import select as selection
@@ -38,62 +43,94 @@ def select(run: Annotated[list[Path], typer.Argument(help="Folder of a finished 
     costs = {name: cost for cost, name in selection.NAMES.items()}
     if front is not None and front not in costs:
         raise ConfigError("--front", f"there is no cost {front!r}", f"choose {', '.join(costs)}")
-    given = {"macs": ("--max-macs", max_macs, 1), "params": ("--max-params", max_params, 1),
-             "latency_ns": ("--max-latency-ms", max_latency_ms, 10 ** 6)}
+    given = {
+        "macs": ("--max-macs", max_macs, 1),
+        "params": ("--max-params", max_params, 1),
+        "latency_ns": ("--max-latency-ms", max_latency_ms, 10**6),
+    }
     limits = {cost: _amount(*value) for cost, value in given.items() if value[1] is not None}
     check_writable(json)
-    result = selection.select(run, score=score, how=combine, size_weight=size_weight, limits=limits, top=top,
-                              latencies=latency, front_cost=None if front is None else costs[front])
+    result = selection.select(
+        run,
+        score=score,
+        how=combine,
+        size_weight=size_weight,
+        limits=limits,
+        top=top,
+        latencies=latency,
+        front_cost=None if front is None else costs[front],
+    )
     typer.echo("\n".join(selection.lines(result)))
     if json is not None:
         write_json(json, result)
 
 
 @app.command(epilog="Example: bossnas cost --config configs/hytra_ds.json --architecture '5433|3230|0010|0000'")
-def cost(config: ConfigFile, overrides: Overrides = None,
-         architecture: Annotated[str | None, typer.Option(help="Cost of this one; default: the whole table.")] = None,
-         measure: Annotated[bool, typer.Option("--measure", help="Measure latencies on this device, too.")] = False,
-         batch: Annotated[int, typer.Option(min=1, help="Images in a measured batch.")] = 1,
-         repeats: Annotated[int, typer.Option(min=3, help="Times that each latency is measured.")] = 30,
-         threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the measurement.")] = None,
-         json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None) -> None:
+def cost(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    architecture: Annotated[str | None, typer.Option(help="Cost of this one; default: the whole table.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure latencies on this device, too.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a measured batch.")] = 1,
+    repeats: Annotated[int, typer.Option(min=3, help="Times that each latency is measured.")] = 30,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the measurement.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
+) -> None:
     """Multiply-adds and parameters of one architecture, or of every candidate on every input that can occur."""
     from bossnas.files import write_json
     from bossnas.selection import latency
 
     if measure and (architecture is not None or json is None):
-        raise ConfigError("--measure", "makes a table of the whole space for bossnas select",
-                          "leave out --architecture and name a file with --json")
+        raise ConfigError(
+            "--measure",
+            "makes a table of the whole space for bossnas select",
+            "leave out --architecture and name a file with --json",
+        )
     check_writable(json)
-    result = latency.report(load(config, overrides).space, architecture, measured=measure, batch=batch,
-                            repeats=repeats, threads=threads)
+    result = latency.report(
+        load(config, overrides).space, architecture, measured=measure, batch=batch, repeats=repeats, threads=threads
+    )
     typer.echo("\n".join(latency.lines(result)))
     if json is not None:
         write_json(json, result)
 
 
-@app.command(name="rank", epilog="Example: bossnas rank runs/nats --accuracy nats_cifar10.csv --json rank.json "
-                                 "--plot rank.png --proxies synflow,naswot")
-def rank_command(ratings: Annotated[list[Path], typer.Argument(
-                     help="Run folder, CSV (architecture,score), or the original release's path_rank_*.yml.")],
-                 accuracy: Annotated[Path, typer.Option(help="CSV, YAML or NATS-Bench file: architecture, accuracy.")],
-                 space: Annotated[str | None, typer.Option(help="nats | mbconv | hytra | file.py:ClassName; default: "
-                                                                "the run's, or told from the texts.")] = None,
-                 score: Annotated[str | None, typer.Option(help="Score of the run, or column of the CSV.")] = None,
-                 better: Annotated[str, typer.Option(help="Of scores in a CSV: higher | lower.")] = "higher",
-                 combine: Combine = "sum",
-                 seeds: Annotated[bool, typer.Option("--seeds", help="RATINGS are of several seeds: mean, deviation "
-                                                     "and agreement, and figures of their sum.")] = False,
-                 size_weight: Annotated[float, typer.Option(help="How much the log of the layers' channels counts in "
-                                                            "the row of rating and size.")] = 1.0,
-                 column: Annotated[str | None, typer.Option(help="Column of --accuracy; NATS-Bench: data set.")] = None,
-                 image_size: Annotated[int | None, typer.Option(min=1, help="Of the networks, pixels.")] = None,
-                 proxies: Annotated[str | None, typer.Option(help="Of synflow, naswot, gradnorm, zico.")] = None,
-                 sample: Annotated[int, typer.Option(min=2, help="Architectures the proxies are computed of.")] = 200,
-                 bootstrap: Annotated[int, typer.Option(min=10, max=100_000, help="Resamples.")] = 1000,
-                 seed: Annotated[int, typer.Option(min=0, help="Of resamples, sample, proxies.")] = 0,
-                 json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
-                 plot: Annotated[Path | None, typer.Option(help="Draw scatter plots into this .png.")] = None) -> None:
+@app.command(
+    name="rank",
+    epilog="Example: bossnas rank runs/nats --accuracy nats_cifar10.csv --json rank.json "
+    "--plot rank.png --proxies synflow,naswot",
+)
+def rank_command(
+    ratings: Annotated[
+        list[Path],
+        typer.Argument(help="Run folder, CSV (architecture,score), or the original release's path_rank_*.yml."),
+    ],
+    accuracy: Annotated[Path, typer.Option(help="CSV, YAML or NATS-Bench file: architecture, accuracy.")],
+    space: Annotated[
+        str | None,
+        typer.Option(help="nats | mbconv | hytra | file.py:ClassName; default: the run's, or told from the texts."),
+    ] = None,
+    score: Annotated[str | None, typer.Option(help="Score of the run, or column of the CSV.")] = None,
+    better: Annotated[str, typer.Option(help="Of scores in a CSV: higher | lower.")] = "higher",
+    combine: Combine = "sum",
+    seeds: Annotated[
+        bool,
+        typer.Option(
+            "--seeds", help="RATINGS are of several seeds: mean, deviation and agreement, and figures of their sum."
+        ),
+    ] = False,
+    size_weight: Annotated[
+        float, typer.Option(help="How much the log of the layers' channels counts in the row of rating and size.")
+    ] = 1.0,
+    column: Annotated[str | None, typer.Option(help="Column of --accuracy; NATS-Bench: data set.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Of the networks, pixels.")] = None,
+    proxies: Annotated[str | None, typer.Option(help="Of synflow, naswot, gradnorm, zico.")] = None,
+    sample: Annotated[int, typer.Option(min=2, help="Architectures the proxies are computed of.")] = 200,
+    bootstrap: Annotated[int, typer.Option(min=10, max=100_000, help="Resamples.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of resamples, sample, proxies.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw scatter plots into this .png.")] = None,
+) -> None:
     """Rank correlations of ratings with true accuracies, always beside what counting parameters would give."""
     from rich.console import Console
 
@@ -112,9 +149,22 @@ def rank_command(ratings: Annotated[list[Path], typer.Argument(
     if plot is not None:
         report.check_picture(plot)
     log.setup(None)
-    found = compare(ratings, accuracy, space=space, score=score, better=better, how=combine, seeds=seeds,
-                    size_weight=size_weight, column=column, image_size=image_size, seed=seed, resamples=bootstrap,
-                    proxy_names=names, sample=sample)
+    found = compare(
+        ratings,
+        accuracy,
+        space=space,
+        score=score,
+        better=better,
+        how=combine,
+        seeds=seeds,
+        size_weight=size_weight,
+        column=column,
+        image_size=image_size,
+        seed=seed,
+        resamples=bootstrap,
+        proxy_names=names,
+        sample=sample,
+    )
     report.show(found.result, Console(width=None if sys.stdout.isatty() else 150))
     if json is not None:
         write_json(json, found.result)
@@ -123,11 +173,11 @@ def rank_command(ratings: Annotated[list[Path], typer.Argument(
 
 
 def _amount(field: str, text: str, scale: int) -> int:
-    """"1.5M" -> 1500000, times ``scale``; K, M and G are thousands, millions and thousands of millions."""
-    factor = {"K": 10 ** 3, "M": 10 ** 6, "G": 10 ** 9}.get(text[-1:].upper(), 1)
+    """ "1.5M" -> 1500000, times ``scale``; K, M and G are thousands, millions and thousands of millions."""
+    factor = {"K": 10**3, "M": 10**6, "G": 10**9}.get(text[-1:].upper(), 1)
     try:
         value = Decimal(text if factor == 1 else text[:-1]) * factor * scale
-        if not 0 < value < 10 ** 18:
+        if not 0 < value < 10**18:
             raise ValueError
     except (ArithmeticError, ValueError):
         raise ConfigError(field, f"{text!r} is no amount", "write a number above 0, such as 600M, 1.5G or 20") from None

@@ -44,11 +44,19 @@ def validate(values: dict, schema: type[C] = Config) -> C:
     try:
         config = schema.model_validate(values)
     except ValidationError as error:
-        of_other = [e["loc"][0] for e in error.errors() if e["type"] == "extra_forbidden" and len(e["loc"]) == 1
-                    and e["loc"][0] in SECTIONS_OF[schema.kind != "search"]]
+        of_other = [
+            e["loc"][0]
+            for e in error.errors()
+            if e["type"] == "extra_forbidden"
+            and len(e["loc"]) == 1
+            and e["loc"][0] in SECTIONS_OF[schema.kind != "search"]
+        ]
         if of_other:
-            raise ConfigError("--config", f"has the section {of_other[0]!r}, so it is not of a {schema.kind}",
-                              "search with bossnas search, train a network with bossnas retrain") from None
+            raise ConfigError(
+                "--config",
+                f"has the section {of_other[0]!r}, so it is not of a {schema.kind}",
+                "search with bossnas search, train a network with bossnas retrain",
+            ) from None
         raise _explain(error.errors()[0], schema) from None
     config.check()
     return config
@@ -63,8 +71,11 @@ def _read(path: Path) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("--config", f"cannot read {path} ({getattr(error, 'strerror', None) or error})",
-                          "name a .json or .yaml file") from None
+        raise ConfigError(
+            "--config",
+            f"cannot read {path} ({getattr(error, 'strerror', None) or error})",
+            "name a .json or .yaml file",
+        ) from None
     try:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:

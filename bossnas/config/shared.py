@@ -25,12 +25,17 @@ class ReaderConfig(Section):
     train: str | list[str] | None = Field(None, description="training shards: glob, brace pattern or list of tars")
     val: str | list[str] | None = Field(None, description="validation shards, for the rating; null: see train")
     reader: Literal["auto", "index", "stream"] = Field(
-        "auto", description="index: random access to local shards, any ranks and workers; stream: shards of object "
-        "stores and web servers, from beginning to end; auto: stream where a URL is given")
+        "auto",
+        description="index: random access to local shards, any ranks and workers; stream: shards of object "
+        "stores and web servers, from beginning to end; auto: stream where a URL is given",
+    )
     workers: int = Field(2, ge=0, description="loader processes per rank; 0 loads in the training process")
     shuffle_block: int | None = Field(
-        None, ge=1, description="index: shuffle the shards and within blocks of n images, for storage that is slow at "
-        "random access (8192 is a good start); null: all images")
+        None,
+        ge=1,
+        description="index: shuffle the shards and within blocks of n images, for storage that is slow at "
+        "random access (8192 is a good start); null: all images",
+    )
     buffer: int = Field(1000, ge=0, description="stream: images in a reader's shuffle buffer")
     retries: int = Field(5, ge=0, description="stream: failures of a connection on end that are put up with")
     timeout_s: float = Field(60.0, gt=0, description="stream: seconds without a byte that count as a failure")
@@ -41,11 +46,14 @@ class ReaderConfig(Section):
 
 class WorkersConfig(Section):
     name: Literal["single", "ddp", "fsdp2", "deepspeed"] = Field(
-        "single", description="single: one process; ddp: all of it on every rank; fsdp2: a share of the trained "
-        "block's weights, gradients and optimizer on each; deepspeed: ZeRO 0, 1, 2")
+        "single",
+        description="single: one process; ddp: all of it on every rank; fsdp2: a share of the trained "
+        "block's weights, gradients and optimizer on each; deepspeed: ZeRO 0, 1, 2",
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    timeout_minutes: float = Field(30.0, gt=0, description="a rank that waits longer than this for another "
-                                   "ends the run")
+    timeout_minutes: float = Field(
+        30.0, gt=0, description="a rank that waits longer than this for another ends the run"
+    )
     deepspeed: dict[str, Any] = Field({}, description="what DeepSpeed alone knows: ZeRO, offload, communication")
 
 
@@ -68,18 +76,28 @@ class RunConfig(Section):
 def check_batch(train: Any) -> None:
     """Raises ConfigError where a train section's numbers do not fit together."""
     if train.batch % train.micro_batch:
-        raise ConfigError("train.batch", f"{train.batch} is not a multiple of train.micro_batch {train.micro_batch}",
-                          "choose a multiple")
+        raise ConfigError(
+            "train.batch",
+            f"{train.batch} is not a multiple of train.micro_batch {train.micro_batch}",
+            "choose a multiple",
+        )
     if train.warmup_epochs > train.epochs:
-        raise ConfigError("train.warmup_epochs", f"{train.warmup_epochs:g} is more than train.epochs {train.epochs}, "
-                          "so the learning rate never reaches train.lr", "lower it")
+        raise ConfigError(
+            "train.warmup_epochs",
+            f"{train.warmup_epochs:g} is more than train.epochs {train.epochs}, "
+            "so the learning rate never reaches train.lr",
+            "lower it",
+        )
 
 
 def check_engine(engine: WorkersConfig) -> None:
     """Raises ConfigError for an engine's section that its engine does not read."""
     if engine.name != "deepspeed" and engine.deepspeed:
-        raise ConfigError("engine.deepspeed", f"is set, but engine.name is {engine.name!r}",
-                          "set engine.name to deepspeed or remove the section")
+        raise ConfigError(
+            "engine.deepspeed",
+            f"is set, but engine.name is {engine.name!r}",
+            "set engine.name to deepspeed or remove the section",
+        )
 
 
 def accumulation(config: Any, world_size: int) -> int:
@@ -87,12 +105,18 @@ def accumulation(config: Any, world_size: int) -> int:
     per_pass = config.train.micro_batch * world_size
     if config.train.batch % per_pass:
         per_rank = config.train.batch // world_size
-        hint = (f"set train.micro_batch to a divisor of {per_rank}" if config.train.batch % world_size == 0
-                else f"use a number of ranks that divides {config.train.batch}")
-        raise ConfigError("train.batch", f"{config.train.batch} images cannot be divided over {world_size} ranks x "
-                          f"micro-batches of {config.train.micro_batch}", hint)
+        hint = (
+            f"set train.micro_batch to a divisor of {per_rank}"
+            if config.train.batch % world_size == 0
+            else f"use a number of ranks that divides {config.train.batch}"
+        )
+        raise ConfigError(
+            "train.batch",
+            f"{config.train.batch} images cannot be divided over {world_size} ranks x "
+            f"micro-batches of {config.train.micro_batch}",
+            hint,
+        )
     return config.train.batch // per_pass
-
 
 
 MEAN = {"imagenet": (0.485, 0.456, 0.406), "cifar": (0.4914, 0.4822, 0.4465)}  # by channel, of pixels in 0..1

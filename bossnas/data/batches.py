@@ -57,8 +57,9 @@ def open_data(settings: ReaderConfig, train_images: int | None = None) -> Data:
     train, val = settings.train, settings.val
     if (train is None) != (val is None):
         unset, is_set = ("train", "val") if train is None else ("val", "train")
-        raise ConfigError(f"data.{unset}", f"is not set, but data.{is_set} is",
-                          "set both, or neither for the packaged sample")
+        raise ConfigError(
+            f"data.{unset}", f"is not set, but data.{is_set} is", "set both, or neither for the packaged sample"
+        )
     return Data(open_set(settings, "train", train_images), open_set(settings, "val"), train is None)
 
 
@@ -69,8 +70,9 @@ def open_set(settings: ReaderConfig, name: Literal["train", "val"], train_images
         if settings.train is not None or settings.val is not None:
             raise ConfigError(f"data.{name}", "is not set", "name its shards")
         pattern = [str(SAMPLE / f"{name}-000000.tar.gz")]
-    images, key = ((train_images, "train.steps_per_epoch") if name == "train"
-                   else (settings.val_images, "data.val_images"))
+    images, key = (
+        (train_images, "train.steps_per_epoch") if name == "train" else (settings.val_images, "data.val_images")
+    )
     return _open(pattern, f"data.{name}", settings, images, key)
 
 
@@ -78,11 +80,20 @@ def _open(pattern: str | list[str], field: str, settings: ReaderConfig, images: 
     remote = [is_remote(text) for text in ([pattern] if isinstance(pattern, str) else pattern)]
     if not (any(remote) if settings.reader == "auto" else settings.reader == "stream"):
         return ShardIndex.open(pattern, field)
-    stream = ShardStream.open(pattern, field, allow_pipe=settings.allow_pipe, retries=settings.retries,
-                              timeout=settings.timeout_s, images=images)
+    stream = ShardStream.open(
+        pattern,
+        field,
+        allow_pipe=settings.allow_pipe,
+        retries=settings.retries,
+        timeout=settings.timeout_s,
+        images=images,
+    )
     if stream.samples is None:
-        raise ConfigError(key, f"is not set, and nothing says how many images {field} has",
-                          "set it, or put the pack.json of bossnas pack beside the shards")
+        raise ConfigError(
+            key,
+            f"is not set, and nothing says how many images {field} has",
+            "set it, or put the pack.json of bossnas pack beside the shards",
+        )
     return stream
 
 
@@ -91,9 +102,23 @@ def readers(source: Source, settings: ReaderConfig, world: int) -> int | None:
     return world * max(settings.workers, 1) if isinstance(source, ShardStream) else None
 
 
-def view_batches(source: Source, recipe: Recipe, views: Sequence[int], view_pairs: int, settings: DataConfig, *,
-                 seed: int, epoch: int, start: int, steps: int, batch: int, rank: int = 0, world: int = 1,
-                 device: torch.device = CPU, bad: dict[str, str] | None = None) -> Iterator[list[Tensor]]:
+def view_batches(
+    source: Source,
+    recipe: Recipe,
+    views: Sequence[int],
+    view_pairs: int,
+    settings: DataConfig,
+    *,
+    seed: int,
+    epoch: int,
+    start: int,
+    steps: int,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device = CPU,
+    bad: dict[str, str] | None = None,
+) -> Iterator[list[Tensor]]:
     """The micro-batches start..steps-1 of an epoch that has ``steps`` of them, for one rank.
 
     Each is a list with a tensor [batch, 3, S, S] on ``device`` (channels_last) for every view in ``views`` (see
@@ -108,13 +133,25 @@ def view_batches(source: Source, recipe: Recipe, views: Sequence[int], view_pair
     the readers.
     """
     collate = Collate(recipe, tuple(views), view_pairs, seed, epoch, place(settings.views_on, device))
-    return epoch_batches(source, collate, settings, start=start, steps=steps, batch=batch, rank=rank, world=world,
-                         device=device, bad=bad)
+    return epoch_batches(
+        source, collate, settings, start=start, steps=steps, batch=batch, rank=rank, world=world, device=device, bad=bad
+    )
 
 
-def epoch_batches(source: Source, collate: Batcher, settings: ReaderConfig, *, start: int, steps: int, batch: int,
-                  rank: int = 0, world: int = 1, copies: int = 1, device: torch.device = CPU,
-                  bad: dict[str, str] | None = None) -> Iterator[Any]:
+def epoch_batches(
+    source: Source,
+    collate: Batcher,
+    settings: ReaderConfig,
+    *,
+    start: int,
+    steps: int,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    copies: int = 1,
+    device: torch.device = CPU,
+    bad: dict[str, str] | None = None,
+) -> Iterator[Any]:
     """As batches(), of whatever ``collate`` makes, in the order of its seed and epoch.
 
     ``copies``, of an index: how often a sample comes, on different ranks if there are as many, so that the epoch has as
@@ -122,15 +159,28 @@ def epoch_batches(source: Source, collate: Batcher, settings: ReaderConfig, *, s
     """
     need = steps * batch * world
     if need > len(source):
-        raise ConfigError(source.field, f"holds {len(source)} images, but an epoch of {steps} micro-batches of "
-                          f"{batch} on {world} ranks takes {need}", "give more images or ask for fewer steps")
+        raise ConfigError(
+            source.field,
+            f"holds {len(source)} images, but an epoch of {steps} micro-batches of "
+            f"{batch} on {world} ranks takes {need}",
+            "give more images or ask for fewer steps",
+        )
     if not 0 <= start <= steps:
         raise ValueError(f"start {start}: expected 0..{steps}")
     if isinstance(source, ShardStream):
         order, workers = source.order(collate.seed, collate.epoch), max(settings.workers, 1)
         parts = [share(order, rank * workers + worker, world * workers) for worker in range(workers)]
-        dataset = _Streamed(source, collate, _allowed(settings.max_bad, steps * batch), parts, settings.buffer,
-                            range(start, steps), steps * batch, batch, is_endless=True)
+        dataset = _Streamed(
+            source,
+            collate,
+            _allowed(settings.max_bad, steps * batch),
+            parts,
+            settings.buffer,
+            range(start, steps),
+            steps * batch,
+            batch,
+            is_endless=True,
+        )
     else:
         order = _order(source, collate.seed, collate.epoch, settings.shuffle_block)
         if copies == 1:
@@ -142,9 +192,21 @@ def epoch_batches(source: Source, collate: Batcher, settings: ReaderConfig, *, s
     return load(dataset, collate, dataset.allowed, settings.workers, device, {} if bad is None else bad)
 
 
-def fixed_view_batches(source: Source, recipe: Recipe, views: Sequence[int], view_pairs: int, settings: DataConfig, *,
-                  seed: int, count: int | None, batch: int, shuffle: bool, only: Sequence[int] | None = None,
-                  device: torch.device = CPU, bad: dict[str, str] | None = None) -> Iterator[list[Tensor]]:
+def fixed_view_batches(
+    source: Source,
+    recipe: Recipe,
+    views: Sequence[int],
+    view_pairs: int,
+    settings: DataConfig,
+    *,
+    seed: int,
+    count: int | None,
+    batch: int,
+    shuffle: bool,
+    only: Sequence[int] | None = None,
+    device: torch.device = CPU,
+    bad: dict[str, str] | None = None,
+) -> Iterator[list[Tensor]]:
     """Batches of ``count`` images (None, or more than there are: all) that are the same at every call.
 
     ``shuffle``: the first in a seeded order (for calibration), else the first of the shards (for validation). The last
@@ -153,13 +215,23 @@ def fixed_view_batches(source: Source, recipe: Recipe, views: Sequence[int], vie
     Views, device, workers and unreadable images as in batches().
     """
     collate = Collate(recipe, tuple(views), view_pairs, seed, FIXED_EPOCH, place(settings.views_on, device))
-    return same_batches(source, collate, settings, count=count, batch=batch, shuffle=shuffle, only=only, device=device,
-                        bad=bad)
+    return same_batches(
+        source, collate, settings, count=count, batch=batch, shuffle=shuffle, only=only, device=device, bad=bad
+    )
 
 
-def same_batches(source: Source, collate: Batcher, settings: ReaderConfig, *, count: int | None, batch: int,
-                 shuffle: bool, only: Sequence[int] | None = None, device: torch.device = CPU,
-                 bad: dict[str, str] | None = None) -> Iterator[Any]:
+def same_batches(
+    source: Source,
+    collate: Batcher,
+    settings: ReaderConfig,
+    *,
+    count: int | None,
+    batch: int,
+    shuffle: bool,
+    only: Sequence[int] | None = None,
+    device: torch.device = CPU,
+    bad: dict[str, str] | None = None,
+) -> Iterator[Any]:
     """As fixed_batches(), of whatever ``collate`` makes, in the order of its seed."""
     count = len(source) if count is None else min(count, len(source))
     firsts = range(0, count, batch)
@@ -167,13 +239,21 @@ def same_batches(source: Source, collate: Batcher, settings: ReaderConfig, *, co
     allowed, workers = _allowed(settings.max_bad, len(source)), settings.workers
     if isinstance(source, ShardStream):
         shards = source.order(collate.seed, FIXED_EPOCH) if shuffle else np.arange(len(source.urls))
-        dataset = _Streamed(source, collate, allowed, [shards], settings.buffer if shuffle else 0, chosen, count, batch,
-                            is_endless=False)
+        dataset = _Streamed(
+            source,
+            collate,
+            allowed,
+            [shards],
+            settings.buffer if shuffle else 0,
+            chosen,
+            count,
+            batch,
+            is_endless=False,
+        )
         workers = min(workers, 1)
     else:
-        order = (_order(source, collate.seed, FIXED_EPOCH, settings.shuffle_block) if shuffle
-                 else np.arange(len(source)))
-        dataset = _Indexed(source, collate, allowed, [order[:count][firsts[i]:firsts[i] + batch] for i in chosen])
+        order = _order(source, collate.seed, FIXED_EPOCH, settings.shuffle_block) if shuffle else np.arange(len(source))
+        dataset = _Indexed(source, collate, allowed, [order[:count][firsts[i] : firsts[i] + batch] for i in chosen])
     return load(dataset, collate, allowed, workers, device, {} if bad is None else bad)
 
 
@@ -187,7 +267,7 @@ def _order(index: ShardIndex, seed: int, epoch: int, block: int | None) -> np.nd
     spans = list(zip([0, *ends[:-1]], ends, strict=True))
     order = np.concatenate([np.arange(*spans[shard]) for shard in rng.permutation(len(spans))])
     for first in range(0, len(order), block):
-        rng.shuffle(order[first:first + block])
+        rng.shuffle(order[first : first + block])
     return order
 
 
@@ -264,8 +344,11 @@ class _Streamed(IterableDataset):
                 chunk = list(islice(samples, skipped * self.batch, skipped * self.batch + size))
                 taken = i // workers + 1
                 if len(chunk) < size:
-                    raise ConfigError(self.stream.field, f"ends {size - len(chunk)} images too early in batch {i}",
-                                      "correct data.val_images, or pack.json beside the shards")
+                    raise ConfigError(
+                        self.stream.field,
+                        f"ends {size - len(chunk)} images too early in batch {i}",
+                        "correct data.val_images, or pack.json beside the shards",
+                    )
                 yield self._item(chunk, notes)
         except ConfigError as error:
             yield Item.failed(error, {})
@@ -276,8 +359,10 @@ class _Streamed(IterableDataset):
             yield from self.stream.read(self.parts[worker], [*key, again], self.buffer)
             if not self.is_endless:
                 return
-            notes.append(f"{self.stream.field}: a reader has come to the end of its {len(self.parts[worker])} shards "
-                         f"in epoch {self.collate.epoch} and begins them again")
+            notes.append(
+                f"{self.stream.field}: a reader has come to the end of its {len(self.parts[worker])} shards "
+                f"in epoch {self.collate.epoch} and begins them again"
+            )
 
     def _item(self, chunk: list[Sample], notes: list[str]) -> Item:
         bad: dict[str, str] = {}
@@ -290,8 +375,12 @@ class _Streamed(IterableDataset):
                 good.append(good[-1] if good else None)
         first = next((pair for pair in good if pair is not None), None)
         if first is None:
-            return Item.failed(ConfigError("data.max_bad", f"none of the {len(chunk)} images of a batch can be read",
-                                           "pack the images again"), bad)
+            return Item.failed(
+                ConfigError(
+                    "data.max_bad", f"none of the {len(chunk)} images of a batch can be read", "pack the images again"
+                ),
+                bad,
+            )
         said, notes[:] = list(notes), []
         pictures, labels = zip(*(first if pair is None else pair for pair in good), strict=True)
         return Item(self.collate.begin(list(pictures), [sample.id for sample in chunk], list(labels)), bad, said)

@@ -54,7 +54,7 @@ class Collate:
             starts = np.cumsum(lengths) - lengths
             into = pixels.numpy()
             for picture, start, length in zip(pictures, starts, lengths, strict=True):
-                into[start:start + length] = picture.reshape(-1)
+                into[start : start + length] = picture.reshape(-1)
             table = torch.from_numpy(np.column_stack([starts, sizes]).astype(np.int64))
             return {"pixels": pixels, "table": table, "ints": looks.ints, "floats": looks.floats}
         size = self.recipe.image_size

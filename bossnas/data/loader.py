@@ -43,8 +43,9 @@ class Item(NamedTuple):
         return cls({}, bad, [], (error.field, error.problem, error.fix))
 
 
-def load(dataset: Dataset, collate: Batcher, allowed: int, workers: int, device: torch.device,
-         known: dict[str, str]) -> Iterator[Any]:
+def load(
+    dataset: Dataset, collate: Batcher, allowed: int, workers: int, device: torch.device, known: dict[str, str]
+) -> Iterator[Any]:
     """The batches of a dataset of Items, completed on ``device``. ``known``: unreadable images that were met before.
 
     Raises the ConfigErrors that the workers met, and one (data.max_bad) for more than ``allowed`` unreadable images.
@@ -62,8 +63,11 @@ def load(dataset: Dataset, collate: Batcher, allowed: int, workers: int, device:
             met.update(bad)
             if len(met) > allowed:
                 shown = "; ".join(f"{name}: {problem}" for name, problem in list(met.items())[:SHOWN])
-                raise ConfigError("data.max_bad", f"{len(met)} images cannot be read, more than {allowed} ({shown})",
-                                  "pack the images again, which leaves such out, or raise data.max_bad")
+                raise ConfigError(
+                    "data.max_bad",
+                    f"{len(met)} images cannot be read, more than {allowed} ({shown})",
+                    "pack the images again, which leaves such out, or raise data.max_bad",
+                )
             if error:
                 raise ConfigError(*error)
             yield collate.complete(parts, device)
@@ -117,9 +121,16 @@ def _context(dataset: Dataset) -> multiprocessing.context.BaseContext:
 
 def _from_workers(dataset: Dataset, workers: int, device: torch.device) -> Iterator[Item]:
     # its own generator: the loader must not draw from the run's random numbers
-    loader = DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=PREFETCH,
-                        worker_init_fn=_start_worker, generator=torch.Generator(),
-                        multiprocessing_context=_context(dataset), pin_memory=device.type == "cuda")
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=PREFETCH,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),
+        multiprocessing_context=_context(dataset),
+        pin_memory=device.type == "cuda",
+    )
     handler = signal.getsignal(signal.SIGCHLD)
     others = set(multiprocessing.active_children())
     with _held_back():
@@ -142,7 +153,10 @@ def _from_workers(dataset: Dataset, workers: int, device: torch.device) -> Itera
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise ConfigError("data.workers", f"a loader process died ({error})", "use fewer, or give the "
-                          "machine more memory and shared memory (/dev/shm)") from error
+        raise ConfigError(
+            "data.workers",
+            f"a loader process died ({error})",
+            "use fewer, or give the machine more memory and shared memory (/dev/shm)",
+        ) from error
     finally:
         atexit.unregister(end)

@@ -103,7 +103,7 @@ class ShardIndex:
         """The key of sample i: its member's name without the extension."""
         shard, row = self._locate(i)
         ends = self._tables[shard]["key_end"]
-        blob = self._tables[shard]["keys"][ends[row - 1] if row else 0:ends[row]]
+        blob = self._tables[shard]["keys"][ends[row - 1] if row else 0 : ends[row]]
         return blob.tobytes().decode("utf-8", "surrogateescape")
 
     def name(self, i: int) -> str:
@@ -133,7 +133,7 @@ class ShardIndex:
             if self._is_packed[shard]:
                 if shard not in self._memory:
                     self._memory[shard] = _unpack(self.shards[shard])
-                data = self._memory[shard][offset:offset + size]
+                data = self._memory[shard][offset : offset + size]
             else:
                 if shard not in self._files:
                     self._files[shard] = os.open(self.shards[shard], os.O_RDONLY)
@@ -142,11 +142,15 @@ class ShardIndex:
                 self._files.move_to_end(shard)
                 data = os.pread(self._files[shard], size, offset)
         except TAR_ERRORS as error:
-            raise ConfigError(self.field, f"{self.shards[shard]} cannot be read ({error})",
-                              "restore the shard") from error
+            raise ConfigError(
+                self.field, f"{self.shards[shard]} cannot be read ({error})", "restore the shard"
+            ) from error
         if len(data) != size:
-            raise ConfigError(self.field, f"{self.shards[shard]} has become shorter since it was indexed",
-                              "restore the shard and start again")
+            raise ConfigError(
+                self.field,
+                f"{self.shards[shard]} has become shorter since it was indexed",
+                "restore the shard and start again",
+            )
         return data
 
 
@@ -171,8 +175,11 @@ def expand(pattern: str | list[str], field: str) -> list[Path]:
     names: list[str] = []
     for text in [pattern] if isinstance(pattern, str) else pattern:
         if is_remote(text):
-            raise ConfigError(field, f"{text!r} is a URL, and data.reader=index reads local shards only",
-                              "set data.reader=stream, or copy the shards to a disk")
+            raise ConfigError(
+                field,
+                f"{text!r} is a URL, and data.reader=index reads local shards only",
+                "set data.reader=stream, or copy the shards to a disk",
+            )
         for name in [text] if os.path.exists(text) else expand_braces(text, field):
             is_glob = glob.has_magic(name) and not os.path.exists(name)
             names += sorted(glob.glob(name)) if is_glob else [name]
@@ -185,8 +192,11 @@ def expand(pattern: str | list[str], field: str) -> list[Path]:
             raise ConfigError(field, f"{name} is not a shard", f"name files ending in {', '.join(OPENERS)}")
     missing = [name for name in names if not os.path.exists(name)]
     if missing:
-        raise ConfigError(field, f"{len(missing)} of {len(names)} shards are missing, first {missing[0]}",
-                          "restore them or correct the pattern")
+        raise ConfigError(
+            field,
+            f"{len(missing)} of {len(names)} shards are missing, first {missing[0]}",
+            "restore them or correct the pattern",
+        )
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigError(field, f"{twice} is listed more than once", "list every shard once")
@@ -274,8 +284,9 @@ def _scan(path: Path, field: str) -> dict[str, np.ndarray]:
     try:
         file = open(path, "rb") if _kind(path) == ".tar" else io.BytesIO(_unpack(path))
     except TAR_ERRORS as error:
-        raise ConfigError(field, f"the shard {path} is damaged or cannot be read ({error})",
-                          "copy it again or repack it") from error
+        raise ConfigError(
+            field, f"the shard {path} is damaged or cannot be read ({error})", "copy it again or repack it"
+        ) from error
     with file:
         rows = list(entries(file, str(path), field, with_data=False))
     keys = [row.key.encode("utf-8", "surrogateescape") for row in rows]
@@ -284,5 +295,6 @@ def _scan(path: Path, field: str) -> dict[str, np.ndarray]:
         "size": np.array([row.size for row in rows], np.int64),
         "label": np.array([-1 if row.label is None else row.label for row in rows], np.int64),
         "ext": np.array([EXTENSIONS.index(row.ext) for row in rows], np.uint8),
-        "keys": np.frombuffer(b"".join(keys), np.uint8), "key_end": np.cumsum([len(key) for key in keys]),
+        "keys": np.frombuffer(b"".join(keys), np.uint8),
+        "key_end": np.cumsum([len(key) for key in keys]),
     }

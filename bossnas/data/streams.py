@@ -70,8 +70,17 @@ class ShardStream:
     stated: int | None = None
 
     @classmethod
-    def open(cls, pattern: str | list[str], field: str = "data.train", *, allow_pipe: bool = False, retries: int = 5,
-             timeout: float = 60.0, backoff: float = 0.5, images: int | None = None) -> ShardStream:
+    def open(
+        cls,
+        pattern: str | list[str],
+        field: str = "data.train",
+        *,
+        allow_pipe: bool = False,
+        retries: int = 5,
+        timeout: float = 60.0,
+        backoff: float = 0.5,
+        images: int | None = None,
+    ) -> ShardStream:
         """Names the shards of a URL, a local path or a list of them, with braces (``train-{000000..000146}.tar``).
 
         Globs work for local paths and object stores. ``images``: how many there are, where pack.json does not say it.
@@ -133,16 +142,21 @@ class ShardStream:
             for row, entry in enumerate(entries(unpacked, name, self.field, with_data=True)):
                 yield Sample(number << 32 | row, entry.data, entry.label, f"{name}/{entry.key}")
         if self.counts is not None and row + 1 != self.counts[number]:
-            raise ConfigError(self.field, f"{name} holds {row + 1} samples, but pack.json says {self.counts[number]}",
-                              "copy the shard and pack.json again")
+            raise ConfigError(
+                self.field,
+                f"{name} holds {row + 1} samples, but pack.json says {self.counts[number]}",
+                "copy the shard and pack.json again",
+            )
 
 
 def share(order: np.ndarray, reader: int, readers: int) -> np.ndarray:
     """The shards of one of the readers (ranks x workers). Raises ConfigError when some would have none."""
     if len(order) < readers:
-        raise ConfigError("data.workers", f"{readers} readers (ranks x workers) share {len(order)} shards, so "
-                          f"{readers - len(order)} would have none",
-                          f"use so few workers or ranks that their product is at most {len(order)}, or smaller shards")
+        raise ConfigError(
+            "data.workers",
+            f"{readers} readers (ranks x workers) share {len(order)} shards, so {readers - len(order)} would have none",
+            f"use so few workers or ranks that their product is at most {len(order)}, or smaller shards",
+        )
     return order[reader::readers]
 
 
@@ -184,7 +198,7 @@ class ByteStream:
         """The next ``size`` bytes; fewer only where the stream ends."""
         parts = []
         while size > 0 and (self._used < len(self._chunk) or self._fetch(self.is_tar)):
-            parts.append(self._chunk[self._used:self._used + size])
+            parts.append(self._chunk[self._used : self._used + size])
             self._used += len(parts[-1])
             size -= len(parts[-1])
         return b"".join(parts)
@@ -193,7 +207,7 @@ class ByteStream:
         """Some of the next bytes, at most ``size``; none at the end, wherever that is."""
         if self._used == len(self._chunk) and not self._fetch(False):
             return b""
-        part = self._chunk[self._used:self._used + size]
+        part = self._chunk[self._used : self._used + size]
         self._used += len(part)
         return part
 
@@ -236,12 +250,22 @@ class ByteStream:
             if failures == self.retries:
                 if ended:
                     break  # the tar's reader says what is missing
-                raise ConfigError(self.field, f"{shown(self.url)} cannot be read at byte {self._fetched}: {reason}",
-                                  "check the URL, the access rights and the network, then start again") from cause
+                raise ConfigError(
+                    self.field,
+                    f"{shown(self.url)} cannot be read at byte {self._fetched}: {reason}",
+                    "check the URL, the access rights and the network, then start again",
+                ) from cause
             wait = min(self.backoff * 2**failures, LONGEST_WAIT)
             failures += 1
-            log.warning("%s at byte %d: %s; retry %d of %d in %.1f s", shown(self.url), self._fetched, reason,
-                        failures, self.retries, wait)
+            log.warning(
+                "%s at byte %d: %s; retry %d of %d in %.1f s",
+                shown(self.url),
+                self._fetched,
+                reason,
+                failures,
+                self.retries,
+                wait,
+            )
             time.sleep(wait)
         self._has_ended = True
         return False
@@ -282,8 +306,9 @@ def _open_http(url: str, position: int, timeout: float) -> Source:
     limits = aiohttp.ClientTimeout(total=None, connect=timeout, sock_connect=timeout, sock_read=timeout)
     try:
         # block_size 0: one stream instead of a request per block; any size spares a HEAD, which signed URLs refuse
-        file = fsspec.filesystem("http").open(url, block_size=0, size=1, headers=headers, timeout=limits,
-                                              read_bufsize=HTTP_BUFFER)
+        file = fsspec.filesystem("http").open(
+            url, block_size=0, size=1, headers=headers, timeout=limits, read_bufsize=HTTP_BUFFER
+        )
     except aiohttp.ClientResponseError as error:
         if error.status != NO_SUCH_RANGE or not position:
             raise
@@ -296,8 +321,9 @@ class _Pipe:
 
     def __init__(self, command: str, timeout: float):
         self.timeout = timeout
-        self.process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                        start_new_session=True)
+        self.process = subprocess.Popen(
+            command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+        )
         self.poll = select.poll()
         self.poll.register(self.process.stdout, select.POLLIN | select.POLLHUP)
 
@@ -347,12 +373,18 @@ def _named(url: str, field: str, allow_pipe: bool) -> list[str]:
         driver = DRIVERS.get(scheme, "its fsspec driver")
         raise ConfigError(field, f"{scheme}:// needs {driver} ({error})", f"pip install {driver}") from error
     except ValueError as error:
-        raise ConfigError(field, f"{shown(url)}: no driver is known for {scheme}://",
-                          "use http, https, s3, gs or a scheme that fsspec knows") from error
+        raise ConfigError(
+            field,
+            f"{shown(url)}: no driver is known for {scheme}://",
+            "use http, https, s3, gs or a scheme that fsspec knows",
+        ) from error
     if scheme in ("http", "https"):
         if glob.has_magic(urlsplit(url).path):
-            raise ConfigError(field, f"{shown(url)}: a web server does not list its files",
-                              "write braces, such as train-{000000..000146}.tar")
+            raise ConfigError(
+                field,
+                f"{shown(url)}: a web server does not list its files",
+                "write braces, such as train-{000000..000146}.tar",
+            )
         return [url]
     if not glob.has_magic(url):
         return [url]
@@ -360,8 +392,11 @@ def _named(url: str, field: str, allow_pipe: bool) -> list[str]:
         store, path = fsspec.url_to_fs(url)
         names = sorted(store.unstrip_protocol(name) for name in store.glob(path))
     except Exception as error:  # drivers of stores raise nearly anything
-        raise ConfigError(field, f"{shown(url)} cannot be listed: {_reason(error)}",
-                          "check the URL, the access rights and the network") from error
+        raise ConfigError(
+            field,
+            f"{shown(url)} cannot be listed: {_reason(error)}",
+            "check the URL, the access rights and the network",
+        ) from error
     if not names:
         raise ConfigError(field, f"no file matches {shown(url)}", "check the URL")
     return names

@@ -67,8 +67,11 @@ def entries(file: BinaryIO, name: str, field: str, with_data: bool) -> Iterator[
             if ext != "cls" and ext not in EXTENSIONS:
                 continue
             if not is_file:
-                raise ConfigError(field, f"{member} in {name} is a link or no whole file",
-                                  "repack it with its files (tar --dereference --hard-dereference)")
+                raise ConfigError(
+                    field,
+                    f"{member} in {name} is a link or no whole file",
+                    "repack it with its files (tar --dereference --hard-dereference)",
+                )
             seen.add(ext)
             if ext == "cls":
                 entry.label = _label(file.read(min(size, 64)), f"{name}/{key}.cls", field)

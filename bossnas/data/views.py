@@ -68,8 +68,9 @@ class Recipe:
     def std(self) -> tuple[float, float, float]:
         return STD[self.name]
 
-    def draw(self, sizes: np.ndarray, samples: Sequence[int], views: Sequence[int], view_pairs: int, *, seed: int,
-             epoch: int) -> Looks:
+    def draw(
+        self, sizes: np.ndarray, samples: Sequence[int], views: Sequence[int], view_pairs: int, *, seed: int, epoch: int
+    ) -> Looks:
         """The looks of V views of N images, [V, N, ...] on the CPU.
 
         sizes: [N, 2], height and width of the images. samples: their numbers. views: numbers below 2J, J =
@@ -112,7 +113,7 @@ def _draw_imagenet(u: np.ndarray, sizes: np.ndarray, augmentations: np.ndarray) 
     """Looks of [V, N, 56] uniform numbers. Every number has its use, whatever the others are."""
     views, images, _ = u.shape
     ints, floats = np.zeros((views, images, 13), np.int32), np.zeros((views, images, 5), np.float32)
-    ints[..., BOX] = draw_boxes(sizes, u[..., :4 * CROP_TRIES].reshape(views, images, CROP_TRIES, 4))
+    ints[..., BOX] = draw_boxes(sizes, u[..., : 4 * CROP_TRIES].reshape(views, images, CROP_TRIES, 4))
     flip, jitter, grey, blur, solarise = np.moveaxis(u[..., 40:45], -1, 0)
     of_view = augmentations[:, None]
     ints[..., FLIP], ints[..., GREY] = flip < FLIP_P, grey < GREY_P
@@ -179,13 +180,13 @@ def crop(picture: np.ndarray, places: Sequence[Sequence[int]], out: np.ndarray) 
     """
     size = out.shape[1]
     for (top, left, high, wide, down, right, flip), view in zip(places, out, strict=True):
-        part = picture[top:top + high, left:left + wide]
+        part = picture[top : top + high, left : left + wide]
         if part.shape[:2] != (size, size):
             part = augment_reference.resize_nearly(torch.from_numpy(part), size).numpy()
         if down or right:
-            seen = part[max(down, 0):size + min(down, 0), max(right, 0):size + min(right, 0)]
+            seen = part[max(down, 0) : size + min(down, 0), max(right, 0) : size + min(right, 0)]
             part = np.zeros_like(view)
-            part[max(-down, 0):, max(-right, 0):][:seen.shape[0], :seen.shape[1]] = seen
+            part[max(-down, 0) :, max(-right, 0) :][: seen.shape[0], : seen.shape[1]] = seen
         if flip:
             part = part[:, ::-1] if cv2 is None else cv2.flip(part, 1)
         view[:] = part

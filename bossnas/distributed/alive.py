@@ -64,8 +64,11 @@ class Guard:
         self._start(self._watch)
         self._handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # only there can Python listen
-            self._handlers = {number: signal.signal(number, self._hear) for number in SIGNALS
-                              if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
+            self._handlers = {
+                number: signal.signal(number, self._hear)
+                for number in SIGNALS
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+            }
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -105,8 +108,11 @@ class Guard:
 
     def stopped(self) -> Stopped:
         """What to raise when `should_stop` is true and everything is saved."""
-        return Stopped(f"stopped on {self.reason} at {self.place}; everything is saved; go on with --resume auto",
-                       self._voted, self._parent)
+        return Stopped(
+            f"stopped on {self.reason} at {self.place}; everything is saved; go on with --resume auto",
+            self._voted,
+            self._parent,
+        )
 
     def _count_votes(self, lag: int) -> None:
         while len(self._votes) > lag:
@@ -150,8 +156,10 @@ class Guard:
                 lines = [f"rank {dist.rank()} has not moved for {_span(still)}: it is at {self.place}, {_position()}"]
                 if not self.alone:
                     lines += self._others()
-                lines.append(f"rank {dist.rank()} ends, for the launcher to start the run again; go on with "
-                             "--resume auto (the limit is engine.timeout_minutes)")
+                lines.append(
+                    f"rank {dist.rank()} ends, for the launcher to start the run again; go on with "
+                    "--resume auto (the limit is engine.timeout_minutes)"
+                )
                 os.write(2, "".join(f"{line}\n" for line in lines).encode())
                 time.sleep(min(launch.GRACE_SECONDS, self.timeout))  # the other ranks may have something to say, too
                 os._exit(1)
@@ -180,8 +188,10 @@ class Guard:
         if len(by_age) > SHOWN:
             lines.append(f"  and {len(by_age) - SHOWN} more, all of them later")
         if len(by_age) < dist.world_size() - 1:
-            lines.append(f"  of {dist.world_size() - 1 - len(by_age)} ranks nothing is known: the store, which rank 0 "
-                         "or its launcher holds, does not answer")
+            lines.append(
+                f"  of {dist.world_size() - 1 - len(by_age)} ranks nothing is known: the store, which rank 0 "
+                "or its launcher holds, does not answer"
+            )
         return lines
 
 

@@ -87,8 +87,11 @@ def mesh(schedule: str, blocks: int) -> Mesh:
     rows = min(world, blocks)
     if world % rows:
         fits = [world // blocks * blocks, (world // blocks + 1) * blocks]
-        raise ConfigError("schedule", f"is block_parallel, but {world} ranks cannot be divided evenly over {blocks} "
-                          "blocks", f"start {fits[0]} or {fits[1]} ranks, or set it to sequential")
+        raise ConfigError(
+            "schedule",
+            f"is block_parallel, but {world} ranks cannot be divided evenly over {blocks} blocks",
+            f"start {fits[0]} or {fits[1]} ranks, or set it to sequential",
+        )
     shards = world // rows
     parts = [range(blocks * r // rows, blocks * (r + 1) // rows) for r in range(rows)]
     return Mesh(parts, me // shards, shards, me % shards)

@@ -52,8 +52,9 @@ def init(timeout_minutes: float = 30) -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        torch_dist.init_process_group(backend, timeout=timeout, store=_elastic_store(timeout), world_size=world,
-                                      rank=_env_int("RANK", 0))
+        torch_dist.init_process_group(
+            backend, timeout=timeout, store=_elastic_store(timeout), world_size=world, rank=_env_int("RANK", 0)
+        )
     else:
         torch_dist.init_process_group(backend, timeout=timeout)
 
@@ -66,8 +67,7 @@ def _elastic_store(timeout: timedelta) -> torch_dist.Store:
     offers it; an offer of an earlier start stays without answer, because its rank 0 is dead, until a new one replaces
     it. The offer is withdrawn before it is confirmed: what is found confirmed was offered in this start.
     """
-    store = torch_dist.TCPStore(os.environ["MASTER_ADDR"], _env_int("MASTER_PORT", 0), is_master=False,
-                                timeout=timeout)
+    store = torch_dist.TCPStore(os.environ["MASTER_ADDR"], _env_int("MASTER_PORT", 0), is_master=False, timeout=timeout)
     others, deadline = _env_int("WORLD_SIZE", 1) - 1, time.monotonic() + timeout.total_seconds()
     if _env_int("RANK", 0) == 0:
         name = uuid4().hex
@@ -159,8 +159,11 @@ def run(function: Callable[[], Any], timeout_minutes: float = 30) -> int:
             code = _unexpected()
         else:
             code = USER_ERROR
-            print(f"error: out: the disk is full ({error.filename or 'while writing'}); free some space and go on with "
-                  "--resume auto", file=sys.stderr)
+            print(
+                f"error: out: the disk is full ({error.filename or 'while writing'}); free some space and go on with "
+                "--resume auto",
+                file=sys.stderr,
+            )
     except Exception:
         code = _unexpected()
     shutdown(code)
@@ -199,18 +202,14 @@ def _srun_environment() -> None:
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "127.0.0.1")
     env.setdefault("MASTER_ADDR", first_host(nodes))
     job, step = _env_int("SLURM_JOB_ID", 0), _env_int("SLURM_STEP_ID", 0)
-    env.setdefault(
-        "MASTER_PORT", str(20000 + (job * 13 + step) % 12000)
-    )  # equal on all ranks, unlike on other jobs
+    env.setdefault("MASTER_PORT", str(20000 + (job * 13 + step) % 12000))  # equal on all ranks, unlike on other jobs
 
 
 def first_host(nodelist: str) -> str:
     """The first host of a SLURM node list: ``gpu[03-05,9],cpu1`` -> ``gpu03``."""
     match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodelist)
     if match is None:
-        raise ConfigError(
-            "SLURM_STEP_NODELIST", f"cannot read {nodelist!r}", "set MASTER_ADDR to the first node"
-        )
+        raise ConfigError("SLURM_STEP_NODELIST", f"cannot read {nodelist!r}", "set MASTER_ADDR to the first node")
     return "".join(part or "" for part in match.groups())
 
 

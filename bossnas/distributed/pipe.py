@@ -73,8 +73,10 @@ class Sender:
         numbers = [*place, DTYPES.index(x.dtype), x.ndim, *x.shape]
         header = torch.tensor(numbers + [0] * (WIDTH - len(numbers)), dtype=torch.int64)
         tag = 2 * self.count
-        works = [torch_dist.isend(header, self.peer, group=self.link.headers, tag=tag),
-                 torch_dist.isend(x, self.peer, group=self.link.payloads, tag=tag + 1)]
+        works = [
+            torch_dist.isend(header, self.peer, group=self.link.headers, tag=tag),
+            torch_dist.isend(x, self.peer, group=self.link.payloads, tag=tag + 1),
+        ]
         self.under_way.append((works, [header, x]))
         self.count += 1
 
@@ -104,8 +106,7 @@ class Receiver:
         self.count = 0
 
     def expect(self, places: Iterable[Place]) -> None:
-        """Says what comes next, in order: tensors of one shape and dtype. Everything expected before has been received.
-        """
+        """Says what comes next, in order: tensors of one shape and dtype. Everything expected before has been received."""
         assert not self.posted, "features of micro-batches before these are still expected"
         self.expected = iter(places)
         self.shape = None  # the leaders may have changed, and with them the scale
@@ -137,8 +138,9 @@ class Receiver:
     def _post_payload(self, message: _Posted) -> None:
         shape, dtype = self.shape
         message.payload = torch.empty(shape, dtype=dtype, device=self.link.device)
-        message.payload_work = torch_dist.irecv(message.payload, self.peer, group=self.link.payloads,
-                                                tag=2 * message.number + 1)
+        message.payload_work = torch_dist.irecv(
+            message.payload, self.peer, group=self.link.payloads, tag=2 * message.number + 1
+        )
 
 
 class _Posted:
@@ -156,9 +158,13 @@ def _read(message: _Posted, peer: int, known: tuple[torch.Size, torch.dtype] | N
         raise RuntimeError(f"the features from rank {peer} begin with {message.header.tolist()}, which is no header")
     found = torch.Size(sizes[:ndim]), DTYPES[dtype]
     if (step, micro) != message.place:
-        raise RuntimeError(f"rank {peer} sends the features of step {step}, micro-batch {micro}, but those of step "
-                           f"{message.place.step}, micro-batch {message.place.micro} are next")
+        raise RuntimeError(
+            f"rank {peer} sends the features of step {step}, micro-batch {micro}, but those of step "
+            f"{message.place.step}, micro-batch {message.place.micro} are next"
+        )
     if known is not None and found != known:
-        raise RuntimeError(f"rank {peer} sends features {list(found[0])} {found[1]} in step {step}, micro-batch "
-                           f"{micro}, but {list(known[0])} {known[1]} are expected")
+        raise RuntimeError(
+            f"rank {peer} sends features {list(found[0])} {found[1]} in step {step}, micro-batch "
+            f"{micro}, but {list(known[0])} {known[1]} are expected"
+        )
     return found

@@ -30,16 +30,34 @@ class BossNet(nn.Module):
     have it. ``num_classes`` 0: no classifier. Raises ValueError for an impossible value.
     """
 
-    def __init__(self, encoding: Sequence[Sequence[int]] = T0, width: int = 64, act: str = "silu", se: bool = True,
-                 last_stride: int = 2, num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0,
-                 drop_path_rate: float = 0.0, global_pool: str = "avg"):
+    def __init__(
+        self,
+        encoding: Sequence[Sequence[int]] = T0,
+        width: int = 64,
+        act: str = "silu",
+        se: bool = True,
+        last_stride: int = 2,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
+    ):
         super().__init__()
         _check(encoding, act, last_stride)
         self.encoding = tuple(tuple(int(kind) for kind in stage) for stage in encoding)
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.grad_checkpointing = False
-        self.arguments = {"encoding": self.encoding, "width": width, "act": act, "se": se, "last_stride": last_stride,
-                          "num_classes": num_classes, "in_chans": in_chans, "global_pool": global_pool}  # see export.py
+        self.arguments = {
+            "encoding": self.encoding,
+            "width": width,
+            "act": act,
+            "se": se,
+            "last_stride": last_stride,
+            "num_classes": num_classes,
+            "in_chans": in_chans,
+            "global_pool": global_pool,
+        }  # see export.py
         self.conv1 = nn.Conv2d(in_chans, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.act1 = ACTIVATIONS[act]()
@@ -51,13 +69,19 @@ class BossNet(nn.Module):
             blocks: list[nn.Module] = []
             for kind in kinds:
                 rate = drop_path_rate * number / max(total - 1, 1)
-                blocks.append(ConvBlock(channels, inner, stride, act, se, rate) if kind
-                              else AttentionBlock(channels, inner, stride, act))
+                blocks.append(
+                    ConvBlock(channels, inner, stride, act, se, rate)
+                    if kind
+                    else AttentionBlock(channels, inner, stride, act)
+                )
                 number, channels = number + 1, 4 * inner
                 reduction, stride = reduction * stride, 1
             if not kinds:
-                blocks += [nn.Conv2d(channels, 4 * inner, 3, stride, 1, bias=False), nn.BatchNorm2d(4 * inner),
-                           ACTIVATIONS[act]()]
+                blocks += [
+                    nn.Conv2d(channels, 4 * inner, 3, stride, 1, bias=False),
+                    nn.BatchNorm2d(4 * inner),
+                    ACTIVATIONS[act](),
+                ]
                 channels, reduction = 4 * inner, reduction * stride
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
             self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"layer{stage + 1}"})
@@ -159,10 +183,15 @@ class AttentionBlock(nn.Module):
         super().__init__()
         outer = 4 * inner
         self.shortcut = _shortcut(channels, outer, stride)
-        self.proj = nn.Sequential(nn.Conv2d(channels, inner, 1, bias=False), PEG(inner, stride),
-                                  nn.BatchNorm2d(inner))
-        self.net = nn.Sequential(ACTIVATIONS[act](), SelfAttention(inner), nn.BatchNorm2d(inner), ACTIVATIONS[act](),
-                                 nn.Conv2d(inner, outer, 1, bias=False), nn.BatchNorm2d(outer))
+        self.proj = nn.Sequential(nn.Conv2d(channels, inner, 1, bias=False), PEG(inner, stride), nn.BatchNorm2d(inner))
+        self.net = nn.Sequential(
+            ACTIVATIONS[act](),
+            SelfAttention(inner),
+            nn.BatchNorm2d(inner),
+            ACTIVATIONS[act](),
+            nn.Conv2d(inner, outer, 1, bias=False),
+            nn.BatchNorm2d(outer),
+        )
         self.act = ACTIVATIONS[act]()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -235,8 +264,7 @@ def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
     """``block(x)``, of which the backward pass computes the inner maps again; compiled code cannot take a context."""
     if torch.compiler.is_compiling():
         return checkpoint(block, x, use_reentrant=False)
-    return checkpoint(block, x, use_reentrant=False,
-                      context_fn=lambda: (contextlib.nullcontext(), _second_pass(block)))
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _second_pass(block)))
 
 
 @contextlib.contextmanager

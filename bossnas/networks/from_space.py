@@ -67,8 +67,9 @@ class Standalone(nn.Module):
         self.grad_checkpointing = enable
 
 
-def standalone(space: Space, architecture: Sequence[Path], classes: int, drop_rate: float = 0.0,
-               momentum: float | None = None) -> Standalone:
+def standalone(
+    space: Space, architecture: Sequence[Path], classes: int, drop_rate: float = 0.0, momentum: float | None = None
+) -> Standalone:
     """The network of an architecture, one path per block, with the initial weights that it would have by itself.
 
     Works for every space that follows the `Space` protocol. The layers are built one at a time and lose at once what
@@ -96,8 +97,9 @@ def standalone(space: Space, architecture: Sequence[Path], classes: int, drop_ra
 def head(space: Space, channels: int, classes: int, drop_rate: float = 0.0) -> nn.Sequential:
     """Global average pool and linear classifier; NATS-Bench's networks normalise and rectify the map before."""
     last = [GroupedBatchNorm(channels, "relu")] if isinstance(space, Nats) else []
-    return nn.Sequential(*last, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(drop_rate),
-                         nn.Linear(channels, classes))
+    return nn.Sequential(
+        *last, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(drop_rate), nn.Linear(channels, classes)
+    )
 
 
 def _checkpointed(layer: nn.Module, x: Tensor, choice: int) -> Tensor:
@@ -105,8 +107,15 @@ def _checkpointed(layer: nn.Module, x: Tensor, choice: int) -> Tensor:
     context."""
     if torch.compiler.is_compiling():
         return checkpoint(layer, x, choice, 1, None, use_reentrant=False)
-    return checkpoint(layer, x, choice, 1, None, use_reentrant=False,
-                      context_fn=lambda: (contextlib.nullcontext(), _second_pass(layer)))
+    return checkpoint(
+        layer,
+        x,
+        choice,
+        1,
+        None,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _second_pass(layer)),
+    )
 
 
 @contextlib.contextmanager

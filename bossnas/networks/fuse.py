@@ -33,8 +33,9 @@ def fuse_bn(model: nn.Module, images: Tensor | None = None) -> nn.Module:
     found = pairs(fused, (*CONVOLUTIONS, SelfAttention), (nn.BatchNorm2d, BatchNormAct2d))
     found = [(first, name) for first, name in found if fused.get_submodule(name).running_mean is not None]
     if not found:
-        raise ConfigError("--fuse-bn", "the network has no batch norm that can be folded into a convolution before it",
-                          "leave it out")
+        raise ConfigError(
+            "--fuse-bn", "the network has no batch norm that can be folded into a convolution before it", "leave it out"
+        )
     for first, name in found:
         before, norm = fused.get_submodule(first), fused.get_submodule(name)
         if isinstance(before, SelfAttention):
@@ -45,13 +46,18 @@ def fuse_bn(model: nn.Module, images: Tensor | None = None) -> nn.Module:
         fused.set_submodule(name, rest)
     difference = _difference(original, fused.eval(), _noise(original) if images is None else images.cpu())
     if not difference <= TOLERANCE:
-        raise ConfigError("--fuse-bn", f"folding the batch norms of {type(model).__name__} changed its results by "
-                          f"{difference:.1e} of the largest one, more than {TOLERANCE:.0e}", "leave it out")
+        raise ConfigError(
+            "--fuse-bn",
+            f"folding the batch norms of {type(model).__name__} changed its results by "
+            f"{difference:.1e} of the largest one, more than {TOLERANCE:.0e}",
+            "leave it out",
+        )
     return fused.to(device)
 
 
-def pairs(model: nn.Module, first: tuple[type[nn.Module], ...],
-          second: tuple[type[nn.Module], ...]) -> list[tuple[str, str]]:
+def pairs(
+    model: nn.Module, first: tuple[type[nn.Module], ...], second: tuple[type[nn.Module], ...]
+) -> list[tuple[str, str]]:
     """Names of modules of exactly the types ``first`` whose result goes to one of the types ``second`` and nowhere
     else, with the names of those; each is called once in a forward pass.
 
@@ -62,15 +68,20 @@ def pairs(model: nn.Module, first: tuple[type[nn.Module], ...],
         calls = [node for node in _Tracer().trace(still).nodes if node.op == "call_module"]
     except Exception as error:  # whatever the network's own code does with placeholders
         reason = str(error).partition("\n")[0]
-        raise ConfigError("network", f"the forward pass of {type(model).__name__} cannot be traced ({reason})",
-                          "use it as it is") from None
+        raise ConfigError(
+            "network", f"the forward pass of {type(model).__name__} cannot be traced ({reason})", "use it as it is"
+        ) from None
     module_of = {node: still.get_submodule(node.target) for node in calls}
     times = list(module_of.values())
     found = []
     for node, module in module_of.items():
         users = list(node.users)
-        if (type(module) in first and len(users) == 1 and type(following := module_of.get(users[0])) in second
-                and times.count(module) == times.count(following) == 1):
+        if (
+            type(module) in first
+            and len(users) == 1
+            and type(following := module_of.get(users[0])) in second
+            and times.count(module) == times.count(following) == 1
+        ):
             found.append((node.target, users[0].target))
     return found
 
@@ -79,8 +90,11 @@ class _Tracer(fx.Tracer):
     """Keeps modules without children, batch norms and self-attention whole."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return (isinstance(m, (nn.BatchNorm2d, SelfAttention)) or not any(True for _ in m.children())
-                or super().is_leaf_module(m, module_qualified_name))
+        return (
+            isinstance(m, (nn.BatchNorm2d, SelfAttention))
+            or not any(True for _ in m.children())
+            or super().is_leaf_module(m, module_qualified_name)
+        )
 
 
 @torch.no_grad()

@@ -26,8 +26,11 @@ def use_kernels(model: nn.Module, choice: str, device: torch.device) -> str:
     Raises ConfigError for a network that is none of the search spaces', and as `ops.use_kernels`.
     """
     if not isinstance(model, NETWORKS):
-        raise ConfigError("kernels", f"are not made for {type(model).__name__}", "set it to off, or choose a network "
-                          "of a search space, such as bossnet_t0")
+        raise ConfigError(
+            "kernels",
+            f"are not made for {type(model).__name__}",
+            "set it to off, or choose a network of a search space, such as bossnet_t0",
+        )
     running = ops.use_kernels(choice, device)
     following = dict(pairs(model, (nn.BatchNorm2d,), tuple(ACTIVATIONS)))
     for name, module in list(model.named_modules()):
@@ -38,8 +41,9 @@ def use_kernels(model: nn.Module, choice: str, device: torch.device) -> str:
                 model.set_submodule(following[name], nn.Identity())
             model.set_submodule(name, KernelNorm(module, act))
         elif type(module) is nn.Conv2d and _is_depthwise(module):
-            layer = ops.DepthwiseConv(module.in_channels, module.kernel_size[0], module.stride[0],
-                                      module.bias is not None)
+            layer = ops.DepthwiseConv(
+                module.in_channels, module.kernel_size[0], module.stride[0], module.bias is not None
+            )
             model.set_submodule(name, _take_over(layer, module))
         elif type(module) is SelfAttention:
             model.set_submodule(name, KernelAttention(module))
@@ -55,8 +59,16 @@ class KernelNorm(nn.BatchNorm2d):
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        y, mean, var = gbn_act(x, self.weight, self.bias, act=self.act, training=self.training,
-                               running_mean=self.running_mean, running_var=self.running_var, eps=self.eps)
+        y, mean, var = gbn_act(
+            x,
+            self.weight,
+            self.bias,
+            act=self.act,
+            training=self.training,
+            running_mean=self.running_mean,
+            running_var=self.running_var,
+            eps=self.eps,
+        )
         if self.training:
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
@@ -83,10 +95,16 @@ class KernelAttention(SelfAttention):
 def _is_depthwise(conv: nn.Conv2d) -> bool:
     """Whether `bossnas_kernels.dwconv2d` computes it."""
     kernel, stride = conv.kernel_size[0], conv.stride[0]
-    return (conv.groups == conv.in_channels == conv.out_channels > 1 and kernel in (3, 5) and stride in (1, 2)
-            and conv.kernel_size == (kernel, kernel) and conv.stride == (stride, stride)
-            and conv.padding == (kernel // 2, kernel // 2) and conv.dilation == (1, 1)
-            and conv.padding_mode == "zeros")
+    return (
+        conv.groups == conv.in_channels == conv.out_channels > 1
+        and kernel in (3, 5)
+        and stride in (1, 2)
+        and conv.kernel_size == (kernel, kernel)
+        and conv.stride == (stride, stride)
+        and conv.padding == (kernel // 2, kernel // 2)
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+    )
 
 
 def _take_over(new: nn.Module, old: nn.Module) -> nn.Module:

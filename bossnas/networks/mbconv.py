@@ -30,23 +30,39 @@ class MBConvNet(nn.Module):
     layer, linear from 0 at the first. ``num_classes`` 0: no classifier. Raises ValueError for an impossible value.
     """
 
-    def __init__(self, paths: Sequence[str | Sequence[int]], width: float = 1.0, last: bool = True,
-                 num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0, drop_path_rate: float = 0.0,
-                 global_pool: str = "avg"):
+    def __init__(
+        self,
+        paths: Sequence[str | Sequence[int]],
+        width: float = 1.0,
+        last: bool = True,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
+    ):
         super().__init__()
         self.paths = _checked(paths)
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.grad_checkpointing = False
-        self.arguments = {"paths": self.paths, "width": width, "last": last, "num_classes": num_classes,
-                          "in_chans": in_chans, "global_pool": global_pool}  # see export.py
+        self.arguments = {
+            "paths": self.paths,
+            "width": width,
+            "last": last,
+            "num_classes": num_classes,
+            "in_chans": in_chans,
+            "global_pool": global_pool,
+        }  # see export.py
         first, channels = _round8(32 * width), _round8(16 * width)
         self.conv_stem = nn.Conv2d(in_chans, first, 3, 2, 1, bias=False)
         self.bn_stem = nn.BatchNorm2d(first)
         self.act_stem = nn.SiLU()
         self.block0 = SeparableConv(first, channels)
         self.feature_info = [{"num_chs": channels, "reduction": 2, "module": "block0"}]
-        blocks = [(_round8(c * width), stride, [CANDIDATES[choice] for choice in path])
-                  for (c, stride, _), path in zip(BLOCKS, self.paths, strict=True)]
+        blocks = [
+            (_round8(c * width), stride, [CANDIDATES[choice] for choice in path])
+            for (c, stride, _), path in zip(BLOCKS, self.paths, strict=True)
+        ]
         if last:
             blocks.append((_round8(LAST_BLOCK * width), 1, [(6, 3)]))
         total, number, reduction = sum(len(layers) for _, _, layers in blocks), 0, 2
@@ -202,8 +218,7 @@ def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
     """``block(x)``, of which the backward pass computes the inner maps again; compiled code cannot take a context."""
     if torch.compiler.is_compiling():
         return checkpoint(block, x, use_reentrant=False)
-    return checkpoint(block, x, use_reentrant=False,
-                      context_fn=lambda: (contextlib.nullcontext(), _second_pass(block)))
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _second_pass(block)))
 
 
 @contextlib.contextmanager
@@ -227,8 +242,10 @@ def _checked(paths: Sequence[str | Sequence[int]]) -> tuple[tuple[int, ...], ...
     except (TypeError, ValueError):
         found = ()
     if [len(path) for path in found] != lengths or not all(0 <= c < len(CANDIDATES) for path in found for c in path):
-        raise ValueError(f"paths: expected candidates 0 to {len(CANDIDATES) - 1} of blocks of "
-                         f"{', '.join(map(str, lengths))} layers, got {paths!r}")
+        raise ValueError(
+            f"paths: expected candidates 0 to {len(CANDIDATES) - 1} of blocks of "
+            f"{', '.join(map(str, lengths))} layers, got {paths!r}"
+        )
     return found
 
 

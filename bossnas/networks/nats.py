@@ -27,23 +27,38 @@ class NatsNet(nn.Module):
     benchmark has none. ``num_classes`` 0: no classifier. Raises ValueError for an impossible value.
     """
 
-    def __init__(self, widths: Sequence[int], skip_relu: bool = False, num_classes: int = 10, in_chans: int = 3,
-                 drop_rate: float = 0.0, drop_path_rate: float = 0.0, global_pool: str = "avg"):
+    def __init__(
+        self,
+        widths: Sequence[int],
+        skip_relu: bool = False,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
+    ):
         super().__init__()
         if len(widths) != len(KINDS) or not all(isinstance(c, int) and c > 0 for c in widths):
             raise ValueError(f"widths: expected five channel numbers, got {widths!r}")
         self.widths, self.skip_relu = tuple(widths), skip_relu
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.grad_checkpointing = False
-        self.arguments = {"widths": self.widths, "skip_relu": skip_relu, "num_classes": num_classes,
-                          "in_chans": in_chans, "global_pool": global_pool}  # see export.py
+        self.arguments = {
+            "widths": self.widths,
+            "skip_relu": skip_relu,
+            "num_classes": num_classes,
+            "in_chans": in_chans,
+            "global_pool": global_pool,
+        }  # see export.py
         channels, reduction = widths[0], 1
         self.stem = nn.Sequential(nn.Conv2d(in_chans, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels))
         self.feature_info = []
         for number, (kind, width) in enumerate(zip(KINDS, widths, strict=True)):
             rate = drop_path_rate * number / (len(KINDS) - 1)
-            self.add_module(f"layer{number + 1}", NormalCell(channels, width, skip_relu, rate) if kind == "N"
-                            else ResidualCell(channels, width, rate))
+            self.add_module(
+                f"layer{number + 1}",
+                NormalCell(channels, width, skip_relu, rate) if kind == "N" else ResidualCell(channels, width, rate),
+            )
             channels, reduction = width, reduction * (1 if kind == "N" else 2)
             if kind == "N":
                 self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"layer{number + 1}"})
@@ -124,8 +139,9 @@ class ResidualCell(nn.Module):
 
     def __init__(self, channels: int, width: int, drop_path: float):
         super().__init__()
-        self.shortcut = nn.Sequential(nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False),
-                                      nn.Conv2d(channels, width, 1, bias=False))
+        self.shortcut = nn.Sequential(
+            nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False), nn.Conv2d(channels, width, 1, bias=False)
+        )
         self.first = _operation(channels, width, 3, 2)
         self.second = _operation(width, width, 3)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
@@ -136,8 +152,11 @@ class ResidualCell(nn.Module):
 
 def _operation(channels: int, width: int, kernel: int, stride: int = 1, relu: bool = True) -> nn.Sequential:
     """ReLU, convolution, batch norm."""
-    return nn.Sequential(nn.ReLU() if relu else nn.Identity(),
-                         nn.Conv2d(channels, width, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(width))
+    return nn.Sequential(
+        nn.ReLU() if relu else nn.Identity(),
+        nn.Conv2d(channels, width, kernel, stride, kernel // 2, bias=False),
+        nn.BatchNorm2d(width),
+    )
 
 
 class DropPath(nn.Module):
@@ -158,8 +177,7 @@ def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
     """``block(x)``, of which the backward pass computes the inner maps again; compiled code cannot take a context."""
     if torch.compiler.is_compiling():
         return checkpoint(block, x, use_reentrant=False)
-    return checkpoint(block, x, use_reentrant=False,
-                      context_fn=lambda: (contextlib.nullcontext(), _second_pass(block)))
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _second_pass(block)))
 
 
 @contextlib.contextmanager

@@ -25,31 +25,48 @@ BATCH_NORM_MOMENTUM = 0.1
 
 
 def _cfg(size: int = 224, first_conv: str | None = "conv1", classifier: str = "fc", **changes: Any) -> dict[str, Any]:
-    return {"num_classes": 1000, "input_size": (3, size, size), "pool_size": None, "crop_pct": 0.875,
-            "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-            "first_conv": first_conv, "classifier": classifier, "license": "apache-2.0", **changes}
+    return {
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": first_conv,
+        "classifier": classifier,
+        "license": "apache-2.0",
+        **changes,
+    }
 
 
-default_cfgs = generate_default_cfgs({
-    "bossnet.untrained": _cfg(),
-    "bossnet_t0.untrained": _cfg(),
-    "bossnet_t0_nose.untrained": _cfg(),
-    "bossnet_t0_288.untrained": _cfg(288),
-    "bossnet_t1.untrained": _cfg(),
-    "bossnet_t1_256.untrained": _cfg(256),
-    "bossnas_mbconv.untrained": _cfg(first_conv="conv_stem"),
-    "bossnas_nats.untrained": _cfg(32, "stem.0", num_classes=10, crop_pct=1.0, mean=MEAN["cifar"], std=STD["cifar"]),
-    "bossnas_own.untrained": _cfg(first_conv=None, classifier="head.3"),
-})
+default_cfgs = generate_default_cfgs(
+    {
+        "bossnet.untrained": _cfg(),
+        "bossnet_t0.untrained": _cfg(),
+        "bossnet_t0_nose.untrained": _cfg(),
+        "bossnet_t0_288.untrained": _cfg(288),
+        "bossnet_t1.untrained": _cfg(),
+        "bossnet_t1_256.untrained": _cfg(256),
+        "bossnas_mbconv.untrained": _cfg(first_conv="conv_stem"),
+        "bossnas_nats.untrained": _cfg(
+            32, "stem.0", num_classes=10, crop_pct=1.0, mean=MEAN["cifar"], std=STD["cifar"]
+        ),
+        "bossnas_own.untrained": _cfg(first_conv=None, classifier="head.3"),
+    }
+)
 
 
-def _build(make: Callable[..., nn.Module], variant: str, pretrained: bool, args: dict[str, Any],
-           features: int = 5) -> nn.Module:
+def _build(
+    make: Callable[..., nn.Module], variant: str, pretrained: bool, args: dict[str, Any], features: int = 5
+) -> nn.Module:
     """``features``: how many sizes of maps the network has."""
     given = args.get("pretrained_cfg"), args.get("pretrained_cfg_overlay")
     if pretrained and not any(cfg is not None and not isinstance(cfg, str) for cfg in given):
-        raise RuntimeError(f"{variant} has no hosted weights: leave pretrained=True out, and give a file of weights as "
-                           "checkpoint_path=FILE")
+        raise RuntimeError(
+            f"{variant} has no hosted weights: leave pretrained=True out, and give a file of weights as "
+            "checkpoint_path=FILE"
+        )
     return build_model_with_cfg(make, variant, pretrained, feature_cfg={"out_indices": tuple(range(features))}, **args)
 
 
@@ -117,11 +134,21 @@ def bossnas_own(pretrained: bool = False, **kwargs: Any) -> Standalone:
     return _build(_own, "bossnas_own", pretrained, kwargs)
 
 
-def _own(space: str, paths: Sequence[str], width: float = 1.0, num_classes: int = 1000, in_chans: int = 3,
-         drop_rate: float = 0.0, drop_path_rate: float = 0.0, global_pool: str = "avg") -> Standalone:
+def _own(
+    space: str,
+    paths: Sequence[str],
+    width: float = 1.0,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    global_pool: str = "avg",
+) -> Standalone:
     if drop_path_rate:
-        raise ValueError(f"drop_path_rate: is {drop_path_rate:g}, but the layers of an own space have no stochastic "
-                         "depth, set it to 0")
+        raise ValueError(
+            f"drop_path_rate: is {drop_path_rate:g}, but the layers of an own space have no stochastic "
+            "depth, set it to 0"
+        )
     if in_chans != 3:
         raise ValueError(f"in_chans: is {in_chans}, but a space's stem takes 3")
     any_size = 2**30  # the images' size matters to a search alone

@@ -21,8 +21,18 @@ from bossnas.networks import registry  # noqa: F401  (registers the networks in 
 
 FORMAT = "bossnas-network-1"
 # Arguments by which timm's create_model would read or fetch weights: a description says what a network is, no more.
-REFUSED = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "scriptable",
-           "exportable", "no_jit", "num_classes", "features_only")
+REFUSED = (
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "cache_dir",
+    "scriptable",
+    "exportable",
+    "no_jit",
+    "num_classes",
+    "features_only",
+)
 
 
 @dataclass(frozen=True)
@@ -67,26 +77,38 @@ def build_network(spec: Spec, **training: Any) -> nn.Module:
     """
     if not timm.is_model(spec.architecture):
         near = timm.list_models(f"*{spec.architecture}*")[:3]
-        raise ConfigError("model.name", f"timm knows no {spec.architecture!r}",
-                          f"choose for example {', '.join(near or ['bossnet_t0', 'resnet50'])}")
+        raise ConfigError(
+            "model.name",
+            f"timm knows no {spec.architecture!r}",
+            f"choose for example {', '.join(near or ['bossnet_t0', 'resnet50'])}",
+        )
     refused = [key for key in spec.model_args if key in REFUSED]
     if refused:
-        raise ConfigError("model.options", f"{refused[0]} is no argument of a network", "remove it; weights come from "
-                          "model.checkpoint, the number of classes from model.classes")
+        raise ConfigError(
+            "model.options",
+            f"{refused[0]} is no argument of a network",
+            "remove it; weights come from model.checkpoint, the number of classes from model.classes",
+        )
     try:
         return timm.create_model(spec.architecture, num_classes=spec.classes, **spec.model_args, **training)
     except Exception as error:  # a network's own code raises what it makes of the arguments
         words = " ".join(f"{type(error).__name__}: {error}".split())
         zero = [f"model.{name.removesuffix('_rate')} to 0" for name in training]
-        raise ConfigError("model.options", f"{spec.architecture} does not take {spec.model_args | training} ({words})",
-                          f"mend or remove them{', or set ' if zero else ''}{' and '.join(zero)}") from None
+        raise ConfigError(
+            "model.options",
+            f"{spec.architecture} does not take {spec.model_args | training} ({words})",
+            f"mend or remove them{', or set ' if zero else ''}{' and '.join(zero)}",
+        ) from None
 
 
 def refused_images(spec: Spec, error: Exception) -> ConfigError:
     """What to raise where the network of ``spec`` has failed with ``error`` on images of its size."""
     words = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ConfigError("model.image_size", f"{spec.architecture} does not take images of {spec.image_size} pixels "
-                       f"({words})", "set another, or set model.options to what the network needs for it")
+    return ConfigError(
+        "model.image_size",
+        f"{spec.architecture} does not take images of {spec.image_size} pixels ({words})",
+        "set another, or set model.options to what the network needs for it",
+    )
 
 
 @dataclass(frozen=True)
@@ -121,12 +143,16 @@ def load_network(path: Path) -> Network:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise ConfigError("checkpoint", f"{path} does not say which network it is of",
-                                  "name that with --model, or give a file of bossnas retrain or bossnas export")
+                raise ConfigError(
+                    "checkpoint",
+                    f"{path} does not say which network it is of",
+                    "name that with --model, or give a file of bossnas retrain or bossnas export",
+                )
             spec, about = Spec.from_json(json.loads(metadata["spec"])), dict(json.loads(metadata["about"]))
             return Network(spec, {name: file.get_tensor(name) for name in file.keys()}, about)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError("checkpoint", f"cannot read {path} ({getattr(error, 'strerror', None) or error})",
-                          "copy or write it again") from None
+        raise ConfigError(
+            "checkpoint", f"cannot read {path} ({getattr(error, 'strerror', None) or error})", "copy or write it again"
+        ) from None

@@ -86,24 +86,42 @@ class LARS(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         """One update with the gradients of the parameters."""
         assert closure is None, "LARS takes no closure"
-        settings = {"lr": self.param_groups[0]["lr"], "momentum": self.momentum, "weight_decay": self.weight_decay,
-                    "trust": self.trust}
+        settings = {
+            "lr": self.param_groups[0]["lr"],
+            "momentum": self.momentum,
+            "weight_decay": self.weight_decay,
+            "trust": self.trust,
+        }
         if not self.sharded and not self.by_rows:
             _, weights, gradients, buffers = zip(*self._pieces(), strict=True)
             present = [g for g in gradients if g is not None]
             norms = torch._foreach_norm(present) if present else []
             self._scale(present, torch.stack(norms).norm().item() if norms else 0.0)
             if self.applied:
-                lars_ema_step(weights, gradients, buffers, self.excluded, self._targets, **settings,
-                              ema=self.param_groups[0]["ema"])
+                lars_ema_step(
+                    weights,
+                    gradients,
+                    buffers,
+                    self.excluded,
+                    self._targets,
+                    **settings,
+                    ema=self.param_groups[0]["ema"],
+                )
             return
         pieces = [piece for piece in self._pieces() if piece[2] is not None]
         index, weights, gradients, buffers = ([piece[k] for piece in pieces] for k in range(4))
         w_norm, g_norm = self._norms(index, weights, gradients)
         factor = self._scale(gradients, math.hypot(*g_norm))
         if self.applied:
-            lars_update(weights, gradients, buffers, [self.excluded[i] for i in index], [w_norm[i] for i in index],
-                        [g_norm[i] * factor for i in index], **settings)
+            lars_update(
+                weights,
+                gradients,
+                buffers,
+                [self.excluded[i] for i in index],
+                [w_norm[i] for i in index],
+                [g_norm[i] * factor for i in index],
+                **settings,
+            )
             if self.by_rows:
                 self.follow()
 
@@ -120,8 +138,9 @@ class LARS(torch.optim.Optimizer):
 
     def follow(self) -> None:
         """Moves the targets towards the parameters, where ``step`` saw but a share of these."""
-        ema_update([local(t) for _, t in self._followed], [local(p) for p, _ in self._followed],
-                   self.param_groups[0]["ema"])
+        ema_update(
+            [local(t) for _, t in self._followed], [local(p) for p, _ in self._followed], self.param_groups[0]["ema"]
+        )
 
     @torch.no_grad()
     def full_state(self) -> dict[str, Tensor]:
@@ -133,9 +152,7 @@ class LARS(torch.optim.Optimizer):
         flat = torch.cat(dist.all_gather(self.state[self.param_groups[0]["params"][0]]["momentum"]))
         counts = [shape.numel() for shape in self.shapes]
         parts = flat[: self.ends[-1]].split(counts)
-        return {
-            name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
-        }
+        return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
 
     @torch.no_grad()
     def load_full_state(self, state: dict[str, Tensor]) -> None:
@@ -166,8 +183,10 @@ class LARS(torch.optim.Optimizer):
         it holds of DTensors."""
         if not self.sharded:
             parameters = [group["params"][0] for group in self.param_groups]
-            return [(i, local(p), None if p.grad is None else local(p.grad), local(self.state[p]["momentum"]))
-                    for i, p in enumerate(parameters)]
+            return [
+                (i, local(p), None if p.grad is None else local(p.grad), local(self.state[p]["momentum"]))
+                for i, p in enumerate(parameters)
+            ]
         (share,) = self.param_groups[0]["params"]
         buffer, pieces = self.state[share]["momentum"], []
         for i in range(len(self.names)):

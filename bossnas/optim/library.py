@@ -36,8 +36,17 @@ class Algorithm:
     steps: Literal["state"] | Callable[[int], Any] | None = None
 
 
-def choose_optimizer(kind: Kind, fused: Fused, device: torch.device, *, weight_decay: float, momentum: float,
-           beta2: float, eps: float, clip: float = 0.0) -> tuple[MakeOptimizer, str]:
+def choose_optimizer(
+    kind: Kind,
+    fused: Fused,
+    device: torch.device,
+    *,
+    weight_decay: float,
+    momentum: float,
+    beta2: float,
+    eps: float,
+    clip: float = 0.0,
+) -> tuple[MakeOptimizer, str]:
     """What builds the optimizer for an engine, and the name of the implementation that runs.
 
     ``fused``: auto: apex's where it is installed on a GPU, else torch's; none: plain torch. ``weight_decay`` spares
@@ -58,9 +67,11 @@ def choose_optimizer(kind: Kind, fused: Fused, device: torch.device, *, weight_d
 def check_optimizer(kind: Kind, sharded: bool) -> None:
     """Raises ConfigError where an engine shows the optimizer parts of parameters and it needs whole ones."""
     if kind == "lamb" and sharded:
-        raise ConfigError("train.optimizer", "is lamb, which needs the norms of whole parameters, but the engine gives "
-                          "each rank a share of them", "set engine.name to ddp (or deepspeed with "
-                          "zero_optimization.stage 0), or train.optimizer to adamw")
+        raise ConfigError(
+            "train.optimizer",
+            "is lamb, which needs the norms of whole parameters, but the engine gives each rank a share of them",
+            "set engine.name to ddp (or deepspeed with zero_optimization.stage 0), or train.optimizer to adamw",
+        )
 
 
 def _algorithm(kind: Kind, fused: Fused, device: torch.device, momentum: float, beta2: float, eps: float) -> Algorithm:
@@ -71,25 +82,37 @@ def _algorithm(kind: Kind, fused: Fused, device: torch.device, momentum: float, 
     if kind != "sgd" and (fused == "apex" or fused == "auto" and device.type == "cuda"):
         apex, why = _apex({"adamw": "FusedAdam", "lamb": "FusedLAMB"}[kind], device)
         if apex is None and fused == "apex":
-            raise ConfigError("train.fused", f"is apex, which cannot be used here ({why})",
-                              "install NVIDIA's apex with its CUDA extensions, or set it to auto")
+            raise ConfigError(
+                "train.fused",
+                f"is apex, which cannot be used here ({why})",
+                "install NVIDIA's apex with its CUDA extensions, or set it to auto",
+            )
         if apex is not None and kind == "adamw":
-            return Algorithm("AdamW by apex FusedAdam", lambda groups: apex(groups, adam_w_mode=True, **adam), moments,
-                             int)
+            return Algorithm(
+                "AdamW by apex FusedAdam", lambda groups: apex(groups, adam_w_mode=True, **adam), moments, int
+            )
         if apex is not None:  # it clips by itself, and 0 would not mean never
-            return Algorithm("LAMB by apex FusedLAMB", lambda groups: apex(groups, max_grad_norm=math.inf, **adam),
-                             moments, int)
+            return Algorithm(
+                "LAMB by apex FusedLAMB", lambda groups: apex(groups, max_grad_norm=math.inf, **adam), moments, int
+            )
     is_fused = fused != "none"
     prefix = "torch fused" if is_fused else "torch"
     if kind == "adamw":
-        return Algorithm(f"{prefix} AdamW", lambda groups: torch.optim.AdamW(groups, fused=is_fused, **adam), moments,
-                         "state")
+        return Algorithm(
+            f"{prefix} AdamW", lambda groups: torch.optim.AdamW(groups, fused=is_fused, **adam), moments, "state"
+        )
     if kind == "lamb":
-        return Algorithm("timm LAMB", lambda groups: timm.optim.Lamb(groups, max_grad_norm=None, **adam), moments,
-                         lambda count: torch.tensor(float(count)))
-    return Algorithm(f"{prefix} SGD", lambda groups: torch.optim.SGD(
-        groups, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=is_fused),
-        ("momentum_buffer",) if momentum else ())
+        return Algorithm(
+            "timm LAMB",
+            lambda groups: timm.optim.Lamb(groups, max_grad_norm=None, **adam),
+            moments,
+            lambda count: torch.tensor(float(count)),
+        )
+    return Algorithm(
+        f"{prefix} SGD",
+        lambda groups: torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=momentum > 0, fused=is_fused),
+        ("momentum_buffer",) if momentum else (),
+    )
 
 
 def _apex(name: str, device: torch.device) -> tuple[Any, str]:
@@ -116,8 +139,9 @@ class LibraryOptimizer(torch.optim.Optimizer):
     ``groups``: of `groups.parameter_groups`, with ``target``: what follows a parameter, or None.
     """
 
-    def __init__(self, groups: list[dict], algorithm: Algorithm, *, weight_decay: float, clip: float = 0.0,
-                 sharded: bool = False):
+    def __init__(
+        self, groups: list[dict], algorithm: Algorithm, *, weight_decay: float, clip: float = 0.0, sharded: bool = False
+    ):
         if not groups:
             raise ConfigError("model", "has no trainable parameter", "choose another network")
         parameters = [group["params"][0] for group in groups]
@@ -129,8 +153,9 @@ class LibraryOptimizer(torch.optim.Optimizer):
         self.by_rows = is_dtensor(parameters[0])
         self.norm_group = parameters[0].device_mesh.get_group() if self.by_rows else None
         self.steps, self.loss_scale, self.applied = 0, 1.0, True
-        self._followed = [(p, group["target"]) for p, group in zip(parameters, groups, strict=True)
-                          if group["target"] is not None]
+        self._followed = [
+            (p, group["target"]) for p, group in zip(parameters, groups, strict=True) if group["target"] is not None
+        ]
         super().__init__([{"params": parameters}], {"lr": 0.0, "ema": 1.0})
         if not sharded:
             self.create_state()
@@ -144,10 +169,17 @@ class LibraryOptimizer(torch.optim.Optimizer):
                 self.state[parameter][name] = torch.zeros_like(parameter)
         views = self._views()
         # leaves of their own, since what this rank holds of a parameter is none
-        self._pieces = [(i, weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.detach()))
-                        for i, weight, _, _ in views]
-        groups = [{"params": [piece for i, piece in self._pieces if self.excluded[i] == excluded],
-                   "weight_decay": 0.0 if excluded else self.weight_decay} for excluded in (False, True)]
+        self._pieces = [
+            (i, weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.detach()))
+            for i, weight, _, _ in views
+        ]
+        groups = [
+            {
+                "params": [piece for i, piece in self._pieces if self.excluded[i] == excluded],
+                "weight_decay": 0.0 if excluded else self.weight_decay,
+            }
+            for excluded in (False, True)
+        ]
         groups = [group for group in groups if group["params"]]
         self._library = self.algorithm.make(groups) if groups else None
         where = self._pieces[0][1].device if self._pieces and self._counts_on_device() else None
@@ -215,8 +247,11 @@ class LibraryOptimizer(torch.optim.Optimizer):
 
     def follow(self) -> None:
         """Moves the followers towards the parameters, where ``step`` saw but a share of these."""
-        ema_update([local(target) for _, target in self._followed], [local(p) for p, _ in self._followed],
-                   self.param_groups[0]["ema"])
+        ema_update(
+            [local(target) for _, target in self._followed],
+            [local(p) for p, _ in self._followed],
+            self.param_groups[0]["ema"],
+        )
 
     @torch.no_grad()
     def full_state(self) -> dict[str, Tensor]:
@@ -238,8 +273,11 @@ class LibraryOptimizer(torch.optim.Optimizer):
     def load_full_state(self, state: dict[str, Tensor]) -> None:
         """Copies what ``full_state`` gave, sharded or not, as whole tensors or DTensors. Raises ValueError if it is
         another model's."""
-        names = {f"{name}.{buffer}": shape for name, shape in zip(self.names, self.shapes, strict=True)
-                 for buffer in self.algorithm.buffers} | {STEPS: torch.Size([1])}
+        names = {
+            f"{name}.{buffer}": shape
+            for name, shape in zip(self.names, self.shapes, strict=True)
+            for buffer in self.algorithm.buffers
+        } | {STEPS: torch.Size([1])}
         for name in sorted(names.keys() | state.keys()):
             saved = state[name].shape if name in state else None
             if saved != names.get(name):
@@ -264,14 +302,17 @@ class LibraryOptimizer(torch.optim.Optimizer):
         """(number, weight, gradient, buffers) of what this rank holds of the parameters, where that is anything."""
         kinds, parameters = self.algorithm.buffers, self.param_groups[0]["params"]
         if not self.sharded:
-            found = [(i, local(p), None if p.grad is None else local(p.grad), [local(self.state[p][k]) for k in kinds])
-                     for i, p in enumerate(parameters)]
+            found = [
+                (i, local(p), None if p.grad is None else local(p.grad), [local(self.state[p][k]) for k in kinds])
+                for i, p in enumerate(parameters)
+            ]
             return [view for view in found if view[1].numel()]
         (share,), result = parameters, []
         for i in range(len(self.names)):
             start, stop, _ = self._bounds(i)
             if start < stop:
                 gradient = None if share.grad is None else share.grad[start:stop]
-                result.append((i, share.detach()[start:stop], gradient,
-                               [self.state[share][k][start:stop] for k in kinds]))
+                result.append(
+                    (i, share.detach()[start:stop], gradient, [self.state[share][k][start:stop] for k in kinds])
+                )
         return result

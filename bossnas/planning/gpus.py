@@ -75,12 +75,21 @@ def gpu_rates(gpu: str, tflops: float | None = None, gbps: float | None = None) 
     """``tflops``: sustained by matrix products in 16 bits; ``gbps``: GB/s sustained by the GPU's memory; None: shares
     of the datasheet's. Raises ConfigError for an unknown GPU and rates that are not positive."""
     if gpu not in GPUS:
-        raise ConfigError("--gpu", f"there is no {gpu!r}", f"choose {', '.join(GPUS)}, or the nearest of them with "
-                          "--tflops and --gbps")
+        raise ConfigError(
+            "--gpu",
+            f"there is no {gpu!r}",
+            f"choose {', '.join(GPUS)}, or the nearest of them with --tflops and --gbps",
+        )
     for name, value in (("--tflops", tflops), ("--gbps", gbps)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ConfigError(name, f"is {value:g}", "give a positive number")
     sheet = GPUS[gpu]
     half = tflops or sheet.half * MATRIX
-    return Rates(half * 1e12, half * 1e12 * sheet.tf32 / sheet.half, (gbps or sheet.memory * MEMORY) * 1e9,
-                 sheet.link * 1e9 * LINK, sheet.network * 1e9 / NODE * LINK, sheet.memory_gb * GIB)
+    return Rates(
+        half * 1e12,
+        half * 1e12 * sheet.tf32 / sheet.half,
+        (gbps or sheet.memory * MEMORY) * 1e9,
+        sheet.link * 1e9 * LINK,
+        sheet.network * 1e9 / NODE * LINK,
+        sheet.memory_gb * GIB,
+    )

@@ -32,35 +32,56 @@ SCHEDULES = ("sequential", "block_parallel")
 FULL = 0.9  # share of a GPU's memory above which the allocator's gaps make it fail
 
 # CPU milliseconds for an image (docs/results/data.md): where its views are made -> one core's time.
-CORE_MS = {"imagenet": {"device": 1.595, "worker_crops": 3.887, "worker": 9.746},
-           "cifar": {"device": 0.028, "worker_crops": 0.047, "worker": 0.048}}
+CORE_MS = {
+    "imagenet": {"device": 1.595, "worker_crops": 3.887, "worker": 9.746},
+    "cifar": {"device": 0.028, "worker_crops": 0.047, "worker": 0.048},
+}
 # Training and validation images; sample: the embedded one, where data.train is not set.
 IMAGES = {"imagenet": (1_281_167, 50_000), "cifar": (50_000, 10_000), "sample": (2_000, 500)}
 
 
 def read_gpus(text: str) -> list[int]:
-    """"1,8,64" -> [1, 8, 64]. Raises ConfigError for anything but positive whole numbers."""
+    """ "1,8,64" -> [1, 8, 64]. Raises ConfigError for anything but positive whole numbers."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and 0 < int(part) <= 10**6 for part in parts):
         raise ConfigError("--gpus", f"{text!r} is not a list of positive whole numbers", "write 8 or 1,8,64")
     return sorted({int(part) for part in parts})
 
 
-def plan(config: Config, gpus: Sequence[int], gpu: str, *, architecture: str | None = None,
-         train_images: int | None = None, val_images: int | None = None, measured: Sequence[Folder] = (),
-         tflops: float | None = None, gbps: float | None = None) -> dict[str, Any]:
+def plan(
+    config: Config,
+    gpus: Sequence[int],
+    gpu: str,
+    *,
+    architecture: str | None = None,
+    train_images: int | None = None,
+    val_images: int | None = None,
+    measured: Sequence[Folder] = (),
+    tflops: float | None = None,
+    gbps: float | None = None,
+) -> dict[str, Any]:
     """{"rows": one for each number of GPUs, schedule and engine, "blocks", "assumptions", "limits"}, plain values.
 
     ``architecture``: the winners to assume; ``measured``: JSON files of ``bench/step.py`` from one such GPU;
     ``tflops``, ``gbps``: see `gpus.gpu_rates`. Raises ConfigError for what the user can mend.
     """
     given = gpu_rates(gpu, tflops, gbps)
-    engines.make(config.engine.name, accumulate=accumulation(config, 1), micro_batch=config.train.micro_batch,
-                 precision=config.train.precision, section=config.engine.deepspeed)  # refuses what cannot work
+    engines.make(
+        config.engine.name,
+        accumulate=accumulation(config, 1),
+        micro_batch=config.train.micro_batch,
+        precision=config.train.precision,
+        section=config.engine.deepspeed,
+    )  # refuses what cannot work
     if config.train.precision == "bf16" and gpu == "v100":
         raise ConfigError("train.precision", "v100 has no bfloat16", "plan with --set train.precision=fp16")
-    space = spaces.make(config.space.name, width=config.space.width, image_size=config.space.image_size,
-                        restricted=config.space.restricted, split=config.space.split)
+    space = spaces.make(
+        config.space.name,
+        width=config.space.width,
+        image_size=config.space.image_size,
+        restricted=config.space.restricted,
+        split=config.space.split,
+    )
     winners = None if architecture is None else read_architecture(space, architecture)
     defaults = IMAGES[config.data.recipe if config.data.train else "sample"]
     images = (train_images or defaults[0], val_images or defaults[1])
@@ -71,18 +92,33 @@ def plan(config: Config, gpus: Sequence[int], gpu: str, *, architecture: str | N
     steps = [_read_step(file, config, space.blocks) for file in measured]
     search = _Search(config, Workload(config, space, winners), given, *images)
     search.measure(steps)
-    kinds = [(n, s, e) for n in gpus for s in SCHEDULES for e in ENGINES
-             if s == "sequential" or not e.startswith("deepspeed")]
+    kinds = [
+        (n, s, e)
+        for n in gpus
+        for s in SCHEDULES
+        for e in ENGINES
+        if s == "sequential" or not e.startswith("deepspeed")
+    ]
     with log.progress("count", len(kinds), 0, True) as task:
         rows = []
         for kind in kinds:
             rows.append(search.row(*kind))
             task.advance()
     _scaling(rows)
-    return {"config": {"space": config.space.name, "engine": search.engine, "batch": config.train.batch,
-                       "micro_batch": config.train.micro_batch, "precision": config.train.precision}, "gpu": gpu,
-            "rows": rows, "blocks": search.blocks(gpu), "assumptions": search.assumptions(gpu, tflops, gbps),
-            "limits": search.limits(rows)}
+    return {
+        "config": {
+            "space": config.space.name,
+            "engine": search.engine,
+            "batch": config.train.batch,
+            "micro_batch": config.train.micro_batch,
+            "precision": config.train.precision,
+        },
+        "gpu": gpu,
+        "rows": rows,
+        "blocks": search.blocks(gpu),
+        "assumptions": search.assumptions(gpu, tflops, gbps),
+        "limits": search.limits(rows),
+    }
 
 
 class _Search:
@@ -95,7 +131,8 @@ class _Search:
         size = stage.get("reduce_bucket_size")
         self.bucket = WEIGHT * (size if isinstance(size, int | float) else 5 * 10**8)  # DeepSpeed's default
         self.engine = {"single": "ddp", "deepspeed": f"deepspeed {stage.get('stage', 0)}"}.get(
-            config.engine.name, config.engine.name)
+            config.engine.name, config.engine.name
+        )
         self.steps = train.epochs * (train.steps_per_epoch or train_images // train.batch)
         every = config.rating.every_epochs
         self.midway = (train.epochs - 1) // every if every else 0  # ratings before the stage's end
@@ -129,31 +166,58 @@ class _Search:
         if "reason" in cut:
             return {**head, "runs": False, "reason": cut["reason"]}
         tasks = [self.task(block, engine, cut) for block in range(self.space.blocks)]
-        work = [self.work_seconds(block, cut["micro_batch"], schedule) * cut["accumulate"]
-                for block in range(self.space.blocks)]
-        parts = [{"work": seconds, "shuffle": self.rates.exchange(*task.shuffle(), cut["shards"]),
-                  "gradients": self.rates.exchange(*task.gradients(), cut["shards"]),
-                  "update": task.update_bytes() / self.rates.memory}
-                 for task, seconds in zip(tasks, work, strict=True)]
+        work = [
+            self.work_seconds(block, cut["micro_batch"], schedule) * cut["accumulate"]
+            for block in range(self.space.blocks)
+        ]
+        parts = [
+            {
+                "work": seconds,
+                "shuffle": self.rates.exchange(*task.shuffle(), cut["shards"]),
+                "gradients": self.rates.exchange(*task.gradients(), cut["shards"]),
+                "update": task.update_bytes() / self.rates.memory,
+            }
+            for task, seconds in zip(tasks, work, strict=True)
+        ]
         together = cut["rows"] if schedule == "block_parallel" else [[block] for block in range(self.space.blocks)]
-        largest = max((self.memory([tasks[b] for b in row], schedule) for row in together),
-                      key=lambda pieces: pieces["total"])
+        largest = max(
+            (self.memory([tasks[b] for b in row], schedule) for row in together), key=lambda pieces: pieces["total"]
+        )
         hours, idle = self.hours(gpus, schedule, cut, parts)
         received = [task.shuffle()[0] + task.gradients()[0] for task in tasks]
         total, step = sum(hours.values()), self.step_seconds(schedule, cut, parts)
         loading = cut["micro_batch"] * cut["accumulate"] / step  # images a second of each rank that reads images
-        return {**head, "runs": True, "change": cut["change"], "shards": cut["shards"],
-                "micro_batch": cut["micro_batch"], "accumulate": cut["accumulate"],
-                "memory_gib": {name: size / GIB for name, size in largest.items()},
-                "fits": largest["total"] <= FULL * self.rates.capacity,
-                "received_gb": max(received) / 1e9, "step_s": step, "hours": {**hours, "total": total},
-                "idle": idle, "images_per_s": loading * cut["shards"], "cores_per_gpu": loading * self.core_ms() / 1e3}
+        return {
+            **head,
+            "runs": True,
+            "change": cut["change"],
+            "shards": cut["shards"],
+            "micro_batch": cut["micro_batch"],
+            "accumulate": cut["accumulate"],
+            "memory_gib": {name: size / GIB for name, size in largest.items()},
+            "fits": largest["total"] <= FULL * self.rates.capacity,
+            "received_gb": max(received) / 1e9,
+            "step_s": step,
+            "hours": {**hours, "total": total},
+            "idle": idle,
+            "images_per_s": loading * cut["shards"],
+            "cores_per_gpu": loading * self.core_ms() / 1e3,
+        }
 
     def task(self, block: int, engine: str, cut: dict[str, Any]) -> Task:
         paths = len(sample_paths(self.space, block, self.counts.winners[:block], 0, 0, self.config.train.paths))
-        return Task(engine, cut["shards"], cut["accumulate"], cut["micro_batch"], 2 * self.space.view_pairs, paths,
-                    self.space.layers(block), self.config.heads.out, self.all_blocks[block],
-                    self.counts.typical(block, cut["micro_batch"]))
+        return Task(
+            engine,
+            cut["shards"],
+            cut["accumulate"],
+            cut["micro_batch"],
+            2 * self.space.view_pairs,
+            paths,
+            self.space.layers(block),
+            self.config.heads.out,
+            self.all_blocks[block],
+            self.counts.typical(block, cut["micro_batch"]),
+        )
 
     def memory(self, tasks: Sequence[Task], schedule: str) -> dict[str, float]:
         recompute = self.config.train.activation_checkpointing
@@ -176,8 +240,13 @@ class _Search:
         ranks = cut["shards"] * len(cut["rows"])
         return cut["accumulate"] * size / (self.rates.link if ranks <= NODE else self.rates.network)
 
-    def hours(self, gpus: int, schedule: str, cut: dict[str, Any], parts: Sequence[dict[str, float]],
-              ) -> tuple[dict[str, float], float]:
+    def hours(
+        self,
+        gpus: int,
+        schedule: str,
+        cut: dict[str, Any],
+        parts: Sequence[dict[str, float]],
+    ) -> tuple[dict[str, float], float]:
         """Hours by what they go into, and the share of the training in which ranks wait for the slowest row."""
         step, blocks = self.step_seconds(schedule, cut, parts), [sum(part.values()) for part in parts]
         if schedule == "sequential":
@@ -220,16 +289,27 @@ class _Search:
         for number, block in enumerate(self.all_blocks):
             micro = self.counts.typical(number, self.config.train.micro_batch)
             seconds = self.work_seconds(number, self.config.train.micro_batch, "sequential")
-            largest = {name: self.counts.largest(number, self.config.train.micro_batch, on).peak / GIB
-                       for name, on in (("activations_gib", False), ("checkpointing_gib", True))}
-            result.append({"winner": encode(self.counts.winners[number]), "paths": block.paths,
-                           "input": list(block.input_shape), "parameters": block.parameters,
-                           "predictor": block.predictor, "followers": block.followers, "used": micro.used,
-                           "tflop": {name: float(rows[:, :2].sum()) / 1e12 for name, rows in micro.phases.items()},
-                           "gb": {name: float(rows[:, 2].sum()) / 1e9 for name, rows in micro.phases.items()},
-                           "seconds": seconds,
-                           "of_peak": sum(float(rows[:, :2].sum()) for rows in micro.phases.values()) / seconds / peak,
-                           "rated_macs": sum(block.rated_macs), **largest})
+            largest = {
+                name: self.counts.largest(number, self.config.train.micro_batch, on).peak / GIB
+                for name, on in (("activations_gib", False), ("checkpointing_gib", True))
+            }
+            result.append(
+                {
+                    "winner": encode(self.counts.winners[number]),
+                    "paths": block.paths,
+                    "input": list(block.input_shape),
+                    "parameters": block.parameters,
+                    "predictor": block.predictor,
+                    "followers": block.followers,
+                    "used": micro.used,
+                    "tflop": {name: float(rows[:, :2].sum()) / 1e12 for name, rows in micro.phases.items()},
+                    "gb": {name: float(rows[:, 2].sum()) / 1e9 for name, rows in micro.phases.items()},
+                    "seconds": seconds,
+                    "of_peak": sum(float(rows[:, :2].sum()) for rows in micro.phases.values()) / seconds / peak,
+                    "rated_macs": sum(block.rated_macs),
+                    **largest,
+                }
+            )
         return result
 
     def assumptions(self, gpu: str, tflops: float | None, gbps: float | None) -> list[str]:
@@ -237,8 +317,11 @@ class _Search:
         sheet, rates = GPUS[gpu], self.rates
         winners = "|".join(encode(path) for path in self.counts.winners)
         known = ", ".join(f"{block} (x {factor:.2f})" for block, factor in sorted(rates.factors.items()))
-        source = (f"work: measured steps of blocks {known} of what follows, other blocks the mean" if known
-                  else "work: nothing is measured")
+        source = (
+            f"work: measured steps of blocks {known} of what follows, other blocks the mean"
+            if known
+            else "work: nothing is measured"
+        )
         return [
             f"{gpu}: {sheet.source}; {sheet.half:g} TFLOP/s in 16 bits, {sheet.tf32:g} in fp32 (TF32), "
             f"{sheet.memory_gb:g} GB at {sheet.memory:g} GB/s, {sheet.link:g} GB/s to {NODE} GPUs of a node, "
@@ -246,7 +329,8 @@ class _Search:
             source,
             "every operation takes what its products take at "
             + (f"{tflops:g} TFLOP/s (given)" if tflops else f"{MATRIX:.0%} of that")
-            + " or its bytes at " + (f"{gbps:g} GB/s (given)" if gbps else f"{MEMORY:.0%}")
+            + " or its bytes at "
+            + (f"{gbps:g} GB/s (given)" if gbps else f"{MEMORY:.0%}")
             + f", whichever is longer; a micro-batch at least {HOST_SECONDS * 1e6:g} us of the host for each",
             f"collectives reach {LINK:.0%} of links and network, with {HOP_SECONDS * 1e6:g} us x "
             "log2(ranks) of latency each; only the stream of features overlaps with work",
@@ -255,26 +339,32 @@ class _Search:
             f"{self.config.train.batch} images per block, {self.midway + 1} ratings of each block",
             f"{RESERVED / GIB:g} GiB per rank for CUDA, NCCL and workspaces; memory fits up to {FULL:.0%} of the GPU's",
             f"an image takes {self.core_ms():g} ms of a CPU core to load; views on the device, checkpoints and the "
-            "start are not counted"]
+            "start are not counted",
+        ]
 
     def limits(self, rows: Sequence[dict[str, Any]]) -> list[str]:
         """How far the config goes, and where and why each schedule of its engine stops scaling."""
         train, blocks = self.config.train, self.space.blocks
         most = train.batch // train.micro_batch
-        found = [f"train.batch {train.batch} and train.micro_batch {train.micro_batch} go up to {most} ranks "
-                 f"(block_parallel: {most * blocks}); with fewer images per rank and batch norm, down to 2, up to "
-                 f"{train.batch // 2} ({train.batch // 2 * blocks})"]
+        found = [
+            f"train.batch {train.batch} and train.micro_batch {train.micro_batch} go up to {most} ranks "
+            f"(block_parallel: {most * blocks}); with fewer images per rank and batch norm, down to 2, up to "
+            f"{train.batch // 2} ({train.batch // 2 * blocks})"
+        ]
         for schedule in SCHEDULES:
             own = [row for row in shown(rows, self.engine) if row["schedule"] == schedule and row["runs"]]
             slow = next((row for row in own if row["scaling"] < 0.5), None)
             if slow is None:
                 continue
             total = slow["hours"]["total"]
-            shares = sorted(((hours / total, name) for name, hours in slow["hours"].items() if name != "total"),
-                            reverse=True)[:3]
-            found.append(f"{schedule}, {slow['engine']}: at {slow['gpus']} GPUs each does {slow['scaling']:.0%} of "
-                         f"what one of {own[0]['gpus']} does; hours go into "
-                         + ", ".join(f"{name} {share:.0%}" for share, name in shares))
+            shares = sorted(
+                ((hours / total, name) for name, hours in slow["hours"].items() if name != "total"), reverse=True
+            )[:3]
+            found.append(
+                f"{schedule}, {slow['engine']}: at {slow['gpus']} GPUs each does {slow['scaling']:.0%} of "
+                f"what one of {own[0]['gpus']} does; hours go into "
+                + ", ".join(f"{name} {share:.0%}" for share, name in shares)
+            )
         return found
 
 
@@ -298,11 +388,16 @@ def _read_step(file: Folder, config: Config, blocks: int) -> dict[str, Any]:
     fix = "write it with python bench/step.py --config … --steps 5 --json FILE on one such GPU"
     try:
         step = json.loads(file.read_text(encoding="utf-8"))
-        same = {"space": config.space.name, "width": config.space.width, "image_size": config.space.image_size,
-                "precision": config.train.precision}
+        same = {
+            "space": config.space.name,
+            "width": config.space.width,
+            "image_size": config.space.image_size,
+            "precision": config.train.precision,
+        }
         differ = [f"{key} {step[key]!r}" for key, value in same.items() if step[key] != value]
-        valid = (step["block"] in range(blocks) and step["median_step_s"] > 0
-                 and step["batch"] >= step["micro_batch"] > 1)
+        valid = (
+            step["block"] in range(blocks) and step["median_step_s"] > 0 and step["batch"] >= step["micro_batch"] > 1
+        )
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError("--kernel-rates", f"{file} holds no measured step", fix) from None
     if differ or not valid:

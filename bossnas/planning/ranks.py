@@ -23,8 +23,10 @@ def split(config: Config, blocks: int, gpus: int, schedule: str, engine: str) ->
         return {"reason": "deepspeed trains one block at a time on all ranks"}
     count = 1 if schedule == "sequential" else min(gpus, blocks)
     if gpus % count:
-        return {"reason": f"{gpus} ranks cannot be divided over {blocks} blocks; start {gpus // blocks * blocks} or "
-                f"{(gpus // blocks + 1) * blocks}"}
+        return {
+            "reason": f"{gpus} ranks cannot be divided over {blocks} blocks; start {gpus // blocks * blocks} or "
+            f"{(gpus // blocks + 1) * blocks}"
+        }
     shards, batch, micro = gpus // count, config.train.batch, config.train.micro_batch
     if batch % shards:
         return {"reason": f"{batch} images cannot be divided over {shards} ranks"}
@@ -32,8 +34,13 @@ def split(config: Config, blocks: int, gpus: int, schedule: str, engine: str) ->
     if fits is None:
         return {"reason": f"{batch} images over {shards} ranks leave {batch // shards} a rank; batch norm needs two"}
     rows = [range(blocks * r // count, blocks * (r + 1) // count) for r in range(count)]
-    return {"rows": rows, "shards": shards, "micro_batch": fits, "accumulate": batch // shards // fits,
-            "change": None if fits == micro else f"train.micro_batch={fits}"}
+    return {
+        "rows": rows,
+        "shards": shards,
+        "micro_batch": fits,
+        "accumulate": batch // shards // fits,
+        "change": None if fits == micro else f"train.micro_batch={fits}",
+    }
 
 
 @dataclass(frozen=True)
@@ -67,8 +74,9 @@ class Task:
             return 0.0, 0
         others, items = (self.shards - 1) / self.shards * self.images * self.accumulate, 2 * self.paths
         projection = self.out * (self.block.input_bytes // math.prod(self.block.input_shape))
-        return others * (self.views * self.block.input_bytes + items * projection), \
-            self.accumulate * (self.views + items)
+        return others * (self.views * self.block.input_bytes + items * projection), self.accumulate * (
+            self.views + items
+        )
 
     def gradients(self) -> tuple[float, int]:
         """The same for gradients and weights, and for the batch norms if they are synchronised."""
@@ -76,11 +84,14 @@ class Task:
         whole, used, once = (WEIGHT * n for n in (self.trained, self.used, self.micro.used))
         size, messages = {
             "ddp": (2 * used, 2),
-            "fsdp2": (used + 3 * self.accumulate * once,  # weights: online forward and backward, target forward
-                      (3 * self.accumulate + 1) * (self.paths * self.layers + 3)),
+            "fsdp2": (
+                used + 3 * self.accumulate * once,  # weights: online forward and backward, target forward
+                (3 * self.accumulate + 1) * (self.paths * self.layers + 3),
+            ),
             "deepspeed 0": (2 * whole, 1),
             "deepspeed 1": (2 * whole, 2),
-            "deepspeed 2": ((self.accumulate + 1) * whole, self.accumulate + 1)}[self.engine]
+            "deepspeed 2": ((self.accumulate + 1) * whole, self.accumulate + 1),
+        }[self.engine]
         calls, averaged = self.micro.averages
         return share * (size + 2 * self.accumulate * averaged), messages + self.accumulate * calls
 
@@ -89,8 +100,9 @@ class Task:
         return UPDATE_PASSES * WEIGHT * owned
 
 
-def memory(tasks: Sequence[Task], peaks: Sequence[int], weights: int, image_bytes: int, queue: int,
-           bucket: int) -> dict[str, float]:
+def memory(
+    tasks: Sequence[Task], peaks: Sequence[int], weights: int, image_bytes: int, queue: int, bucket: int
+) -> dict[str, float]:
     """Bytes on a rank that trains ``tasks`` side by side: {"weights", "gradients", "optimizer", "inputs",
     "activations", "reserved", "total"}.
 
@@ -100,12 +112,19 @@ def memory(tasks: Sequence[Task], peaks: Sequence[int], weights: int, image_byte
     """
     engine, shards, first = tasks[0].engine, tasks[0].shards, tasks[0]
     trained, followers = (WEIGHT * sum(n) for n in zip(*((t.trained, t.block.followers) for t in tasks), strict=True))
-    whole = {"ddp": trained, "deepspeed 0": trained, "deepspeed 1": trained + trained / shards,
-             "deepspeed 2": trained / shards,
-             "fsdp2": sum(WEIGHT * t.used for t in tasks) if first.accumulate > 1 else trained / shards}
+    whole = {
+        "ddp": trained,
+        "deepspeed 0": trained,
+        "deepspeed 1": trained + trained / shards,
+        "deepspeed 2": trained / shards,
+        "fsdp2": sum(WEIGHT * t.used for t in tasks) if first.accumulate > 1 else trained / shards,
+    }
     extra = {"fsdp2": (trained + followers) / shards, "deepspeed 1": trained / shards, "deepspeed 2": trained / shards}
-    pieces = {"weights": WEIGHT * weights + extra.get(engine, 0.0), "gradients": whole[engine],
-              "optimizer": trained if engine in ("ddp", "deepspeed 0") else trained / shards}
+    pieces = {
+        "weights": WEIGHT * weights + extra.get(engine, 0.0),
+        "gradients": whole[engine],
+        "optimizer": trained if engine in ("ddp", "deepspeed 0") else trained / shards,
+    }
     maps = [t.views * t.images * t.block.largest_input_bytes for t in tasks]
     images = 2 * first.views * first.images * image_bytes  # this micro-batch and the next
     pieces["inputs"] = images + sum(size * ((shards > 1) + 1) for size in maps) + queue * (maps[0] + maps[-1])

@@ -113,18 +113,29 @@ class Workload:
         feature = 2 if block and self.train.precision != "fp32" else 4
         trie = sum(entry.cost.macs for entry in self._nodes(block, shape, [(0, path) for path in paths]).values())
         projector, predictor = self._head_macs(block, shape, paths)
-        return Block(block, len(paths), _size(self.online.part(block)), _size(self.predictors[block]),
-                     _size(self.target.part(block)), shape, math.prod(shape) * feature,
-                     max(math.prod(start.shape) for start in self.table.starts[block]) * feature,
-                     (trie + projector, trie + projector + predictor))
+        return Block(
+            block,
+            len(paths),
+            _size(self.online.part(block)),
+            _size(self.predictors[block]),
+            _size(self.target.part(block)),
+            shape,
+            math.prod(shape) * feature,
+            max(math.prod(start.shape) for start in self.table.starts[block]) * feature,
+            (trie + projector, trie + projector + predictor),
+        )
 
     def _head_macs(self, block: int, shape: Shape, paths: Sequence[Path]) -> tuple[int, int]:
         """Multiply-adds of an image in the projector and in the predictor, summed over the paths."""
         projector, predictor = self.online.projectors[block].eval(), self.predictors[block].eval()
         ends = [(path[-1], self.table.path(block, path, shape)[1]) for path in paths]
         with self.mode, torch.no_grad():
-            one = {end: cost.count([projector], lambda e=end: projector.mlp(projector.pool(
-                torch.zeros(1, *e[1]), e[0])))["macs"] for end in set(ends)}
+            one = {
+                end: cost.count([projector], lambda e=end: projector.mlp(projector.pool(torch.zeros(1, *e[1]), e[0])))[
+                    "macs"
+                ]
+                for end in set(ends)
+            }
             width = predictor[0].in_features
             row = cost.count([predictor], lambda: predictor(torch.zeros(1, width)))["macs"]
         return sum(one[end] for end in ends), row * len(paths)
@@ -139,7 +150,7 @@ class Workload:
                 here = self.table.stem.shape
             for depth, choice in enumerate(path):
                 entry = self.table.entries[block, depth, choice, here]
-                nodes[source, path[:depth + 1]] = entry
+                nodes[source, path[: depth + 1]] = entry
                 here = entry.shape
         return nodes
 
@@ -170,8 +181,9 @@ class Workload:
                 largest, step, at = size, candidate, winners
         return self.micro(block, at, step, images, recompute)
 
-    def micro(self, block: int, winners: Sequence[Path], step: int, images: int,
-              recompute: bool | None = None) -> Micro:
+    def micro(
+        self, block: int, winners: Sequence[Path], step: int, images: int, recompute: bool | None = None
+    ) -> Micro:
         """Runs the first micro-batch of update ``step`` of the block's training, of ``images`` images.
 
         ``recompute``: activation checkpointing (None: as the config says).
@@ -181,13 +193,33 @@ class Workload:
         if key not in self._counted:
             settings = self.train.model_copy(update={"activation_checkpointing": recompute})
             with self.mode:
-                self._counted[key] = count_micro(self.online, self.target, self.predictors[block], self.space, winners,
-                                                 settings, step, images, self.image, self.seed)
+                self._counted[key] = count_micro(
+                    self.online,
+                    self.target,
+                    self.predictors[block],
+                    self.space,
+                    winners,
+                    settings,
+                    step,
+                    images,
+                    self.image,
+                    self.seed,
+                )
         return self._counted[key]
 
 
-def count_micro(online: Supernet, target: Supernet, predictor: nn.Module, space: Space, winners: Sequence[Path],
-                settings: TrainConfig, step: int, images: int, size: int, seed: int) -> Micro:
+def count_micro(
+    online: Supernet,
+    target: Supernet,
+    predictor: nn.Module,
+    space: Space,
+    winners: Sequence[Path],
+    settings: TrainConfig,
+    step: int,
+    images: int,
+    size: int,
+    seed: int,
+) -> Micro:
     """Runs the first micro-batch of update ``step`` of block ``len(winners)`` and counts it; on real tensors, too."""
     block = len(winners)
     trained = nn.ModuleDict({**online.part(block), "predictor": predictor}).train()
@@ -198,17 +230,31 @@ def count_micro(online: Supernet, target: Supernet, predictor: nn.Module, space:
         ops.synchronise(trained, target.part(block), average=lambda t: _Averaged.apply(t, averages))
     moved: set[nn.Parameter] = set()
     handles = [p.register_post_accumulate_grad_hook(moved.add) for p in trained.parameters()]
-    views = [torch.zeros(images, 3, size, size).contiguous(memory_format=torch.channels_last)
-             for _ in range(2 * space.view_pairs)]
+    views = [
+        torch.zeros(images, 3, size, size).contiguous(memory_format=torch.channels_last)
+        for _ in range(2 * space.view_pairs)
+    ]
     for k in range(block):
         target.part(k).eval()
     with Meter("prefix") as before, torch.no_grad(), protocol.autocast("cpu", settings.precision):
         features = [target.features(winners, x) for x in views]
     meter = Meter("start")
     engine = _Counting(meter, settings)
-    loop = train_block(online, target, predictor, space, engine, iter([features]), RunState(block, step),
-                       settings.model_copy(update={"epochs": 1, "warmup_epochs": 0}), prefix=list(winners),
-                       accumulate=2, steps_per_epoch=step + 1, seed=seed, device=torch.device("cpu"))
+    loop = train_block(
+        online,
+        target,
+        predictor,
+        space,
+        engine,
+        iter([features]),
+        RunState(block, step),
+        settings.model_copy(update={"epochs": 1, "warmup_epochs": 0}),
+        prefix=list(winners),
+        accumulate=2,
+        steps_per_epoch=step + 1,
+        seed=seed,
+        device=torch.device("cpu"),
+    )
     with meter:
         next(loop)
     loop.close()

@@ -57,14 +57,15 @@ class TrainTransform:
         size, augment = self.image_size, self.augment
         if augment.crop == "random_resized":
             top, left, high, wide = RandomResizedCropAndInterpolation.get_params(
-                torch.from_numpy(picture).permute(2, 0, 1), augment.scale, augment.ratio)
-            picture = self._resized(picture[top:top + high, left:left + wide])
+                torch.from_numpy(picture).permute(2, 0, 1), augment.scale, augment.ratio
+            )
+            picture = self._resized(picture[top : top + high, left : left + wide])
         else:
             picture, border = self._resized(picture), size // BORDER
             top, left = random.randint(-border, border), random.randint(-border, border)
-            seen = picture[max(top, 0):size + top, max(left, 0):size + left]
+            seen = picture[max(top, 0) : size + top, max(left, 0) : size + left]
             picture = np.zeros_like(picture)
-            picture[max(-top, 0):, max(-left, 0):][:seen.shape[0], :seen.shape[1]] = seen
+            picture[max(-top, 0) :, max(-left, 0) :][: seen.shape[0], : seen.shape[1]] = seen
         if random.random() < augment.flip:
             picture = picture[:, ::-1]
         if self.colours.transforms:
@@ -82,11 +83,21 @@ def train_transform(augment: AugmentConfig, image_size: int) -> TrainTransform:
     """The transform of a training. Raises ConfigError (augment.auto) for a policy that timm does not know."""
     try:
         _, colours, _ = create_transform(
-            image_size, is_training=True, separate=True, use_prefetcher=True, color_jitter=augment.jitter or None,
-            auto_augment=augment.auto, interpolation=augment.interpolation, mean=MEAN[augment.normalise])
+            image_size,
+            is_training=True,
+            separate=True,
+            use_prefetcher=True,
+            color_jitter=augment.jitter or None,
+            auto_augment=augment.auto,
+            interpolation=augment.interpolation,
+            mean=MEAN[augment.normalise],
+        )
     except (AssertionError, ValueError, KeyError) as error:
-        raise ConfigError("augment.auto", f"timm does not know {augment.auto!r} ({error})",
-                          "write for example rand-m9-mstd0.5-inc1, or null for none") from None
+        raise ConfigError(
+            "augment.auto",
+            f"timm does not know {augment.auto!r} ({error})",
+            "write for example rand-m9-mstd0.5-inc1, or null for none",
+        ) from None
     for policy in colours.transforms:
         for op in getattr(policy, "ops", []) + sum(getattr(policy, "policy", []), []):
             if op.name.startswith("Posterize"):
@@ -120,8 +131,9 @@ class EvalTransform:
 
 def eval_transform(spec: Any) -> EvalTransform:
     """The transform of a network's evaluation. ``spec``: a `bossnas.networks.spec.Spec`."""
-    resize = create_transform(spec.image_size, is_training=False, use_prefetcher=True, crop_pct=spec.crop,
-                              interpolation=spec.interpolation)
+    resize = create_transform(
+        spec.image_size, is_training=False, use_prefetcher=True, crop_pct=spec.crop, interpolation=spec.interpolation
+    )
     return EvalTransform(spec.image_size, spec.mean, spec.std, resize)
 
 
@@ -141,8 +153,9 @@ def check_labels(source: Source, classes: int) -> None:
 def count_classes(source: Source) -> int:
     """The largest label + 1. Raises ConfigError for a stream, for samples without a label and for one class alone."""
     if isinstance(source, ShardStream):
-        raise ConfigError("model.classes", f"is not set, and {source.field} is a stream, which is not read to count "
-                          "them", "set it")
+        raise ConfigError(
+            "model.classes", f"is not set, and {source.field} is a stream, which is not read to count them", "set it"
+        )
     largest = int(source.labels.max())
     check_labels(source, largest + 1)
     if largest == 0:
@@ -155,13 +168,29 @@ def _no_label(field: str, name: str) -> ConfigError:
 
 
 def _no_class(field: str, label: int, classes: int) -> ConfigError:
-    return ConfigError("model.classes", f"{classes}, but {field} has the label {label}", f"set it to {label + 1} or "
-                       "more, or correct the labels")
+    return ConfigError(
+        "model.classes",
+        f"{classes}, but {field} has the label {label}",
+        f"set it to {label + 1} or more, or correct the labels",
+    )
 
 
-def train_batches(source: Source, transform: TrainTransform, settings: ReaderConfig, *, classes: int, seed: int,
-                  epoch: int, start: int, steps: int, batch: int, rank: int = 0, world: int = 1,
-                  device: torch.device = CPU, bad: dict[str, str] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+def train_batches(
+    source: Source,
+    transform: TrainTransform,
+    settings: ReaderConfig,
+    *,
+    classes: int,
+    seed: int,
+    epoch: int,
+    start: int,
+    steps: int,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device = CPU,
+    bad: dict[str, str] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The micro-batches start..steps-1 of an epoch that has ``steps`` of them, for one rank.
 
     Each is images, float32 [batch, 3, S, S], channels_last, and soft targets, float32 [batch, classes], on ``device``:
@@ -173,19 +202,41 @@ def train_batches(source: Source, transform: TrainTransform, settings: ReaderCon
     augment = transform.augment
     copies = augment.repeats
     if copies > 1 and isinstance(source, ShardStream):
-        raise ConfigError("augment.repeats", f"{copies}, but a stream gives every image once", "set it to 1, or read "
-                          "local shards with data.reader=index")
+        raise ConfigError(
+            "augment.repeats",
+            f"{copies}, but a stream gives every image once",
+            "set it to 1, or read local shards with data.reader=index",
+        )
     mixup = None
     if (augment.mixup or augment.cutmix) and augment.mix_probability:
         if batch % 2:
-            raise ConfigError("train.micro_batch", f"{batch} is odd, and mixup and cutmix pair the images",
-                              "make it even, or set augment.mixup and augment.cutmix to 0")
-        mixup = Mixup(augment.mixup, augment.cutmix, prob=augment.mix_probability, label_smoothing=augment.smoothing,
-                      num_classes=classes)
-    erase = (RandomErasing(augment.erasing, mode=augment.erasing_mode, device=str(device)) if augment.erasing else None)
+            raise ConfigError(
+                "train.micro_batch",
+                f"{batch} is odd, and mixup and cutmix pair the images",
+                "make it even, or set augment.mixup and augment.cutmix to 0",
+            )
+        mixup = Mixup(
+            augment.mixup,
+            augment.cutmix,
+            prob=augment.mix_probability,
+            label_smoothing=augment.smoothing,
+            num_classes=classes,
+        )
+    erase = RandomErasing(augment.erasing, mode=augment.erasing_mode, device=str(device)) if augment.erasing else None
     collate = _Collate(transform, source.field, _shards(source), classes, seed, epoch)
-    begun = epoch_batches(source, collate, settings, start=start, steps=steps, batch=batch, rank=rank, world=world,
-                          copies=copies, device=device, bad=bad)
+    begun = epoch_batches(
+        source,
+        collate,
+        settings,
+        start=start,
+        steps=steps,
+        batch=batch,
+        rank=rank,
+        world=world,
+        copies=copies,
+        device=device,
+        bad=bad,
+    )
 
     def finish() -> Iterator[tuple[Tensor, Tensor]]:
         with closing(begun):
@@ -203,9 +254,19 @@ def train_batches(source: Source, transform: TrainTransform, settings: ReaderCon
     return finish()
 
 
-def eval_batches(source: Source, transform: EvalTransform, settings: ReaderConfig, *, count: int | None, batch: int,
-                 classes: int | None = None, rank: int = 0, world: int = 1, device: torch.device = CPU,
-                 bad: dict[str, str] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+def eval_batches(
+    source: Source,
+    transform: EvalTransform,
+    settings: ReaderConfig,
+    *,
+    count: int | None,
+    batch: int,
+    classes: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device = CPU,
+    bad: dict[str, str] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The first ``count`` images (None, or more than there are: all) in batches that are the same for any ranks, of
     which this rank gets the numbers rank, rank + world, and so on. The last may be short.
 
@@ -215,8 +276,17 @@ def eval_batches(source: Source, transform: EvalTransform, settings: ReaderConfi
     """
     images = len(source) if count is None else min(count, len(source))
     collate = _Collate(transform, source.field, _shards(source), classes, 0, FIXED_EPOCH)
-    return same_batches(source, collate, settings, count=images, batch=batch, shuffle=False,
-                        only=range(rank, -(-images // batch), world), device=device, bad=bad)
+    return same_batches(
+        source,
+        collate,
+        settings,
+        count=images,
+        batch=batch,
+        shuffle=False,
+        only=range(rank, -(-images // batch), world),
+        device=device,
+        bad=bad,
+    )
 
 
 def _shards(source: Source) -> tuple[str, ...]:
@@ -249,8 +319,9 @@ class _Collate:
     def _check(self, samples: list[int], labels: list[int | None]) -> None:
         for sample, label in zip(samples, labels, strict=True):
             if label is None:
-                where = (f"image {sample % 2**32} of {self.shards[sample // 2**32]}" if self.shards
-                         else f"image {sample}")
+                where = (
+                    f"image {sample % 2**32} of {self.shards[sample // 2**32]}" if self.shards else f"image {sample}"
+                )
                 raise _no_label(self.field, where)
             if self.classes is not None and label >= self.classes:
                 raise _no_class(self.field, label, self.classes)

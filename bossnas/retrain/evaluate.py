@@ -46,13 +46,19 @@ class Result:
 def line(result: Result) -> str:
     """The result in words."""
     top5 = "" if result.top5 is None else f"top-5 {result.top5:.2%}, "
-    return (f"top-1 {result.top1:.2%}, {top5}loss {result.loss:.4f} on {result.images} images in "
-            f"{result.seconds:.1f} s")
+    return f"top-1 {result.top1:.2%}, {top5}loss {result.loss:.4f} on {result.images} images in {result.seconds:.1f} s"
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: int, *, precision: str = "fp32",
-             device: torch.device, advance: Callable[[int], None] = lambda images: None) -> Result:
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    classes: int,
+    *,
+    precision: str = "fp32",
+    device: torch.device,
+    advance: Callable[[int], None] = lambda images: None,
+) -> Result:
     """``batches``: this rank's images [n, 3, S, S] and labels [n] on ``device``; ranks may have different numbers of
     them, or none. All ranks get the same result. ``advance`` hears of every batch.
 
@@ -61,8 +67,10 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes
     from torchmetrics.classification import MulticlassAccuracy  # late: with it comes all of its plotting
 
     started, was_training = time.perf_counter(), model.training
-    metrics = [MulticlassAccuracy(classes, average="micro", top_k=k).to(device)
-               for k in ((1, 5) if classes >= LEAST_CLASSES else (1,))]
+    metrics = [
+        MulticlassAccuracy(classes, average="micro", top_k=k).to(device)
+        for k in ((1, 5) if classes >= LEAST_CLASSES else (1,))
+    ]
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # of losses, of images
     model.eval()
     try:
@@ -71,8 +79,9 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes
                 logits = model(images).float()
             for metric in metrics:
                 metric.update(logits, labels)
-            sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum").double(),
-                                 sums.new_tensor(len(labels))])
+            sums += torch.stack(
+                [F.cross_entropy(logits, labels, reduction="sum").double(), sums.new_tensor(len(labels))]
+            )
             advance(len(labels))
     finally:
         model.train(was_training)
@@ -84,9 +93,17 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes
     return Result(int(images), top1, top5[0] if top5 else None, loss / images, time.perf_counter() - started)
 
 
-def evaluate_network(network: Network, settings: ReaderConfig, *, batch: int, precision: str = "fp32",
-                     device: str = "auto", kernels: str = "off", fuse: bool = False,
-                     source: str = "the checkpoint") -> Result:
+def evaluate_network(
+    network: Network,
+    settings: ReaderConfig,
+    *,
+    batch: int,
+    precision: str = "fp32",
+    device: str = "auto",
+    kernels: str = "off",
+    fuse: bool = False,
+    source: str = "the checkpoint",
+) -> Result:
     """Evaluates a network on ``settings.val``, of which ``settings.val_images`` are taken, on all ranks.
 
     ``batch``: images per rank and batch; ``kernels``: as in `kernel_layers.use_kernels`, or off; ``fuse``: fold batch
@@ -98,15 +115,25 @@ def evaluate_network(network: Network, settings: ReaderConfig, *, batch: int, pr
     model, images = dist.together(lambda: _prepare(network, settings, where, kernels, fuse, source))
     transform, classes = eval_transform(network.spec), network.spec.classes
     count = min(settings.val_images or len(images), len(images))
-    batches = eval_batches(images, transform, settings, count=count, batch=batch, classes=classes,
-                                    rank=dist.rank(), world=dist.world_size(), device=where)
+    batches = eval_batches(
+        images,
+        transform,
+        settings,
+        count=count,
+        batch=batch,
+        classes=classes,
+        rank=dist.rank(),
+        world=dist.world_size(),
+        device=where,
+    )
     own = len(range(dist.rank(), -(-count // batch), dist.world_size()))
     with log.progress("evaluate", own, show=dist.rank() == 0) as task:
         return evaluate(model, batches, classes, precision=precision, device=where, advance=lambda _: task.advance())
 
 
-def _prepare(network: Network, settings: ReaderConfig, device: torch.device, kernels: str, fuse: bool,
-             source: str) -> tuple[nn.Module, Source]:
+def _prepare(
+    network: Network, settings: ReaderConfig, device: torch.device, kernels: str, fuse: bool, source: str
+) -> tuple[nn.Module, Source]:
     model = build_network(network.spec)
     pretrained.fit(model, network.weights, source)
     images = open_set(settings, "val")

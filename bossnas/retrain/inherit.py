@@ -34,8 +34,14 @@ Names = Iterator[tuple[str, str]]  # of tensors: in the network, in the supernet
 NORM = ("weight", "bias", "running_mean", "running_var")
 
 
-def spec_of_run(folder: Folder, classes: int, image_size: int | None = None, options: Mapping[str, Any] | None = None,
-                *, inherited: bool = False) -> Spec:
+def spec_of_run(
+    folder: Folder,
+    classes: int,
+    image_size: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    inherited: bool = False,
+) -> Spec:
     """The network that the finished search in ``folder`` found (its architecture.json), for as many classes.
 
     ``image_size``: None: the search's. ``options``: further arguments of the network. ``inherited``: for `inherit`,
@@ -45,20 +51,29 @@ def spec_of_run(folder: Folder, classes: int, image_size: int | None = None, opt
     config, architecture = _found(folder)
     if inherited and config.space.name == "nats":
         options = {"skip_relu": True, **(options or {})}
-    return _spec(config.space, _space(config.space), architecture, classes, image_size or config.space.image_size,
-                 options, config.data.recipe)
+    return _spec(
+        config.space,
+        _space(config.space),
+        architecture,
+        classes,
+        image_size or config.space.image_size,
+        options,
+        config.data.recipe,
+    )
 
 
-def spec_of_architecture(space: SpaceConfig, text: str, classes: int, image_size: int | None = None,
-                         options: Mapping[str, Any] | None = None) -> Spec:
+def spec_of_architecture(
+    space: SpaceConfig, text: str, classes: int, image_size: int | None = None, options: Mapping[str, Any] | None = None
+) -> Spec:
     """The network of an architecture such as 5433|3230|0010|0000 of a space, for as many classes.
 
     ``image_size``: None: the space's. Raises ConfigError for a text that is no architecture of the space.
     """
     made = _space(space)
     recipe = "cifar" if space.name == "nats" else "imagenet"
-    return _spec(space, made, _read(made, text, "model.architecture"), classes, image_size or space.image_size, options,
-                 recipe)
+    return _spec(
+        space, made, _read(made, text, "model.architecture"), classes, image_size or space.image_size, options, recipe
+    )
 
 
 @dataclass(frozen=True)
@@ -92,9 +107,12 @@ def inherit(model: nn.Module, spec: Spec, run: Folder) -> Report:
     own = _spec(config.space, space, architecture, spec.classes, spec.image_size, None, config.data.recipe)
     needed = {key: spec.model_args.get(key) for key in own.model_args}
     if spec.architecture != own.architecture or needed != own.model_args:
-        raise ConfigError("model.inherit", f"{run} found {'|'.join(map(encode, architecture))}, which the network "
-                          f"{spec.architecture} {spec.model_args} is not", "inherit from the search that found it, or "
-                          "set it to false")
+        raise ConfigError(
+            "model.inherit",
+            f"{run} found {'|'.join(map(encode, architecture))}, which the network "
+            f"{spec.architecture} {spec.model_args} is not",
+            "inherit from the search that found it, or set it to false",
+        )
     where = checkpoint.latest(run / "checkpoints")
     if where is None:
         raise ConfigError("model.inherit", f"{run} has no checkpoint any more", "set it to false")
@@ -109,13 +127,16 @@ def inherit(model: nn.Module, spec: Spec, run: Folder) -> Report:
     else:
         assert isinstance(model, Standalone), type(model)
         pairs = _standalone(model, architecture, source)
-    slim = [name for name, module in model.named_modules()
-            if isinstance(module, SlimConv) or isinstance(model, NatsNet) and isinstance(module, nn.Conv2d)]
+    slim = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, SlimConv) or isinstance(model, NatsNet) and isinstance(module, nn.Conv2d)
+    ]
     sliced, taken = {f"{name}.weight" for name in slim}, set()
     for name, theirs in pairs:
         tensor = folded.get(name, source[theirs])
         if name in sliced:
-            tensor = tensor[:into[name].shape[0], :into[name].shape[1]]
+            tensor = tensor[: into[name].shape[0], : into[name].shape[1]]
         if into[name].shape == tensor.shape:
             into[name].copy_(tensor)
             taken.add(name)
@@ -133,11 +154,15 @@ def _found(folder: Folder) -> tuple[Config, list[Path]]:
     try:
         text = json.loads(file.read_text(encoding="utf-8"))["architecture"]
     except FileNotFoundError:
-        raise ConfigError("model.run", f"{folder} has no architecture yet", f"finish the search with bossnas search "
-                          f"--config {folder}/config.json --resume auto") from None
+        raise ConfigError(
+            "model.run",
+            f"{folder} has no architecture yet",
+            f"finish the search with bossnas search --config {folder}/config.json --resume auto",
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError("model.run", f"{file} is damaged ({error})", "restore it, or give its architecture as "
-                          "model.architecture") from None
+        raise ConfigError(
+            "model.run", f"{file} is damaged ({error})", "restore it, or give its architecture as model.architecture"
+        ) from None
     return config, _read(_space(config.space), str(text), "model.run")
 
 
@@ -152,8 +177,15 @@ def _read(space: Space, text: str, field: str) -> list[Path]:
         raise ConfigError(field, error.problem, error.fix) from None
 
 
-def _spec(config: SpaceConfig, space: Space, architecture: Sequence[Path], classes: int, image_size: int,
-          options: Mapping[str, Any] | None, recipe: str) -> Spec:
+def _spec(
+    config: SpaceConfig,
+    space: Space,
+    architecture: Sequence[Path],
+    classes: int,
+    image_size: int,
+    options: Mapping[str, Any] | None,
+    recipe: str,
+) -> Spec:
     if isinstance(space, HyTra):
         name, args = "bossnet", {"encoding": retraining_encoding(list(architecture)), "width": space.stem_width}
     elif isinstance(space, MBConv):
@@ -162,8 +194,14 @@ def _spec(config: SpaceConfig, space: Space, architecture: Sequence[Path], class
         name, args = "bossnas_nats", {"widths": [space.widths[choice] for path in architecture for choice in path]}
     else:
         file, _, kind = config.name.rpartition(":")
-        name, args = "bossnas_own", {"space": f"{Folder(file).resolve()}:{kind}",
-                                     "paths": [encode(path) for path in architecture], "width": config.width}
+        name, args = (
+            "bossnas_own",
+            {
+                "space": f"{Folder(file).resolve()}:{kind}",
+                "paths": [encode(path) for path in architecture],
+                "width": config.width,
+            },
+        )
     return Spec(name, {**args, **(options or {})}, classes, image_size, MEAN[recipe], STD[recipe])
 
 
@@ -221,8 +259,10 @@ def _adapted_entry(source: Mapping[str, Tensor], choice: int) -> dict[str, Tenso
     matrix, peg = source[f"{entry}.0.weight"].flatten(1), source[f"{entry}.1.weight"]
     constant = matrix @ (beta - gain * mean)
     folded = matrix @ (gain[:, None] * pointwise * depthwise)
-    return {"layer1.0.conv1.weight": folded[:, :, None, None],
-            "layer1.0.peg.conv.bias": source[f"{entry}.1.bias"] + constant * peg.sum((1, 2, 3))}
+    return {
+        "layer1.0.conv1.weight": folded[:, :, None, None],
+        "layer1.0.peg.conv.bias": source[f"{entry}.1.bias"] + constant * peg.sum((1, 2, 3)),
+    }
 
 
 def _mbconv(model: MBConvNet, architecture: Sequence[Path]) -> Names:

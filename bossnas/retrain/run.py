@@ -125,16 +125,20 @@ def _spec(config: RetrainConfig) -> Spec:
     model = config.model
     classes = model.classes or count_classes(open_set(config.data, "train", _images(config)))
     if model.run is not None:
-        spec = inherit.spec_of_run(Path(model.run), classes, model.image_size, model.options,
-                                   inherited=model.inherit)
+        spec = inherit.spec_of_run(Path(model.run), classes, model.image_size, model.options, inherited=model.inherit)
     elif model.architecture is not None:
         spec = inherit.spec_of_architecture(model.space, model.architecture, classes, model.image_size, model.options)
     else:
         cfg = timm.get_pretrained_cfg(model.name) if timm.is_model(model.name) else None
         size = model.image_size or (cfg.input_size[-1] if cfg is not None else Spec.image_size)
         spec = Spec(model.name, model.options, classes, size)
-    return replace(spec, mean=MEAN[config.augment.normalise], std=STD[config.augment.normalise],
-                   interpolation=config.augment.interpolation, crop=config.evaluate.crop)
+    return replace(
+        spec,
+        mean=MEAN[config.augment.normalise],
+        std=STD[config.augment.normalise],
+        interpolation=config.augment.interpolation,
+        crop=config.evaluate.crop,
+    )
 
 
 def _images(config: RetrainConfig) -> int | None:
@@ -146,41 +150,77 @@ def build(config: RetrainConfig, start: Beginning) -> Retraining:
     """Network, data and engine of a config, all checked against each other. Weights are drawn from the seed, or come
     from where the config says; those of a run that goes on are still to be restored."""
     train, device, spec = config.train, dist.device(config.engine.device), start.spec
-    engine = engines.make(config.engine.name, accumulate=accumulation(config, dist.world_size()),
-                          micro_batch=train.micro_batch, precision=train.precision, section=config.engine.deepspeed,
-                          optimizer=train.optimizer)
+    engine = engines.make(
+        config.engine.name,
+        accumulate=accumulation(config, dist.world_size()),
+        micro_batch=train.micro_batch,
+        precision=train.precision,
+        section=config.engine.deepspeed,
+        optimizer=train.optimizer,
+    )
     engine.check(device.type)
     check_optimizer(train.optimizer, engine.sharded)
     make_optimizer, optimizer = choose_optimizer(
-        train.optimizer, train.fused, device, weight_decay=train.weight_decay, momentum=train.momentum,
-        beta2=train.beta2, eps=train.eps, clip=train.clip)
+        train.optimizer,
+        train.fused,
+        device,
+        weight_decay=train.weight_decay,
+        momentum=train.momentum,
+        beta2=train.beta2,
+        eps=train.eps,
+        clip=train.clip,
+    )
     images = open_data(config.data, _images(config))
     needed = _images(config) or train.batch
     if len(images.train) < needed:
-        raise ConfigError("train.steps_per_epoch" if train.steps_per_epoch else "train.batch",
-                          f"an epoch takes {needed} images, but data.train has {len(images.train)}", "lower it")
+        raise ConfigError(
+            "train.steps_per_epoch" if train.steps_per_epoch else "train.batch",
+            f"an epoch takes {needed} images, but data.train has {len(images.train)}",
+            "lower it",
+        )
     for source in (images.train, images.val):
         check_labels(source, spec.classes)
     model, price, inherited = _network(config, start)
     model = model.to(device)
     if train.sync_batch_norm:
         if device.type != "cuda":
-            raise ConfigError("train.sync_batch_norm", "is on, but torch has synchronised batch norms for GPUs alone",
-                              "set it to false")
+            raise ConfigError(
+                "train.sync_batch_norm",
+                "is on, but torch has synchronised batch norms for GPUs alone",
+                "set it to false",
+            )
         model = convert_sync_batchnorm(model)
         if not any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
-            raise ConfigError("train.sync_batch_norm", f"is on, but {spec.architecture} has no batch norm that torch "
-                              "can synchronise", "set it to false")
+            raise ConfigError(
+                "train.sync_batch_norm",
+                f"is on, but {spec.architecture} has no batch norm that torch can synchronise",
+                "set it to false",
+            )
     kernels = "off" if config.kernels == "off" else use_kernels(model, config.kernels, device)
     if train.activation_checkpointing:
         try:
             model.set_grad_checkpointing(True)
         except (AttributeError, AssertionError, NotImplementedError):
-            raise ConfigError("train.activation_checkpointing", f"{spec.architecture} has none", "set it to false"
-                              ) from None
+            raise ConfigError(
+                "train.activation_checkpointing", f"{spec.architecture} has none", "set it to false"
+            ) from None
     average = copy.deepcopy(model).requires_grad_(False).eval() if train.ema else None
-    run = Retraining(config, spec, start.where, model, average, engine, make_optimizer, optimizer, kernels, price,
-                     images.train, images.val, device, inherited)
+    run = Retraining(
+        config,
+        spec,
+        start.where,
+        model,
+        average,
+        engine,
+        make_optimizer,
+        optimizer,
+        kernels,
+        price,
+        images.train,
+        images.val,
+        device,
+        inherited,
+    )
     epoch_batches(run, 0, 0)  # raises what does not go together
     return run
 
@@ -215,10 +255,20 @@ def epoch_batches(run: Retraining, epoch: int, start: int) -> Any:
     """This rank's micro-batches of an epoch, from its step ``start`` on."""
     config = run.config
     return train_batches(
-        run.train_set, train_transform(config.augment, run.spec.image_size), config.data,
-        classes=run.spec.classes, seed=config.seed, epoch=epoch, start=start * run.accumulate,
-        steps=run.steps_per_epoch * run.accumulate, batch=config.train.micro_batch, rank=dist.rank(),
-        world=dist.world_size(), device=run.device, bad=run.bad)
+        run.train_set,
+        train_transform(config.augment, run.spec.image_size),
+        config.data,
+        classes=run.spec.classes,
+        seed=config.seed,
+        epoch=epoch,
+        start=start * run.accumulate,
+        steps=run.steps_per_epoch * run.accumulate,
+        batch=config.train.micro_batch,
+        rank=dist.rank(),
+        world=dist.world_size(),
+        device=run.device,
+        bad=run.bad,
+    )
 
 
 def prepare(run: Retraining, folder: Path) -> None:
@@ -230,8 +280,9 @@ def prepare(run: Retraining, folder: Path) -> None:
     prepare_folder(folder, run.config)
     write_json(folder / NETWORK, run.spec.to_json())
     if run.where is not None and (newer := checkpoint.rewind(run.where)):
-        logger.info("%s: going back to checkpoint %s, newer ones are removed: %s", folder, run.where.name,
-                    ", ".join(newer))
+        logger.info(
+            "%s: going back to checkpoint %s, newer ones are removed: %s", folder, run.where.name, ", ".join(newer)
+        )
         for name in RESULTS:
             (folder / name).unlink(missing_ok=True)
 
@@ -245,8 +296,11 @@ def weights(run: Retraining) -> dict[str, Tensor]:
 def save(run: Retraining, saver: checkpoint.Saver) -> None:
     """A checkpoint of the whole run; all ranks call it."""
     bring_home(run)
-    saver.save(f"step{run.state.step:08d}", weights(run) | checkpoint.momentum(0, run.engine),
-               {**asdict(run.state), "data": _data_state(run)})
+    saver.save(
+        f"step{run.state.step:08d}",
+        weights(run) | checkpoint.momentum(0, run.engine),
+        {**asdict(run.state), "data": _data_state(run)},
+    )
 
 
 def restore(run: Retraining) -> None:
@@ -259,15 +313,15 @@ def restore(run: Retraining) -> None:
     run.state = Position(**{name: values[name] for name in asdict(run.state)})
     best, file = run.state.best, Path(run.config.out) / "best.safetensors"
     if best is not None and (not file.exists() or load_network(file).about.get("step") != best["step"]):
-        logger.info("%s is not of the best evaluation so far, step %d: the next one counts as the best", file,
-                    best["step"])  # it was written after the checkpoint, and what follows may come out otherwise
+        logger.info(
+            "%s is not of the best evaluation so far, step %d: the next one counts as the best", file, best["step"]
+        )  # it was written after the checkpoint, and what follows may come out otherwise
         run.state.best = None
 
 
 def _data_state(run: Retraining) -> dict[str, Any]:
     """What the order of the images depends on, besides the position and the config."""
-    return {"images": len(run.train_set),
-            "readers": readers(run.train_set, run.config.data, dist.world_size())}
+    return {"images": len(run.train_set), "readers": readers(run.train_set, run.config.data, dist.world_size())}
 
 
 def bring_home(run: Retraining) -> None:

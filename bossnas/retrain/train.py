@@ -50,10 +50,13 @@ def retrain(config: RetrainConfig, resume: str | None = None) -> Path:
     log.setup(folder, main)
     dist.together(lambda: restore(run))
     _announce(run, folder)
-    with (closing(Metrics(folder if main else None, lambda line: _is_past(run, line))) as metrics,
-          Guard(config.engine.timeout_minutes) as guard,
-          closing(checkpoint.Saver(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous)
-                  ) as saver):
+    with (
+        closing(Metrics(folder if main else None, lambda line: _is_past(run, line))) as metrics,
+        Guard(config.engine.timeout_minutes) as guard,
+        closing(
+            checkpoint.Saver(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous)
+        ) as saver,
+    ):
         results = _train(run, folder, metrics, guard, saver)
         saver.wait()
     _finish(run, folder, results)
@@ -66,8 +69,9 @@ def _is_past(run: Retraining, line: dict) -> bool:
     return line["step"] + (line["kind"] == "eval") <= run.state.step
 
 
-def _train(run: Retraining, folder: Path, metrics: Metrics, guard: Guard,
-           saver: checkpoint.Saver) -> dict[str, evaluate.Result]:
+def _train(
+    run: Retraining, folder: Path, metrics: Metrics, guard: Guard, saver: checkpoint.Saver
+) -> dict[str, evaluate.Result]:
     """Trains to the end and returns the last evaluation.
 
     A step whose gradient is not finite changes nothing and is counted; raises ConfigError after more than
@@ -122,16 +126,30 @@ def _train(run: Retraining, folder: Path, metrics: Metrics, guard: Guard,
             mean = torch.stack(dist.all_gather(loss_sum / run.accumulate)).mean().item()
             seconds = time.perf_counter() - started
             state.seconds += seconds
-            metrics.write("train", None, state.step, epoch=epoch, loss=mean, lr=lr, ema=ema, images=state.images_seen,
-                          images_per_second=round(train.batch / seconds, 2), outcome=outcome,
-                          loss_scale=engine.loss_scale)
+            metrics.write(
+                "train",
+                None,
+                state.step,
+                epoch=epoch,
+                loss=mean,
+                lr=lr,
+                ema=ema,
+                images=state.images_seen,
+                images_per_second=round(train.batch / seconds, 2),
+                outcome=outcome,
+                loss_scale=engine.loss_scale,
+            )
             if outcome == "bad":
-                logger.warning("step %d: its gradient is not finite, so it is skipped (%d so far)", state.step,
-                               state.bad_steps)
+                logger.warning(
+                    "step %d: its gradient is not finite, so it is skipped (%d so far)", state.step, state.bad_steps
+                )
             if state.bad_steps > train.max_bad_steps:
-                raise ConfigError("train.lr", f"{state.bad_steps} steps had a gradient that is not finite, the last "
-                                  f"one step {state.step}; train.max_bad_steps allows no more", "lower it, or lengthen "
-                                  "train.warmup_epochs; the last checkpoint is unharmed")
+                raise ConfigError(
+                    "train.lr",
+                    f"{state.bad_steps} steps had a gradient that is not finite, the last "
+                    f"one step {state.step}; train.max_bad_steps allows no more",
+                    "lower it, or lengthen train.warmup_epochs; the last checkpoint is unharmed",
+                )
             task.advance(f"epoch {epoch + 1}/{train.epochs}  loss {mean:.3f}  {train.batch / seconds:.0f} images/s")
             guard.at(f"epoch {epoch + 1} step {state.step}")
             stop = guard.should_stop()
@@ -141,17 +159,27 @@ def _train(run: Retraining, folder: Path, metrics: Metrics, guard: Guard,
                 saver.wait()
                 raise guard.stopped()
     engine.close()
-    logger.info("%d steps in %.0f s on %d rank(s), %.1f images/s", total, state.seconds, ranks,
-                state.images_seen / max(state.seconds, 1e-9))
+    logger.info(
+        "%d steps in %.0f s on %d rank(s), %.1f images/s",
+        total,
+        state.seconds,
+        ranks,
+        state.images_seen / max(state.seconds, 1e-9),
+    )
     return results
 
 
 def schedule(train: RetrainTrain, steps_per_epoch: int) -> Callable[[int], float]:
     """The learning rate by step: linear from warmup_lr to lr, then the cosine down to min_lr at the end."""
     group = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=train.lr)  # timm's schedules set that of an optimizer
-    cosine = CosineLRScheduler(group, train.epochs * steps_per_epoch, lr_min=train.min_lr,
-                               warmup_t=round(train.warmup_epochs * steps_per_epoch), warmup_lr_init=train.warmup_lr,
-                               t_in_epochs=False)
+    cosine = CosineLRScheduler(
+        group,
+        train.epochs * steps_per_epoch,
+        lr_min=train.min_lr,
+        warmup_t=round(train.warmup_epochs * steps_per_epoch),
+        warmup_lr_init=train.warmup_lr,
+        t_in_epochs=False,
+    )
 
     def at(step: int) -> float:
         cosine.step_update(step)
@@ -196,23 +224,51 @@ def _evaluate(run: Retraining, folder: Path, metrics: Metrics, guard: Guard) -> 
         if home is None:
             continue
         batches = eval_batches(
-            run.val_set, transform, config.data, count=run.val_images, batch=config.evaluate.batch,
-            classes=run.spec.classes, rank=dist.rank(), world=dist.world_size(), device=run.device)
-        results[kind] = evaluate.evaluate(home, batches, run.spec.classes, precision=config.train.precision,
-                                          device=run.device,
-                                          advance=lambda _: guard.at(f"the evaluation after epoch {epoch}"))
+            run.val_set,
+            transform,
+            config.data,
+            count=run.val_images,
+            batch=config.evaluate.batch,
+            classes=run.spec.classes,
+            rank=dist.rank(),
+            world=dist.world_size(),
+            device=run.device,
+        )
+        results[kind] = evaluate.evaluate(
+            home,
+            batches,
+            run.spec.classes,
+            precision=config.train.precision,
+            device=run.device,
+            advance=lambda _: guard.at(f"the evaluation after epoch {epoch}"),
+        )
     state.evaluation_seconds += sum(result.seconds for result in results.values())
     kind, best = _better(results)
     is_best = state.best is None or best.top1 > state.best["top1"]
     if is_best:
         state.best = {"top1": best.top1, "top5": best.top5, "epoch": epoch, "step": state.step, "ema": kind == "ema"}
         _write_weights(run, folder / "best.safetensors", kind, best)
-    metrics.write("eval", None, state.step, epoch=epoch, best=state.best["top1"], **{
-        ("" if kind == "model" else "ema_") + name: value for kind, result in results.items()
-        for name, value in result.to_json().items() if name != "seconds"})
+    metrics.write(
+        "eval",
+        None,
+        state.step,
+        epoch=epoch,
+        best=state.best["top1"],
+        **{
+            ("" if kind == "model" else "ema_") + name: value
+            for kind, result in results.items()
+            for name, value in result.to_json().items()
+            if name != "seconds"
+        },
+    )
     words = ", of the average ".join(f"{result.top1:.2%}" for result in results.values())
-    logger.info("epoch %d/%d: top-1 %s, %s", epoch, config.train.epochs, words, "the best so far" if is_best else
-                f"best {state.best['top1']:.2%} of epoch {state.best['epoch']}")
+    logger.info(
+        "epoch %d/%d: top-1 %s, %s",
+        epoch,
+        config.train.epochs,
+        words,
+        "the best so far" if is_best else f"best {state.best['top1']:.2%} of epoch {state.best['epoch']}",
+    )
     return results
 
 
@@ -223,16 +279,25 @@ def _better(results: dict[str, evaluate.Result]) -> tuple[str, evaluate.Result]:
 def _write_weights(run: Retraining, file: Path, kind: str, result: evaluate.Result) -> None:
     """By rank 0: the network's weights, or their average's (``kind``), with what was measured with them."""
     home = run.model if kind == "model" else run.average
-    about = {"run": file.absolute().parent.name, "step": run.state.step,
-             "epoch": run.state.step // run.steps_per_epoch, "ema": kind == "ema", "bossnas": __version__,
-             "val_images": result.images, "top1": result.top1, "top5": result.top5, "loss": result.loss}
+    about = {
+        "run": file.absolute().parent.name,
+        "step": run.state.step,
+        "epoch": run.state.step // run.steps_per_epoch,
+        "ema": kind == "ema",
+        "bossnas": __version__,
+        "val_images": result.images,
+        "top1": result.top1,
+        "top5": result.top5,
+        "loss": result.loss,
+    }
 
     def write() -> None:
         try:
             save_network(file, run.spec, home.state_dict(), about)
         except OSError as error:
-            raise ConfigError("out", f"cannot write {file} ({error.strerror or error})",
-                              "make room and go on with --resume auto") from None
+            raise ConfigError(
+                "out", f"cannot write {file} ({error.strerror or error})", "make room and go on with --resume auto"
+            ) from None
 
     dist.together(lambda: write() if dist.rank() == 0 else None)
 
@@ -245,15 +310,30 @@ def _finish(run: Retraining, folder: Path, results: dict[str, evaluate.Result]) 
         return
     state = run.state
     result: dict[str, Any] = {
-        "architecture": run.spec.architecture, "top1": last.top1, "top5": last.top5, "loss": last.to_json()["loss"],
-        "ema": kind == "ema", "best": state.best, "val_images": last.images, "epochs": run.config.train.epochs,
-        "steps": state.step, "images": state.images_seen, **run.price, "optimizer": run.optimizer,
-        "ranks": dist.world_size(), "seconds": round(state.seconds, 3),
+        "architecture": run.spec.architecture,
+        "top1": last.top1,
+        "top5": last.top5,
+        "loss": last.to_json()["loss"],
+        "ema": kind == "ema",
+        "best": state.best,
+        "val_images": last.images,
+        "epochs": run.config.train.epochs,
+        "steps": state.step,
+        "images": state.images_seen,
+        **run.price,
+        "optimizer": run.optimizer,
+        "ranks": dist.world_size(),
+        "seconds": round(state.seconds, 3),
         "evaluation_seconds": round(state.evaluation_seconds, 3),
-        "images_per_second": round(state.images_seen / max(state.seconds, 1e-9), 2)}
+        "images_per_second": round(state.images_seen / max(state.seconds, 1e-9), 2),
+    }
     write_json(folder / "result.json", result)
-    logger.info("top-1 %s at the end, %s at best (epoch %d)", f"{last.top1:.2%}", f"{state.best['top1']:.2%}",
-                state.best["epoch"])
+    logger.info(
+        "top-1 %s at the end, %s at best (epoch %d)",
+        f"{last.top1:.2%}",
+        f"{state.best['top1']:.2%}",
+        state.best["epoch"],
+    )
     logger.info("everything lies in %s", folder)
     write_json(folder / "done", {"steps": state.step, "images": state.images_seen})
 
@@ -262,20 +342,49 @@ def _announce(run: Retraining, folder: Path) -> None:
     """The log's first lines: what is trained on what, and from where it goes on."""
     config, state, spec = run.config, run.state, run.spec
     if config.data.train is None and dist.rank() == 0:
-        logger.warning("DEMONSTRATION: no data.train is set, so this run uses the embedded sample of Fashion-MNIST "
-                       "(%d training, %d validation images of 28x28 pixels). Its result says nothing about your data.",
-                       len(run.train_set), len(run.val_set))
-    logger.info("retraining of %s: %.2f M parameters, %.2f M multiply-adds at %d pixels, %d classes, %d training and "
-                "%d validation images", spec.architecture, run.price["params"] / 1e6, run.price["macs"] / 1e6,
-                spec.image_size, spec.classes, len(run.train_set), run.val_images)
-    logger.info("%s on %d %s rank(s): optimizer %s, precision %s, kernels %s%s", config.engine.name, dist.world_size(),
-                run.device.type, run.optimizer, config.train.precision, run.kernels,
-                ", compiled" if config.train.compile else "")
+        logger.warning(
+            "DEMONSTRATION: no data.train is set, so this run uses the embedded sample of Fashion-MNIST "
+            "(%d training, %d validation images of 28x28 pixels). Its result says nothing about your data.",
+            len(run.train_set),
+            len(run.val_set),
+        )
+    logger.info(
+        "retraining of %s: %.2f M parameters, %.2f M multiply-adds at %d pixels, %d classes, %d training and "
+        "%d validation images",
+        spec.architecture,
+        run.price["params"] / 1e6,
+        run.price["macs"] / 1e6,
+        spec.image_size,
+        spec.classes,
+        len(run.train_set),
+        run.val_images,
+    )
+    logger.info(
+        "%s on %d %s rank(s): optimizer %s, precision %s, kernels %s%s",
+        config.engine.name,
+        dist.world_size(),
+        run.device.type,
+        run.optimizer,
+        config.train.precision,
+        run.kernels,
+        ", compiled" if config.train.compile else "",
+    )
     if run.inherited is not None:
         modules = list(dict.fromkeys(name.rpartition(".")[0] for name in run.inherited.fresh))
         more = f" and {len(modules) - SHOWN} more" if len(modules) > SHOWN else ""
-        logger.info("%d tensors are from the supernet of %s; fresh are %d, of %s%s", len(run.inherited.taken),
-                    config.model.run, len(run.inherited.fresh), ", ".join(modules[:SHOWN]) or "none", more)
+        logger.info(
+            "%d tensors are from the supernet of %s; fresh are %d, of %s%s",
+            len(run.inherited.taken),
+            config.model.run,
+            len(run.inherited.fresh),
+            ", ".join(modules[:SHOWN]) or "none",
+            more,
+        )
     if state.step:
-        logger.info("%s: %s", folder, "this run is finished" if state.step == run.total_steps
-                    else f"going on at step {state.step} of {run.total_steps}")
+        logger.info(
+            "%s: %s",
+            folder,
+            "this run is finished"
+            if state.step == run.total_steps
+            else f"going on at step {state.step} of {run.total_steps}",
+        )

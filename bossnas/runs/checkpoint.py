@@ -71,8 +71,9 @@ class Saver:
             self._write(name, tensors, text)
             return
         staged = self._stager.stage(tensors)
-        self._thread = threading.Thread(target=self._in_background, args=(name, staged, text), daemon=True,
-                                        name="checkpoint")  # a daemon: the end of the process never waits for it
+        self._thread = threading.Thread(
+            target=self._in_background, args=(name, staged, text), daemon=True, name="checkpoint"
+        )  # a daemon: the end of the process never waits for it
         self._thread.start()
 
     def wait(self) -> None:
@@ -135,18 +136,27 @@ class Saver:
                 _remove(temporary)
         number, text = max(failures)  # the rank with the system's error says why
         if number in _NO_ROOM:
-            raise ConfigError("out", f"no room on the disk of {self.root}, the checkpoint was not written",
-                              "free some space and start again: the run goes on from the last checkpoint")
+            raise ConfigError(
+                "out",
+                f"no room on the disk of {self.root}, the checkpoint was not written",
+                "free some space and start again: the run goes on from the last checkpoint",
+            )
         if number:
-            raise ConfigError("out", f"cannot write to {self.root} ({os.strerror(number)})",
-                              "choose a folder that exists and can be written")
+            raise ConfigError(
+                "out",
+                f"cannot write to {self.root} ({os.strerror(number)})",
+                "choose a folder that exists and can be written",
+            )
         raise RuntimeError(f"the checkpoint {temporary} failed: {text}")
 
     def _publish(self, name: str, temporary: Path, files: dict[str, list[int]]) -> None:
         for file, (size, _) in files.items():
             if not (temporary / file).is_file() or (temporary / file).stat().st_size != size:
-                raise ConfigError("out", f"rank 0 does not see the {file} that another rank wrote to {self.root}",
-                                  "choose a folder that all nodes share")
+                raise ConfigError(
+                    "out",
+                    f"rank 0 does not see the {file} that another rank wrote to {self.root}",
+                    "choose a folder that all nodes share",
+                )
         if not self._checked:  # a damaged one is not counted among those that are kept
             for path in _by_age(self.root):
                 if (damage := find_damage(path)) is not None:
@@ -225,8 +235,9 @@ def find_damage(path: Path) -> str | None:
 
 def unusable(path: Path, damage: str) -> ConfigError:
     """The error of a checkpoint with that damage."""
-    return ConfigError("out", f"checkpoint {path} is unusable: {damage}",
-                       "name a whole one with --resume PATH, or choose a new out")
+    return ConfigError(
+        "out", f"checkpoint {path} is unusable: {damage}", "name a whole one with --resume PATH, or choose a new out"
+    )
 
 
 def read_state(path: Path) -> dict:
@@ -249,8 +260,11 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def read(path: Path, kinds: Collection[str]) -> dict[str, Tensor]:
     """All tensors whose names begin with one of ``kinds`` and a dot, on the CPU, of a checkpoint without damage."""
-    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in _index(path).items()
-               if name.partition(".")[0] in kinds}
+    tensors = {
+        name: torch.empty(shape, dtype=dtype)
+        for name, (shape, dtype) in _index(path).items()
+        if name.partition(".")[0] in kinds
+    }
     load(path, tensors)
     return tensors
 
@@ -299,8 +313,11 @@ def require_room(root: str | Path, bytes_needed: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < bytes_needed:
-        raise ConfigError("out", f"no room in {place}: {free / 2**30:.2f} GiB are free, the run needs "
-                          f"{bytes_needed / 2**30:.2f} GiB", "free some space or choose another disk")
+        raise ConfigError(
+            "out",
+            f"no room in {place}: {free / 2**30:.2f} GiB are free, the run needs {bytes_needed / 2**30:.2f} GiB",
+            "free some space or choose another disk",
+        )
 
 
 def _index(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -311,8 +328,11 @@ def _index(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def _misfit(path: Path, why: str) -> ConfigError:
-    return ConfigError("out", f"checkpoint {path} does not fit this run ({why})",
-                       "go on with the config of that run, or choose another folder")
+    return ConfigError(
+        "out",
+        f"checkpoint {path} does not fit this run ({why})",
+        "go on with the config of that run, or choose another folder",
+    )
 
 
 def _clean(root: Path) -> None:
@@ -329,8 +349,11 @@ def _clean(root: Path) -> None:
 
 def _by_age(root: Path) -> list[Path]:
     """Folders with a manifest, oldest first."""
-    found = [(_manifest(path.parent).get("order", 0), path.parent) for path in root.glob(f"*/{MANIFEST}")
-             if path.parent.suffix != ".tmp"]
+    found = [
+        (_manifest(path.parent).get("order", 0), path.parent)
+        for path in root.glob(f"*/{MANIFEST}")
+        if path.parent.suffix != ".tmp"
+    ]
     return [path for _, path in sorted(found)]
 
 

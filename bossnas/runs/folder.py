@@ -17,9 +17,21 @@ from bossnas.errors import ConfigError
 from bossnas.files import write_json, write_text
 
 # What may change between a run and its continuation, since results do not depend on it; "engine.": all of that section.
-FREE = ("data.workers", "data.retries", "data.timeout_s", "data.allow_pipe", "train.activation_checkpointing",
-        "train.channels_last", "train.compile", "train.fused", "rating.max_gib", "evaluate.batch", "engine.",
-        "checkpoint.", "out")
+FREE = (
+    "data.workers",
+    "data.retries",
+    "data.timeout_s",
+    "data.allow_pipe",
+    "train.activation_checkpointing",
+    "train.channels_last",
+    "train.compile",
+    "train.fused",
+    "rating.max_gib",
+    "evaluate.batch",
+    "engine.",
+    "checkpoint.",
+    "out",
+)
 
 
 def claim_folder(config: RunConfig, resume: bool) -> Path:
@@ -30,8 +42,11 @@ def claim_folder(config: RunConfig, resume: bool) -> Path:
     if (folder / "config.json").exists():
         check_same(folder, config)
         if not resume:
-            raise ConfigError("out", f"{folder} already holds this run",
-                              "go on with --resume auto, or choose another folder with --set out=FOLDER")
+            raise ConfigError(
+                "out",
+                f"{folder} already holds this run",
+                "go on with --resume auto, or choose another folder with --set out=FOLDER",
+            )
     elif folder.exists() and any(folder.iterdir()):
         raise ConfigError("out", f"{folder} is not empty and holds no run", "choose another folder")
     return folder
@@ -45,8 +60,12 @@ def check_same(folder: Path, config: RunConfig, field: str = "out") -> None:
     old = read_config(folder, type(config))
     changed = _differences(old, config)
     if changed == ["schedule"]:
-        raise ConfigError("schedule", f"is {config.schedule}, but the run in {folder} began with {old.schedule}, and "
-                          "what it has trained depends on it", f"set it to {old.schedule}, or {fix}")
+        raise ConfigError(
+            "schedule",
+            f"is {config.schedule}, but the run in {folder} began with {old.schedule}, and "
+            "what it has trained depends on it",
+            f"set it to {old.schedule}, or {fix}",
+        )
     if changed:
         raise ConfigError(field, f"{folder} holds another run ({', '.join(changed)} differ)", fix)
 
@@ -109,7 +128,16 @@ def _versions() -> dict[str, str | None]:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = None
-    git = subprocess.run(["git", "-C", str(Path(bossnas.__file__).parent), "rev-parse", "HEAD"], capture_output=True,
-                         text=True, check=False)
-    return {"bossnas": bossnas.__version__, "git": git.stdout.strip() or None, "python": platform.python_version(),
-            "platform": platform.platform(), **packages}
+    git = subprocess.run(
+        ["git", "-C", str(Path(bossnas.__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "bossnas": bossnas.__version__,
+        "git": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **packages,
+    }

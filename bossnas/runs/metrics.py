@@ -29,6 +29,7 @@ class Metrics:
         self.file = path.open("a", encoding="utf-8")
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
+
             self.board = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, kind: str, block: int | None, step: int, **values: Any) -> None:
@@ -43,8 +44,9 @@ class Metrics:
         if self.board is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
-                    self.board.add_scalar(f"{kind}/{name}" if block is None else f"block_{block}/{kind}_{name}", value,
-                                          step)
+                    self.board.add_scalar(
+                        f"{kind}/{name}" if block is None else f"block_{block}/{kind}_{name}", value, step
+                    )
 
     def close(self) -> None:
         if self.file is not None:

@@ -37,11 +37,17 @@ def read_ratings(folder: Path, score: str | None = None) -> list[BlockRating]:
     ratings = [_read_rating(files / f"block_{block}.json", block, score) for block in range(numbers[-1] + 1)]
     names = sorted({rating.score for rating in ratings})
     if len(names) > 1:
-        raise ConfigError("--score", f"the blocks of {folder} were rated by different scores", "choose one of "
-                          f"{', '.join(names)}, or rate again with bossnas rate {folder}")
+        raise ConfigError(
+            "--score",
+            f"the blocks of {folder} were rated by different scores",
+            f"choose one of {', '.join(names)}, or rate again with bossnas rate {folder}",
+        )
     if len({rating.better for rating in ratings}) > 1:
-        raise ConfigError("RUN", f"the blocks of {folder} disagree whether a lower {names[0]} is better",
-                          f"rate again with bossnas rate {folder}")
+        raise ConfigError(
+            "RUN",
+            f"the blocks of {folder} disagree whether a lower {names[0]} is better",
+            f"rate again with bossnas rate {folder}",
+        )
     return ratings
 
 

@@ -34,8 +34,11 @@ def claim(config: RunConfig, resume: str | None) -> Path | None:
         return where
     check_same(run, config, "--resume")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError("out", f"{out} is not empty, but a run is to begin there from {path}",
-                          "choose another folder with --set out=FOLDER; what is in this one goes on with --resume auto")
+        raise ConfigError(
+            "out",
+            f"{out} is not empty, but a run is to begin there from {path}",
+            "choose another folder with --set out=FOLDER; what is in this one goes on with --resume auto",
+        )
     return where
 
 
@@ -47,8 +50,9 @@ def begin_at(config: Config, where: Path) -> None:
     if source.resolve() == out.resolve():
         newer = checkpoint.rewind(where)
         if newer:
-            logger.info("%s: going back to checkpoint %s, newer ones are removed: %s", out, where.name,
-                        ", ".join(newer))
+            logger.info(
+                "%s: going back to checkpoint %s, newer ones are removed: %s", out, where.name, ", ".join(newer)
+            )
         for name in ("done", "architecture.json"):
             (out / name).unlink(missing_ok=True)
         for file in (out / "ratings").glob("block_*"):
@@ -66,8 +70,11 @@ def begin_at(config: Config, where: Path) -> None:
         _write_winners(out, state)
         checkpoint.copy(where, out / "checkpoints")
     except OSError as error:
-        raise ConfigError("--resume", f"{where} cannot be copied to {out} ({error.strerror or error})",
-                          "make room, or choose another folder, and begin again with an empty one") from None
+        raise ConfigError(
+            "--resume",
+            f"{where} cannot be copied to {out} ({error.strerror or error})",
+            "make room, or choose another folder, and begin again with an empty one",
+        ) from None
     logger.info("%s begins from checkpoint %s", out, where)
 
 
@@ -107,15 +114,18 @@ def _write_winners(out: Path, state: dict) -> None:
         (out / "winners.json").unlink(missing_ok=True)
 
 
-
-
-
 def check_data(saved: dict, now: dict, within_block: bool) -> None:
     """Raises ConfigError where the images would not go on in the order in which the run began."""
     if saved["images"] != now["images"]:
-        raise ConfigError("data.train", f"has {now['images']} images, but the run began with {saved['images']}",
-                          "give it the shards it began with, or start a new run")
+        raise ConfigError(
+            "data.train",
+            f"has {now['images']} images, but the run began with {saved['images']}",
+            "give it the shards it began with, or start a new run",
+        )
     if saved["readers"] != now["readers"] and within_block:
-        raise ConfigError("data.workers", f"streams are read by {now['readers']} readers (ranks x workers), but the "
-                          f"run was stopped with {saved['readers']}", "use as many, or data.reader=index on local "
-                          "shards, which any number may read")
+        raise ConfigError(
+            "data.workers",
+            f"streams are read by {now['readers']} readers (ranks x workers), but the "
+            f"run was stopped with {saved['readers']}",
+            "use as many, or data.reader=index on local shards, which any number may read",
+        )

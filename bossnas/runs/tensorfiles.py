@@ -26,15 +26,24 @@ def write(folder: Path, tensors: dict[str, Tensor], group: Any) -> None:
     A name that several ranks have means the same tensor, plain, or a DTensor of which each holds its share. Fails on
     all ranks with one of FAILURES if it fails on one.
     """
-    dcp.save(tensors, storage_writer=_Writer(folder), process_group=group, no_dist=group is None,
-             planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False))
+    dcp.save(
+        tensors,
+        storage_writer=_Writer(folder),
+        process_group=group,
+        no_dist=group is None,
+        planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+    )
 
 
 def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Fills ``tensors``, plain or DTensors, with those of the same names; no other rank is needed. Fails with one of
     FAILURES, such as where one is missing or has another shape."""
-    dcp.load(tensors, storage_reader=_Reader(folder), no_dist=True,
-             planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False))
+    dcp.load(
+        tensors,
+        storage_reader=_Reader(folder),
+        no_dist=True,
+        planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+    )
 
 
 def index(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -70,8 +79,15 @@ class _IndexUnpickler(pickle.Unpickler):
 
     ALLOWED = {
         "torch.distributed.checkpoint.metadata": {
-            "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties",
-            "ChunkStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING"},
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorStorageMetadata",
+            "TensorProperties",
+            "ChunkStorageMetadata",
+            "BytesStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        },
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
         "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
         "torch.serialization": {"_get_layout"},

@@ -33,8 +33,11 @@ class Weights:
 
     def of(self, kind: str) -> dict[str, Tensor]:
         """State dict of the ``online`` or ``target`` Supernet, or of the list of ``predictors``."""
-        return {name.removeprefix(f"{kind}."): tensor for name, tensor in self.tensors.items()
-                if name.startswith(f"{kind}.")}
+        return {
+            name.removeprefix(f"{kind}."): tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(f"{kind}.")
+        }
 
 
 def export(run: Path, out: Path, name: str | None = None, force: bool = False) -> dict:
@@ -53,11 +56,19 @@ def export(run: Path, out: Path, name: str | None = None, force: bool = False) -
         raise ConfigError("--checkpoint", f"{where} is unusable: {damage}", "name another one, or leave it out")
     state = checkpoint.read_state(where)
     space = config.space.model_dump(mode="json")
-    about = {"space": space.pop("name"), **space, "heads": config.heads.model_dump(mode="json"),
-             "winners": state["winners"], "block": state["block"], "step": state["step"], "checkpoint": where.name,
-             "versions": {"bossnas": bossnas.__version__, "torch": torch.__version__}}
-    metadata = {"format": FORMAT} | {key: value if isinstance(value, str) else json.dumps(value)
-                                     for key, value in about.items()}
+    about = {
+        "space": space.pop("name"),
+        **space,
+        "heads": config.heads.model_dump(mode="json"),
+        "winners": state["winners"],
+        "block": state["block"],
+        "step": state["step"],
+        "checkpoint": where.name,
+        "versions": {"bossnas": bossnas.__version__, "torch": torch.__version__},
+    }
+    metadata = {"format": FORMAT} | {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()
+    }
     draft = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         save_file(checkpoint.read(where, KINDS), draft, metadata)
@@ -66,8 +77,11 @@ def export(run: Path, out: Path, name: str | None = None, force: bool = False) -
             os.fsync(file.fileno())
         os.replace(draft, out)
     except (OSError, SafetensorError) as error:
-        raise ConfigError("OUT", f"cannot write {out} ({getattr(error, 'strerror', None) or error})",
-                          "make room, or name a file in a folder that can be written") from None
+        raise ConfigError(
+            "OUT",
+            f"cannot write {out} ({getattr(error, 'strerror', None) or error})",
+            "make room, or name a file in a folder that can be written",
+        ) from None
     finally:
         draft.unlink(missing_ok=True)
     return about
@@ -79,16 +93,22 @@ def load(path: str | Path) -> Weights:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.pop("format", None) != FORMAT:
-                raise ConfigError("weights", f"{path} was not written by bossnas export-weights",
-                                  "name a file of bossnas export-weights")
+                raise ConfigError(
+                    "weights",
+                    f"{path} was not written by bossnas export-weights",
+                    "name a file of bossnas export-weights",
+                )
             texts = ("space", "split", "checkpoint")
             about = {key: value if key in texts else json.loads(value) for key, value in metadata.items()}
             return Weights({name: file.get_tensor(name) for name in file.keys()}, about)
     except (OSError, SafetensorError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError("weights", f"cannot read {path} ({getattr(error, 'strerror', None) or error})",
-                          "export it again with bossnas export-weights") from None
+        raise ConfigError(
+            "weights",
+            f"cannot read {path} ({getattr(error, 'strerror', None) or error})",
+            "export it again with bossnas export-weights",
+        ) from None
 
 
 def _check_out(out: Path, force: bool) -> None:

@@ -107,8 +107,7 @@ class _Row:
             self.prefixes[block] = state.leaders[:block]
             queue: deque[list[Tensor]] = deque()
             self.queues[block] = queue
-            self.stages[block] = train_with(run, self.positions[block], iter(queue.popleft, None),
-                                            self.prefixes[block])
+            self.stages[block] = train_with(run, self.positions[block], iter(queue.popleft, None), self.prefixes[block])
             if where is not None and state.step:
                 checkpoint.load_engine(where, block, self.stages[block].engine)
             self.stages[block].target.part(block).train()  # it hands over before it trains
@@ -150,7 +149,7 @@ class _Row:
             self.job.guard.at(f"{name} step {self.step}")
             with self.trace.span("vote"):
                 stop = self.job.guard.should_stop(0 if self.step == until else self.lag)
-            for _, _, values in self.records[-len(own):]:
+            for _, _, values in self.records[-len(own) :]:
                 values["waited_seconds"] = round(self.trace.waited - waited, 4)
             task.advance(f"loss of {name} {' '.join(losses)}")
         if self.sink is not None:

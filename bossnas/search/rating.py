@@ -35,8 +35,13 @@ GPU_SHARE = 0.5  # of the memory that is free when the rating starts
 Scores = dict[str, dict[Path, float]]
 
 
-def rate(run: Run, block: int, partial: Folder | None = None, prefix: Sequence[Path] | None = None,
-         guard: Guard | None = None) -> Scores:
+def rate(
+    run: Run,
+    block: int,
+    partial: Folder | None = None,
+    prefix: Sequence[Path] | None = None,
+    guard: Guard | None = None,
+) -> Scores:
     """All scores of all paths of the block, on ``prefix``, the paths of the blocks before it (None: their winners).
 
     ``partial``: a file that holds the progress, from which a rating that was cut goes on; removed at the end.
@@ -57,6 +62,7 @@ def rate(run: Run, block: int, partial: Folder | None = None, prefix: Sequence[P
     if len(cut) > 1:
         logger.info("block %d: %d paths are rated in %d parts of at most %d", block, len(paths), len(cut), most)
     with log.progress(f"block {block} rate", total, done, show=dist.rank() == 0) as task:
+
         def advance(pieces: Pieces, count: int) -> None:
             task.advance(count=count)
             stop = guard is not None and guard.should_stop()
@@ -67,13 +73,27 @@ def rate(run: Run, block: int, partial: Folder | None = None, prefix: Sequence[P
                 raise guard.stopped()
 
         scores = rate_block(
-            run.online, run.target, run.predictors[block], block, winners, paths, _Calibration(run), validation,
-            temperature=settings.temperature, most=most,
-            autocast=lambda: autocast(run.device.type, run.config.train.precision), pieces=pieces, advance=advance)
+            run.online,
+            run.target,
+            run.predictors[block],
+            block,
+            winners,
+            paths,
+            _Calibration(run),
+            validation,
+            temperature=settings.temperature,
+            most=most,
+            autocast=lambda: autocast(run.device.type, run.config.train.precision),
+            pieces=pieces,
+            advance=advance,
+        )
     progress.drop()
     if not all(math.isfinite(value) for values in scores.values() for value in values.values()):
-        raise ConfigError("train.lr", f"block {block} is rated with values that are not finite: its weights are not",
-                          "lower it, or lengthen train.warmup_epochs; the last checkpoint is unharmed")
+        raise ConfigError(
+            "train.lr",
+            f"block {block} is rated with values that are not finite: its weights are not",
+            "lower it, or lengthen train.warmup_epochs; the last checkpoint is unharmed",
+        )
     return scores
 
 
@@ -82,9 +102,18 @@ def write(folder: Folder, run: Run, block: int, scores: Scores, name: str, prefi
     if dist.rank() == 0:
         chosen = run.config.rating.score
         by_text = {score: {encode(p): v for p, v in values.items()} for score, values in scores.items()}
-        write_json(folder / "ratings" / name, {
-            "block": block, "prefix": [encode(p) for p in prefix], "score": chosen, "better": BETTER,
-            "candidates": run.space.candidates(block), "paths": by_text[chosen], "scores": by_text})
+        write_json(
+            folder / "ratings" / name,
+            {
+                "block": block,
+                "prefix": [encode(p) for p in prefix],
+                "score": chosen,
+                "better": BETTER,
+                "candidates": run.space.candidates(block),
+                "paths": by_text[chosen],
+                "scores": by_text,
+            },
+        )
 
 
 class _Calibration(Sequence):
@@ -98,8 +127,18 @@ class _Calibration(Sequence):
             whole = min(rating.calibration_batches, len(run.train_set) // rating.calibration_images)
             count = whole * rating.calibration_images or len(run.train_set)
             chosen = fixed_view_batches(
-                run.train_set, run.recipe, [CALIBRATION_VIEW], run.space.view_pairs, run.config.data, shuffle=True,
-                seed=run.config.seed, count=count, batch=rating.calibration_images, device=run.device, bad=run.bad)
+                run.train_set,
+                run.recipe,
+                [CALIBRATION_VIEW],
+                run.space.view_pairs,
+                run.config.data,
+                shuffle=True,
+                seed=run.config.seed,
+                count=count,
+                batch=rating.calibration_images,
+                device=run.device,
+                bad=run.bad,
+            )
             run.calibration = [batch[0].cpu() for batch in chosen]
 
     def __len__(self) -> int:
@@ -115,9 +154,20 @@ def _validation(run: Run) -> Validation:
     count = min(run.config.data.val_images or len(run.val_set), len(run.val_set))
 
     def take(batches: Sequence[int]) -> Iterator[list[Tensor]]:
-        return fixed_view_batches(run.val_set, run.recipe, [0, run.space.view_pairs], run.space.view_pairs,
-                                  run.config.data, shuffle=False, seed=run.config.seed, count=count, batch=batch,
-                                  only=batches, device=run.device, bad={})
+        return fixed_view_batches(
+            run.val_set,
+            run.recipe,
+            [0, run.space.view_pairs],
+            run.space.view_pairs,
+            run.config.data,
+            shuffle=False,
+            seed=run.config.seed,
+            count=count,
+            batch=batch,
+            only=batches,
+            device=run.device,
+            bad={},
+        )
 
     return Validation([min(batch, count - first) for first in range(0, count, batch)], take)
 
@@ -125,8 +175,10 @@ def _validation(run: Run) -> Validation:
 def _units_fit(run: Run, block: int, winners: Sequence[Path], paths: Sequence[Path]) -> int:
     """How many paths are computed together within rating.max_gib; equal on all ranks."""
     rating, config = run.config.rating, run.config
-    images = max(2 * min(rating.batch, config.data.val_images or len(run.val_set), len(run.val_set)),
-                 min(rating.calibration_images, len(run.train_set)))
+    images = max(
+        2 * min(rating.batch, config.data.val_images or len(run.val_set), len(run.val_set)),
+        min(rating.calibration_images, len(run.train_set)),
+    )
     gib = rating.max_gib
     if gib is None:
         gib = GPU_SHARE * torch.cuda.mem_get_info()[0] / 2**30 if run.device.type == "cuda" else CPU_GIB
@@ -137,9 +189,12 @@ def _units_fit(run: Run, block: int, winners: Sequence[Path], paths: Sequence[Pa
     most = min(dist.all_gather_object(footprint.most(images, int(gib * 2**30))))
     if most == 0 and rating.max_gib is not None:
         one = max(footprint.of(unit, images) for unit in units(paths, 1)) / 2**30
-        raise ConfigError("rating.max_gib", f"{gib:g} GiB is too little for one path of block {block} and {images} "
-                          f"images at once, which take {one:.3g} GiB", "raise it, or lower rating.batch and "
-                          "rating.calibration_images")
+        raise ConfigError(
+            "rating.max_gib",
+            f"{gib:g} GiB is too little for one path of block {block} and {images} "
+            f"images at once, which take {one:.3g} GiB",
+            "raise it, or lower rating.batch and rating.calibration_images",
+        )
     return max(most, 1)
 
 

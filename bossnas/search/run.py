@@ -68,8 +68,13 @@ def build(config: Config, training: bool = True) -> Run:
     ``training=False``: for a rating alone; what only the training needs is not checked.
     """
     device = dist.device(config.engine.device)
-    space = spaces.make(config.space.name, width=config.space.width, image_size=config.space.image_size,
-                        restricted=config.space.restricted, split=config.space.split)
+    space = spaces.make(
+        config.space.name,
+        width=config.space.width,
+        image_size=config.space.image_size,
+        restricted=config.space.restricted,
+        split=config.space.split,
+    )
     kernels = ops.use_kernels(config.kernels, device)
     mesh = dist.mesh(config.schedule if training else "sequential", space.blocks)
     if training:
@@ -78,33 +83,63 @@ def build(config: Config, training: bool = True) -> Run:
     images = open_data(config.data, needed if config.train.steps_per_epoch else None)
     train_set, val_set = images.train, images.val
     if training and len(train_set) < needed:
-        raise ConfigError("train.steps_per_epoch" if config.train.steps_per_epoch else "train.batch",
-                          f"an epoch takes {needed} images, but data.train has {len(train_set)}", "lower it")
+        raise ConfigError(
+            "train.steps_per_epoch" if config.train.steps_per_epoch else "train.batch",
+            f"an epoch takes {needed} images, but data.train has {len(train_set)}",
+            "lower it",
+        )
     torch.manual_seed(config.seed)
     online = Supernet(space, config.heads.hidden, config.heads.out)
     predictors = nn.ModuleList(heads.predictor(config.heads.hidden, config.heads.out) for _ in range(space.blocks))
     target = copy.deepcopy(online).requires_grad_(False)
-    return Run(config, space, online.to(device), target.to(device), predictors.to(device), train_set, val_set,
-               views.recipe(config.data.recipe, config.space.image_size), device, kernels, mesh)
+    return Run(
+        config,
+        space,
+        online.to(device),
+        target.to(device),
+        predictors.to(device),
+        train_set,
+        val_set,
+        views.recipe(config.data.recipe, config.space.image_size),
+        device,
+        kernels,
+        mesh,
+    )
 
 
 def make_engine(config: Config, mesh: dist.Mesh) -> Engine:
     """The engine that the config names. Raises ConfigError where its batch cannot be divided over the ranks."""
-    return engines.make(config.engine.name, accumulate=accumulation(config, mesh.shards),
-                        micro_batch=config.train.micro_batch, precision=config.train.precision,
-                        section=config.engine.deepspeed, group=mesh.group)
+    return engines.make(
+        config.engine.name,
+        accumulate=accumulation(config, mesh.shards),
+        micro_batch=config.train.micro_batch,
+        precision=config.train.precision,
+        section=config.engine.deepspeed,
+        group=mesh.group,
+    )
 
 
 def announce(run: Run, folder: Folder, title: str) -> None:
     """The log's first lines: what runs on what, and from where it goes on."""
     if run.config.data.train is None and dist.rank() == 0:
-        logger.warning("DEMONSTRATION: no data.train is set, so this run uses the embedded sample of Fashion-MNIST "
-                       "(%d training, %d validation images of 28x28 pixels). Its result says nothing about your data.",
-                       len(run.train_set), len(run.val_set))
+        logger.warning(
+            "DEMONSTRATION: no data.train is set, so this run uses the embedded sample of Fashion-MNIST "
+            "(%d training, %d validation images of 28x28 pixels). Its result says nothing about your data.",
+            len(run.train_set),
+            len(run.val_set),
+        )
     parameters = sum(p.numel() for p in run.online.parameters())
-    logger.info("%s %s on %d %s rank(s), %s kernels: %d blocks, %.1f M supernet parameters, %d training images",
-                run.config.space.name, title, dist.world_size(), run.device.type, run.kernels, run.space.blocks,
-                parameters / 1e6, len(run.train_set))
+    logger.info(
+        "%s %s on %d %s rank(s), %s kernels: %d blocks, %.1f M supernet parameters, %d training images",
+        run.config.space.name,
+        title,
+        dist.world_size(),
+        run.device.type,
+        run.kernels,
+        run.space.blocks,
+        parameters / 1e6,
+        len(run.train_set),
+    )
     if run.state.block or run.state.step:
         done = run.state.block == run.space.blocks
         where = "this run is finished" if done else f"going on in block {run.state.block} at step {run.state.step}"
@@ -118,11 +153,21 @@ def write_architecture(run: Run, folder: Folder) -> None:
     networks: list[nn.Module] = [run.target.stem, run.target.blocks]
     price = cost.count(networks, lambda: run.target.features(winners, x))
     text = "|".join(encode(p) for p in winners)
-    write_json(folder / "architecture.json", {
-        "space": run.config.space.name, "width": run.config.space.width, "image_size": size, "architecture": text,
-        "paths": [encode(p) for p in winners], **run.space.describe(winners), **price})
-    logger.info("architecture %s: %.2f M multiply-adds, %.2f M parameters", text, price["macs"] / 1e6,
-                price["params"] / 1e6)
+    write_json(
+        folder / "architecture.json",
+        {
+            "space": run.config.space.name,
+            "width": run.config.space.width,
+            "image_size": size,
+            "architecture": text,
+            "paths": [encode(p) for p in winners],
+            **run.space.describe(winners),
+            **price,
+        },
+    )
+    logger.info(
+        "architecture %s: %.2f M multiply-adds, %.2f M parameters", text, price["macs"] / 1e6, price["params"] / 1e6
+    )
     logger.info("everything lies in %s", folder)
 
 
@@ -138,11 +183,21 @@ def save(saver: checkpoint.Saver, run: Run, engines: dict[int, Engine]) -> None:
     tensors = _weights(run, run.mesh.own if engines else range(run.space.blocks))
     for block, engine in engines.items():
         tensors.update(checkpoint.momentum(block, engine))
-    saver.save(f"block{state.block}-step{state.step:06d}", tensors, {
-        "schedule": run.config.schedule, "block": state.block, "step": state.step, "images_seen": state.images_seen,
-        "bad_steps": state.bad_steps, "bad_by_block": list(state.bad_by_block),
-        "winners": [encode(p) for p in state.winners], "leaders": [encode(p) for p in state.leaders],
-        "data": _data_state(run)})
+    saver.save(
+        f"block{state.block}-step{state.step:06d}",
+        tensors,
+        {
+            "schedule": run.config.schedule,
+            "block": state.block,
+            "step": state.step,
+            "images_seen": state.images_seen,
+            "bad_steps": state.bad_steps,
+            "bad_by_block": list(state.bad_by_block),
+            "winners": [encode(p) for p in state.winners],
+            "leaders": [encode(p) for p in state.leaders],
+            "data": _data_state(run),
+        },
+    )
 
 
 def restore(run: Run, folder: Folder, training: bool = True) -> Folder | None:

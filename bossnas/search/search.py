@@ -50,10 +50,13 @@ def search(config: Config, resume: str | None = None, trace: Trace | None = None
     log.setup(folder, main)
     where = restore(run, folder)
     announce(run, folder, "search")
-    with (closing(Metrics(folder if main else None, lambda line: _is_past(run, line))) as metrics,
-          Guard(config.engine.timeout_minutes) as guard,
-          closing(checkpoint.Saver(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous)
-                  ) as saver):
+    with (
+        closing(Metrics(folder if main else None, lambda line: _is_past(run, line))) as metrics,
+        Guard(config.engine.timeout_minutes) as guard,
+        closing(
+            checkpoint.Saver(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous)
+        ) as saver,
+    ):
         job = Job(run, folder, metrics, saver, guard, trace or Trace())
         if config.schedule == "sequential":
             sequential(job, where)
@@ -145,6 +148,7 @@ def start_block(run: Run) -> tuple[Engine, Iterator[Step | None]]:
 def _checkpoint_bytes(run: Run) -> int:
     """An upper bound: both networks, the predictors, and one momentum per parameter of the blocks that train at once,
     or of the largest block."""
+
     def size(module: nn.Module) -> int:
         return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
 

@@ -54,8 +54,10 @@ class Trace:
 
     def write(self, file: Folder, rank: int) -> None:
         """The spans as events for chrome://tracing or ui.perfetto.dev; those of several ranks may be put together."""
-        events = [{"name": name, "ph": "X", "pid": 0, "tid": rank, "ts": start * 1e6, "dur": took * 1e6}
-                  for name, start, took in self.spans]
+        events = [
+            {"name": name, "ph": "X", "pid": 0, "tid": rank, "ts": start * 1e6, "dur": took * 1e6}
+            for name, start, took in self.spans
+        ]
         file.write_text(json.dumps({"traceEvents": events}), encoding="utf-8")
 
 
@@ -86,8 +88,14 @@ class Job:
         with self.trace.span("rate"):
             scores = rating.rate(run, block, self.folder / "ratings" / f"{name}.partial", prefix, self.guard)
         leader, value = winners.winner_of(run, scores)
-        logger.info("block %d after %d epochs: leader %s with %s %+.4f", block, step // run.steps_per_epoch,
-                    encode(leader), run.config.rating.score, value)
+        logger.info(
+            "block %d after %d epochs: leader %s with %s %+.4f",
+            block,
+            step // run.steps_per_epoch,
+            encode(leader),
+            run.config.rating.score,
+            value,
+        )
         self.metrics.write("rating", block, step, best=value, path=encode(leader))
         rating.write(self.folder, run, block, scores, f"{name}.json", prefix)
         return leader
@@ -124,9 +132,21 @@ def train_batches(run: Run, first_epoch: int, step: int) -> Iterator[list[Tensor
     first, start = divmod(step, run.steps_per_epoch)
     for epoch in range(first, config.train.epochs):
         yield from view_batches(
-            run.train_set, run.recipe, run.view_ids, run.space.view_pairs, config.data, seed=config.seed,
-            epoch=first_epoch + epoch, start=start * run.accumulate, steps=run.steps_per_epoch * run.accumulate,
-            batch=config.train.micro_batch, rank=mesh.shard, world=mesh.shards, device=run.device, bad=run.bad)
+            run.train_set,
+            run.recipe,
+            run.view_ids,
+            run.space.view_pairs,
+            config.data,
+            seed=config.seed,
+            epoch=first_epoch + epoch,
+            start=start * run.accumulate,
+            steps=run.steps_per_epoch * run.accumulate,
+            batch=config.train.micro_batch,
+            rank=mesh.shard,
+            world=mesh.shards,
+            device=run.device,
+            bad=run.bad,
+        )
         start = 0
 
 
@@ -144,8 +164,15 @@ def train_with(run: Run, position: RunState, inputs: Iterator[list[Tensor]], pre
     engine = make_engine(config, run.mesh)
 
     def optimizer(module: nn.Module, followers: nn.Module | None, sharded: bool) -> LARS:
-        return LARS(parameter_groups(module, followers), train.lr, train.momentum, train.weight_decay, train.trust,
-                    sharded=sharded, clip=train.clip)
+        return LARS(
+            parameter_groups(module, followers),
+            train.lr,
+            train.momentum,
+            train.weight_decay,
+            train.trust,
+            sharded=sharded,
+            clip=train.clip,
+        )
 
     trained = nn.ModuleDict({**run.online.part(block), "predictor": run.predictors[block]})
     followers = run.target.part(block)
@@ -153,25 +180,58 @@ def train_with(run: Run, position: RunState, inputs: Iterator[list[Tensor]], pre
         synchronise(trained, followers, average=partial(dist.average, group=run.mesh.group))
     trained, followers = engine.wrap(trained, followers, optimizer)
     online, target = run.online.replaced(block, trained), run.target.replaced(block, followers)
-    return Stage(engine, target, train_block(
-        online, target, trained["predictor"], run.space, engine, inputs, position, train, prefix=prefix,
-        accumulate=run.accumulate, steps_per_epoch=run.steps_per_epoch, seed=config.seed, device=run.device,
-        group=run.mesh.group, check_paths=config.engine.check_paths))
+    return Stage(
+        engine,
+        target,
+        train_block(
+            online,
+            target,
+            trained["predictor"],
+            run.space,
+            engine,
+            inputs,
+            position,
+            train,
+            prefix=prefix,
+            accumulate=run.accumulate,
+            steps_per_epoch=run.steps_per_epoch,
+            seed=config.seed,
+            device=run.device,
+            group=run.mesh.group,
+            check_paths=config.engine.check_paths,
+        ),
+    )
 
 
 def measures(state: RunState, step: Step) -> dict[str, Any]:
     """What metrics.jsonl says of a step."""
-    return {"epoch": step.epoch, "loss": step.loss, "spread": step.spread, "lr": step.lr,
-            "ema_momentum": step.ema_momentum, "images": state.images_seen,
-            "images_per_second": round(step.images_per_second, 2), "outcome": step.outcome,
-            "loss_scale": step.loss_scale}
+    return {
+        "epoch": step.epoch,
+        "loss": step.loss,
+        "spread": step.spread,
+        "lr": step.lr,
+        "ema_momentum": step.ema_momentum,
+        "images": state.images_seen,
+        "images_per_second": round(step.images_per_second, 2),
+        "outcome": step.outcome,
+        "loss_scale": step.loss_scale,
+    }
 
 
 def warn(state: RunState, step: Step, collapse_below: float) -> None:
     """Says in the log what is wrong with a step."""
     if step.outcome == "bad":
-        logger.warning("block %d step %d: its gradient is not finite, so it is skipped (%d so far)", state.block,
-                       state.step, state.bad_steps)
+        logger.warning(
+            "block %d step %d: its gradient is not finite, so it is skipped (%d so far)",
+            state.block,
+            state.step,
+            state.bad_steps,
+        )
     if step.spread < collapse_below:
-        logger.warning("block %d step %d: the embeddings are collapsing (spread %.3f < train.collapse_below %.3f); "
-                       "lower train.lr", state.block, state.step, step.spread, collapse_below)
+        logger.warning(
+            "block %d step %d: the embeddings are collapsing (spread %.3f < train.collapse_below %.3f); lower train.lr",
+            state.block,
+            state.step,
+            step.spread,
+            collapse_below,
+        )

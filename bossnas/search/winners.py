@@ -32,8 +32,14 @@ def settle(run: Run, folder: Folder, scores: Scores) -> tuple[Path, float]:
     block = run.state.block
     winner, value = winner_of(run, scores)
     write(folder, run, block, scores, f"block_{block}.json", run.state.winners)
-    logger.info("block %d: best of %d paths is %s with %s %+.4f", block, len(scores[run.config.rating.score]),
-                encode(winner), run.config.rating.score, value)
+    logger.info(
+        "block %d: best of %d paths is %s with %s %+.4f",
+        block,
+        len(scores[run.config.rating.score]),
+        encode(winner),
+        run.config.rating.score,
+        value,
+    )
     freeze_winner(run, winner)
     if dist.rank() == 0:
         write_json(folder / "winners.json", {"winners": [encode(p) for p in run.state.winners]})
@@ -55,6 +61,7 @@ def calibrate_path(run: Run, block: int, prefix: Sequence[Path], path: Path) -> 
     evaluation mode with those of ``prefix``."""
     with autocast(run.device.type, run.config.train.precision):  # as when the path was rated
         features = [run.target.features(prefix, x) for x in _Calibration(run)]
-        of_target, _ = calibrate(run.online, run.target, run.predictors[block], block, [path], [Unit((), (0,))],
-                                 features)
+        of_target, _ = calibrate(
+            run.online, run.target, run.predictors[block], block, [path], [Unit((), (0,))], features
+        )
     of_target.write()

@@ -39,8 +39,9 @@ def standardised(values: np.ndarray) -> np.ndarray:
     return (values - values.mean()) / values.std() if spread else np.zeros(len(values))
 
 
-def together(ratings: Sequence[Sequence[Mapping[str, float]]], how: str,
-             weights: Sequence[float] | None = None) -> list[dict[str, float]]:
+def together(
+    ratings: Sequence[Sequence[Mapping[str, float]]], how: str, weights: Sequence[float] | None = None
+) -> list[dict[str, float]]:
     """Several ratings of the same paths as one, their weighted mean; each rating is a list of its blocks' scores.
 
     The blocks of each are `combined`, and then divided by the standard deviation of their sum over all combinations of
@@ -52,5 +53,7 @@ def together(ratings: Sequence[Sequence[Mapping[str, float]]], how: str,
     spreads = [math.sqrt(sum(np.var(list(block.values())) for block in rating)) or 1.0 for rating in found]
     weights = [1.0] * len(found) if weights is None else weights
     factors = [weight / spread / sum(weights) for weight, spread in zip(weights, spreads, strict=True)]
-    return [{path: sum(factor * rating[b][path] for rating, factor in zip(found, factors, strict=True))
-             for path in block} for b, block in enumerate(found[0])]
+    return [
+        {path: sum(factor * rating[b][path] for rating, factor in zip(found, factors, strict=True)) for path in block}
+        for b, block in enumerate(found[0])
+    ]

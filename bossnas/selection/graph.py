@@ -20,7 +20,7 @@ from bossnas.spaces.cost import COSTS, Cost, CostTable, Start
 from bossnas.spaces.paths import Path, decode, encode
 
 SCORE_BITS = 50  # scores are added as multiples of 2**-50 of the power of two above the largest
-NO_LIMIT = 2 ** 62
+NO_LIMIT = 2**62
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,21 @@ class Graph:
         space, starts = self.table.space, self.table.starts[block]
         prefix = [decode(text) for text in rating.prefix]
         if any(path not in space.paths(b, prefix[:b]) for b, path in enumerate(prefix)):
-            raise ConfigError("RUN", f"block {block} was rated on {'|'.join(rating.prefix)}, which the space does not "
-                              "have", "use the config that the ratings were made with")
+            raise ConfigError(
+                "RUN",
+                f"block {block} was rated on {'|'.join(rating.prefix)}, which the space does not have",
+                "use the config that the ratings were made with",
+            )
         held = [s for s in starts if not prefix or s.paths == tuple(space.paths(block, prefix))]
         values = {decode(text): self.sign * value for text, value in rating.scores.items()}
         unknown = set(values).difference(*(start.paths for start in held))
         if unknown:
-            raise ConfigError("RUN", f"block {block} has ratings of paths such as {encode(min(unknown))}, which the "
-                              "space does not have there", "use the config that the ratings were made with")
+            raise ConfigError(
+                "RUN",
+                f"block {block} has ratings of paths such as {encode(min(unknown))}, which the "
+                "space does not have there",
+                "use the config that the ratings were made with",
+            )
         return [self._from(block, start, values if start in held else {}) for start in starts]
 
     def _from(self, block: int, start: Start, values: dict[Path, float]) -> Options:
@@ -75,9 +82,12 @@ class Graph:
         costs = [self.table.path(block, path, start.shape)[0] for path in paths]
         following = self._following(block, start, paths)
         scores = np.rint(np.ldexp(np.array([values[path] for path in paths], np.float64), self.exponent))
-        return Options(paths, scores.astype(np.int64),
-                       np.array([[getattr(cost, name) for name in COSTS] for cost in costs],
-                                np.int64).reshape(-1, len(COSTS)), following)
+        return Options(
+            paths,
+            scores.astype(np.int64),
+            np.array([[getattr(cost, name) for name in COSTS] for cost in costs], np.int64).reshape(-1, len(COSTS)),
+            following,
+        )
 
     def _following(self, block: int, start: Start, paths: list[Path]) -> np.ndarray:
         if block + 1 == len(self.table.starts):
@@ -92,8 +102,9 @@ class Graph:
     def selected(self, architecture: list[Path], value: int) -> Selected:
         space = self.table.space
         if any(path not in space.paths(block, architecture[:block]) for block, path in enumerate(architecture)):
-            raise ConfigError("space.name", "the paths that may follow depend on more than the last winner",
-                              "see docs/own_space.md")
+            raise ConfigError(
+                "space.name", "the paths that may follow depend on more than the last winner", "see docs/own_space.md"
+            )
         return Selected(architecture, self.score(value), self.table.cost(architecture))
 
     @cached_property
@@ -123,8 +134,10 @@ def size(table: CostTable) -> int:
     counts: dict[Start, int] = {}
     for block in reversed(range(len(table.starts))):
         last = block + 1 == len(table.starts)
-        counts = {start: len(start.paths) if last else sum(counts[table.after(block, start, p)] for p in start.paths)
-                  for start in table.starts[block]}
+        counts = {
+            start: len(start.paths) if last else sum(counts[table.after(block, start, p)] for p in start.paths)
+            for start in table.starts[block]
+        }
     return counts[next(iter(table.starts[0]))]
 
 

@@ -26,8 +26,15 @@ LONGEST = 1e9  # ms; sums of more would leave the 64-bit integers of nanoseconds
 STEM = None  # stands for the stem where the others have their key
 
 
-def report(space_config: SpaceConfig, architecture: str | None = None, *, measured: bool = False, batch: int = 1,
-           repeats: int = 30, threads: int | None = None) -> dict[str, Any]:
+def report(
+    space_config: SpaceConfig,
+    architecture: str | None = None,
+    *,
+    measured: bool = False,
+    batch: int = 1,
+    repeats: int = 30,
+    threads: int | None = None,
+) -> dict[str, Any]:
     """The cost of one architecture, or the space's whole table ("rows"), as plain values ready for JSON.
 
     ``measured`` adds latencies to the table, and where they were taken. Raises ConfigError for what the user can mend.
@@ -46,29 +53,44 @@ def report(space_config: SpaceConfig, architecture: str | None = None, *, measur
     kernels = ops.use_kernels("auto", device)
     with progress("latencies", space.blocks) as task:
         rows = measure(table, batch=batch, repeats=repeats, device=device, advance=task.advance)
-    return {**result, "device": machine(device), "threads": torch.get_num_threads(), "kernels": kernels,
-            "torch": torch.__version__, "batch": batch, "repeats": repeats, "rows": rows}
+    return {
+        **result,
+        "device": machine(device),
+        "threads": torch.get_num_threads(),
+        "kernels": kernels,
+        "torch": torch.__version__,
+        "batch": batch,
+        "repeats": repeats,
+        "rows": rows,
+    }
 
 
 def lines(result: dict[str, Any]) -> list[str]:
     """The result of `report` as text."""
     if "rows" not in result:
-        return [f"{result['architecture']}: {result['macs'] / 1e6:.3f} M multiply-adds, "
-                f"{result['params'] / 1e6:.3f} M parameters"]
-    text = [f"{'block':>5} {'layer':>5} {'id':>3} {'candidate':<14} {'input':>12} {'output':>12} {'multiply-adds':>14} "
-            f"{'parameters':>11} {'latency' if 'batch' in result else ''}"]
+        return [
+            f"{result['architecture']}: {result['macs'] / 1e6:.3f} M multiply-adds, "
+            f"{result['params'] / 1e6:.3f} M parameters"
+        ]
+    text = [
+        f"{'block':>5} {'layer':>5} {'id':>3} {'candidate':<14} {'input':>12} {'output':>12} {'multiply-adds':>14} "
+        f"{'parameters':>11} {'latency' if 'batch' in result else ''}"
+    ]
     for row in result["rows"]:
         block, layer, choice = ("" if row[key] is None else row[key] for key in ("block", "layer", "candidate"))
         shapes = ("x".join(map(str, row[key])) for key in ("input", "output"))
         milliseconds = f" {row['latency_ms']:.3f} ms" if "latency_ms" in row else ""
-        text.append(f"{block:>5} {layer:>5} {choice:>3} {row['name']:<14} {next(shapes):>12} {next(shapes):>12} "
-                    f"{row['macs']:>14} {row['params']:>11}{milliseconds}")
+        text.append(
+            f"{block:>5} {layer:>5} {choice:>3} {row['name']:<14} {next(shapes):>12} {next(shapes):>12} "
+            f"{row['macs']:>14} {row['params']:>11}{milliseconds}"
+        )
     return text
 
 
 @torch.no_grad()
-def measure(table: CostTable, *, batch: int, repeats: int, device: torch.device,
-            advance: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+def measure(
+    table: CostTable, *, batch: int, repeats: int, device: torch.device, advance: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
     """The table's rows with the latency of a batch: "latency_ms" (the median), "latency_p10_ms", "latency_p90_ms".
 
     Evaluation mode, fp32, channels_last, random inputs. One block's weights are in memory at a time; its candidates
@@ -77,11 +99,15 @@ def measure(table: CostTable, *, batch: int, repeats: int, device: torch.device,
     """
     stem = table.space.stem().eval().to(device)
     times: dict[Key | None, list[int]] = interleaved(
-        {STEM: _call(lambda x: call_stem(stem, x), table.image, batch, device)}, repeats, device)
+        {STEM: _call(lambda x: call_stem(stem, x), table.image, batch, device)}, repeats, device
+    )
     for block in range(table.space.blocks):
         layers = [table.space.layer(block, layer).eval().to(device) for layer in range(table.space.layers(block))]
-        calls = {(b, layer, choice, shape): _call(_candidate(layers[layer], choice), shape, batch, device)
-                 for b, layer, choice, shape in table.entries if b == block}
+        calls = {
+            (b, layer, choice, shape): _call(_candidate(layers[layer], choice), shape, batch, device)
+            for b, layer, choice, shape in table.entries
+            if b == block
+        }
         times.update(interleaved(calls, repeats, device))
         advance()
     rows = table.rows()
@@ -98,21 +124,37 @@ def attach(table: CostTable, file: File, command: str) -> CostTable:
     another cost (another space or width), and with the ``command`` that measures it.
     """
     try:
-        found = {(row["block"], row["layer"], row["candidate"], row["name"], *row["input"], row["macs"], row["params"]):
-                 row.get("latency_ms") for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
+        found = {
+            (
+                row["block"],
+                row["layer"],
+                row["candidate"],
+                row["name"],
+                *row["input"],
+                row["macs"],
+                row["params"],
+            ): row.get("latency_ms")
+            for row in json.loads(file.read_text(encoding="utf-8"))["rows"]
+        }
     except OSError as error:
         raise ConfigError("--latency", f"cannot read {file} ({error.strerror})", f"make it with {command}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError("--latency", f"{file} is not a table of latencies", f"make it with {command}") from None
     nanoseconds = []
     for row in table.rows():
-        value = found.get((row["block"], row["layer"], row["candidate"], row["name"], *row["input"], row["macs"],
-                           row["params"]))
+        value = found.get(
+            (row["block"], row["layer"], row["candidate"], row["name"], *row["input"], row["macs"], row["params"])
+        )
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < LONGEST:
             shape = "x".join(map(str, row["input"]))
-            where = f"the stem on {shape}" if row["block"] is None else (
-                f"block {row['block']} layer {row['layer']} candidate {row['candidate']} ({row['name']}, "
-                f"{row['macs']} MACs) on {shape}")
+            where = (
+                f"the stem on {shape}"
+                if row["block"] is None
+                else (
+                    f"block {row['block']} layer {row['layer']} candidate {row['candidate']} ({row['name']}, "
+                    f"{row['macs']} MACs) on {shape}"
+                )
+            )
             raise ConfigError("--latency", f"{file} has no latency for {where}", f"measure it with {command}")
         nanoseconds.append(round(value * 1e6))
     return table.with_latency(nanoseconds[0], dict(zip(table.entries, nanoseconds[1:], strict=True)))

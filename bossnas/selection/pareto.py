@@ -21,10 +21,10 @@ def _keep(rows: np.ndarray) -> np.ndarray:
     n = len(rows)
     if n <= PAIRWISE:
         return ~np.triu((rows[:, None] <= rows).all(2), 1).any(0)
-    low, high = rows[:n // 2], rows[n // 2:]
+    low, high = rows[: n // 2], rows[n // 2 :]
     keep_low = _keep(low)
     keep = np.zeros(n, bool)
-    keep[:n // 2] = keep_low
+    keep[: n // 2] = keep_low
     open_rows = np.flatnonzero(~dominated(high[:, 1:], low[keep_low][:, 1:]))  # column 0 is already in order
     keep[n // 2 + open_rows[_keep(high[open_rows])]] = True
     return keep
@@ -43,7 +43,7 @@ def dominated(rows: np.ndarray, by: np.ndarray) -> np.ndarray:
         least = np.minimum.accumulate(by[:, 1])  # least second value up to each first value
         at = np.searchsorted(by[:, 0], rows[:, 0], side="right") - 1
         return (at >= 0) & (least[at] <= rows[:, 1])
-    if len(rows) * len(by) <= PAIRWISE ** 2:
+    if len(rows) * len(by) <= PAIRWISE**2:
         return (by[:, None] <= rows).all(2).any(0)
     middle = np.partition(by[:, 0], (len(by) - 1) // 2)[(len(by) - 1) // 2]
     under, reached = by[:, 0] <= middle, rows[:, 0] >= middle

@@ -30,9 +30,17 @@ NAMES = {"macs": "macs", "params": "params", "latency_ns": "latency_ms"}  # of t
 FLAGS = {"macs": "--max-macs", "params": "--max-params", "latency_ns": "--max-latency-ms"}
 
 
-def select(folders: Sequence[Folder], *, score: str | None = None, how: str = "sum", size_weight: float = 0.0,
-           limits: dict[str, int] | None = None, top: int = 5, front_cost: str | None = None,
-           latencies: Folder | None = None) -> dict[str, Any]:
+def select(
+    folders: Sequence[Folder],
+    *,
+    score: str | None = None,
+    how: str = "sum",
+    size_weight: float = 0.0,
+    limits: dict[str, int] | None = None,
+    top: int = 5,
+    front_cost: str | None = None,
+    latencies: Folder | None = None,
+) -> dict[str, Any]:
     """Selects from the ratings of a finished run, or of several that differ in their seed; plain values, for JSON.
 
     ``how``: how the scores of blocks are put together, a name of combine.HOW. ``size_weight``: how much the sum of the
@@ -60,18 +68,33 @@ def select(folders: Sequence[Folder], *, score: str | None = None, how: str = "s
         costs = {"macs": selected.cost.macs, "params": selected.cost.params}
         if table.has_latency:
             costs["latency_ms"] = selected.cost.latency_ms
-        return {"architecture": "|".join(paths), "paths": paths, "score": selected.score, **costs,
-                "exceeds": [FLAGS[name] for name in limits if getattr(selected.cost, name) > limits[name]],
-                "describe": space.describe(selected.architecture)}
+        return {
+            "architecture": "|".join(paths),
+            "paths": paths,
+            "score": selected.score,
+            **costs,
+            "exceeds": [FLAGS[name] for name in limits if getattr(selected.cost, name) > limits[name]],
+            "describe": space.describe(selected.architecture),
+        }
 
-    result = {"runs": [str(f) for f in folders], "space": config.space.model_dump(mode="json"),
-              "score": ratings[0].score, "better": ratings[0].better, "combine": how, "size_weight": size_weight,
-              "architectures": size(table), "rated": graph.size(),
-              "limits": {NAMES[name]: value / 1e6 if name == "latency_ns" else value for name, value in limits.items()},
-              "greedy": row(plain) if plain else None, "top": [row(selected) for selected in chosen]}
+    result = {
+        "runs": [str(f) for f in folders],
+        "space": config.space.model_dump(mode="json"),
+        "score": ratings[0].score,
+        "better": ratings[0].better,
+        "combine": how,
+        "size_weight": size_weight,
+        "architectures": size(table),
+        "rated": graph.size(),
+        "limits": {NAMES[name]: value / 1e6 if name == "latency_ns" else value for name, value in limits.items()},
+        "greedy": row(plain) if plain else None,
+        "top": [row(selected) for selected in chosen],
+    }
     if front_cost is not None:
-        result["front"] = {"cost": NAMES[front_cost],
-                           "points": [row(selected) for selected in front(graph, limits, front_cost)]}
+        result["front"] = {
+            "cost": NAMES[front_cost],
+            "points": [row(selected) for selected in front(graph, limits, front_cost)],
+        }
     return result
 
 
@@ -83,24 +106,35 @@ def _read(folders: Sequence[Folder], score: str | None) -> list[list[BlockRating
     first, space = runs[0], read_config(folders[0]).space
     for folder, ratings in zip(folders[1:], runs[1:], strict=True):
         if read_config(folder).space != space:
-            raise ConfigError("RUN", f"{folder} searched in another space than {folders[0]}",
-                              "name runs that differ in their seed alone")
+            raise ConfigError(
+                "RUN",
+                f"{folder} searched in another space than {folders[0]}",
+                "name runs that differ in their seed alone",
+            )
         if (ratings[0].score, ratings[0].better) != (first[0].score, first[0].better):
-            raise ConfigError("--score", f"{folders[0]} was rated by {first[0].score}, {folder} by {ratings[0].score}",
-                              "name a score that all of them hold")
+            raise ConfigError(
+                "--score",
+                f"{folders[0]} was rated by {first[0].score}, {folder} by {ratings[0].score}",
+                "name a score that all of them hold",
+            )
         if len(ratings) != len(first):
-            raise ConfigError("RUN", f"{folder} has ratings of {len(ratings)} blocks, {folders[0]} of {len(first)}",
-                              "finish all searches first")
+            raise ConfigError(
+                "RUN",
+                f"{folder} has ratings of {len(ratings)} blocks, {folders[0]} of {len(first)}",
+                "finish all searches first",
+            )
         for one, other in zip(first, ratings, strict=True):
             if one.scores.keys() != other.scores.keys():
-                raise ConfigError("RUN", f"block {one.block} was rated with other paths in {folder} than in "
-                                  f"{folders[0]}, since the blocks before it ended elsewhere", "name runs whose "
-                                  "winners leave the same paths open, or select from each run by itself")
+                raise ConfigError(
+                    "RUN",
+                    f"block {one.block} was rated with other paths in {folder} than in "
+                    f"{folders[0]}, since the blocks before it ended elsewhere",
+                    "name runs whose winners leave the same paths open, or select from each run by itself",
+                )
     return runs
 
 
-def _together(runs: list[list[BlockRating]], how: str,
-              table: CostTable, size_weight: float) -> list[BlockRating]:
+def _together(runs: list[list[BlockRating]], how: str, table: CostTable, size_weight: float) -> list[BlockRating]:
     """The runs' ratings as one, and with it the sum of log channels, as far as that counts."""
     first = runs[0]
     blocks = combine.together([[rating.scores for rating in ratings] for ratings in runs], how)
@@ -112,29 +146,37 @@ def _together(runs: list[list[BlockRating]], how: str,
             logs = log_channels(table, r.block, [decode(p) for p in r.prefix], map(decode, r.scores))
             sizes.append({encode(path): sign * value for path, value in logs.items()})
         if all(len(set(size.values())) == 1 for size in sizes):
-            raise ConfigError("--size-weight", "all rated architectures have the same numbers of channels",
-                              "leave it out; a limit such as --max-params keeps sizes apart")
+            raise ConfigError(
+                "--size-weight",
+                "all rated architectures have the same numbers of channels",
+                "leave it out; a limit such as --max-params keeps sizes apart",
+            )
         blocks = combine.together([blocks, sizes], "sum", [1, size_weight])
     return [replace(rating, scores=scores) for rating, scores in zip(first, blocks, strict=True)]
 
 
 def lines(result: dict[str, Any]) -> list[str]:
     """The result of `select` as text."""
+
     def line(name: str, row: dict[str, Any]) -> str:
         milliseconds = f"{row['latency_ms']:10.3f} ms" if "latency_ms" in row else ""
         exceeds = f"   exceeds {', '.join(row['exceeds'])}" if row["exceeds"] else ""
-        return (f"{name:>8} {row['score']:+12.6f} {row['macs'] / 1e6:12.3f} M {row['params'] / 1e6:10.3f} M"
-                f"{milliseconds}   {row['architecture']}{exceeds}")
+        return (
+            f"{name:>8} {row['score']:+12.6f} {row['macs'] / 1e6:12.3f} M {row['params'] / 1e6:10.3f} M"
+            f"{milliseconds}   {row['architecture']}{exceeds}"
+        )
 
     limits = ", ".join(f"{name} <= {value}" for name, value in result["limits"].items()) or "none"
     seeds = f" of {len(result['runs'])} runs" if len(result["runs"]) > 1 else ""
     how = "" if result["combine"] == "sum" else f", {result['combine']}"
     size = f" and size x {result['size_weight']:g}" if result["size_weight"] else ""
-    text = [f"{result['space']['name']}, {result['score']}{seeds}{how}{size} ({result['better']} is better); limits: "
-            f"{limits}",
-            f"the ratings cover {result['rated']} of the space's {result['architectures']} architectures",
-            f"{'':>8} {'score':>12} {'multiply-adds':>14} {'parameters':>12}"
-            + (f"{'latency':>13}" if "latency_ms" in result["top"][0] else "")]
+    text = [
+        f"{result['space']['name']}, {result['score']}{seeds}{how}{size} ({result['better']} is better); limits: "
+        f"{limits}",
+        f"the ratings cover {result['rated']} of the space's {result['architectures']} architectures",
+        f"{'':>8} {'score':>12} {'multiply-adds':>14} {'parameters':>12}"
+        + (f"{'latency':>13}" if "latency_ms" in result["top"][0] else ""),
+    ]
     if result["greedy"]:
         text.append(line("greedy", result["greedy"]))
     else:
@@ -177,15 +219,24 @@ def best(graph: Graph, limits: dict[str, int], count: int) -> list[Selected]:
         options = graph.blocks[block][start]
         for i, least_rest in _completed(options, rest[block + 1], budget, columns):
             so_far = score + int(options.scores[i])
-            heapq.heappush(queue, (so_far + least_rest, [*prefix, options.paths[i]], so_far, int(options.following[i]),
-                                   budget - options.costs[i, columns]))
+            heapq.heappush(
+                queue,
+                (
+                    so_far + least_rest,
+                    [*prefix, options.paths[i]],
+                    so_far,
+                    int(options.following[i]),
+                    budget - options.costs[i, columns],
+                ),
+            )
     if not found:
         raise _infeasible(graph, limits)
     return found
 
 
-def _completed(options: Options, rest: list[Completions], budget: np.ndarray,
-               columns: list[int]) -> list[tuple[int, int]]:
+def _completed(
+    options: Options, rest: list[Completions], budget: np.ndarray, columns: list[int]
+) -> list[tuple[int, int]]:
     """(option, least score of its completions) of every option that can be completed within the budget."""
     result = []
     for start, completions_there in enumerate(rest):
@@ -193,7 +244,7 @@ def _completed(options: Options, rest: list[Completions], budget: np.ndarray,
         open_options = np.flatnonzero(options.following == start)
         left = budget - options.costs[open_options][:, columns]  # [options, limits]
         for begin in range(0, len(rows), 512):
-            chunk = rows[begin:begin + 512]
+            chunk = rows[begin : begin + 512]
             fits = (chunk[:, 1:] <= left[:, None]).all(2)  # [options, chunk]
             done = fits.any(1)
             result += zip(open_options[done].tolist(), chunk[fits[done].argmax(1), 0].tolist(), strict=True)
@@ -238,8 +289,10 @@ def completions(graph: Graph, limits: dict[str, int], columns: list[int], first:
     rest: list[list[Completions]] = [[] for _ in graph.blocks] + [[end]]
     for block in reversed(range(first, len(graph.blocks))):
         reached = graph.least[block]
-        rest[block] = [_merge(options, rest[block + 1], limit - reached[start][columns], columns)
-                       for start, options in enumerate(graph.blocks[block])]
+        rest[block] = [
+            _merge(options, rest[block + 1], limit - reached[start][columns], columns)
+            for start, options in enumerate(graph.blocks[block])
+        ]
     return rest
 
 
@@ -252,14 +305,17 @@ def _merge(options: Options, rest: list[Completions], budget: np.ndarray, column
         useful = np.sort(useful[nondominated(own[useful])])
         at_once = max(1, MERGED // max(1, len(there.rows)))
         for begin in range(0, len(useful), at_once):
-            chosen = useful[begin:begin + at_once]
+            chosen = useful[begin : begin + at_once]
             sums = (own[chosen][:, None] + there.rows).reshape(-1, own.shape[1])
             fits = np.flatnonzero((sums[:, 1:] <= budget).all(1))
             option, row = np.divmod(fits, len(there.rows))
             rows = np.concatenate([result.rows, sums[fits]])
             keep = nondominated(rows)
-            result = Completions(rows[keep], np.concatenate([result.option, chosen[option].astype(np.int32)])[keep],
-                                 np.concatenate([result.rest, row.astype(np.int32)])[keep])
+            result = Completions(
+                rows[keep],
+                np.concatenate([result.option, chosen[option].astype(np.int32)])[keep],
+                np.concatenate([result.rest, row.astype(np.int32)])[keep],
+            )
     return result
 
 
@@ -270,8 +326,11 @@ def _require(graph: Graph, limits: dict[str, int]) -> None:
     for name, limit in limits.items():
         least = int(graph.least[-1][0, COSTS.index(name)])
         if least > limit:
-            raise ConfigError(FLAGS[name], f"no rated architecture has at most {show(name, limit)}, the smallest has "
-                              f"{show(name, least)}", f"raise it to {show(name, least)} or more")
+            raise ConfigError(
+                FLAGS[name],
+                f"no rated architecture has at most {show(name, limit)}, the smallest has {show(name, least)}",
+                f"raise it to {show(name, least)} or more",
+            )
 
 
 def _infeasible(graph: Graph, limits: dict[str, int]) -> ConfigError:
@@ -283,9 +342,13 @@ def _infeasible(graph: Graph, limits: dict[str, int]) -> ConfigError:
         rows = rest[0][0].rows
         if len(rows):
             reachable.append(f"{FLAGS[name]} of {show(name, int(rows[:, 1].min()))}")
-    return ConfigError(" ".join(FLAGS[name] for name in limits), "no rated architecture meets all limits at once",
-                       f"with the others as they are, raise to {' or '.join(reachable)}" if reachable
-                       else "raise more than one of them")
+    return ConfigError(
+        " ".join(FLAGS[name] for name in limits),
+        "no rated architecture meets all limits at once",
+        f"with the others as they are, raise to {' or '.join(reachable)}"
+        if reachable
+        else "raise more than one of them",
+    )
 
 
 def show(name: str, value: int) -> str:

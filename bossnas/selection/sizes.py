@@ -16,7 +16,7 @@ SIZE_DEFINITIONS = {
     "sum_channels": "sum over the searched layers of the layer's output channels",
     "sum_log_channels": "sum over the searched layers of the log of the layer's output channels",
     "wide_candidates": "number of layers whose candidate has more parameters than the median candidate of that layer "
-                       "on the same input (NATS: the four larger widths; MBConv: expansion 6)",
+    "on the same input (NATS: the four larger widths; MBConv: expansion 6)",
 }
 
 
@@ -27,9 +27,13 @@ def size_baselines(table: CostTable, architectures: Sequence[Sequence[Path]], cl
     walked = np.array([layers.walk(architecture) for architecture in architectures])
     ends, end_of = np.unique(walked[:, 3].astype(int), return_inverse=True)
     heads = [head(table.space, channels, classes) for channels in ends.tolist()]
-    return {"params": sizes["params"] + np.array([sum(p.numel() for p in h.parameters()) for h in heads])[end_of],
-            "macs": sizes["macs"] + (ends * classes)[end_of],
-            "sum_channels": walked[:, 0], "sum_log_channels": walked[:, 1], "wide_candidates": walked[:, 2]}
+    return {
+        "params": sizes["params"] + np.array([sum(p.numel() for p in h.parameters()) for h in heads])[end_of],
+        "macs": sizes["macs"] + (ends * classes)[end_of],
+        "sum_channels": walked[:, 0],
+        "sum_log_channels": walked[:, 1],
+        "wide_candidates": walked[:, 2],
+    }
 
 
 def log_channels(table: CostTable, block: int, prefix: Sequence[Path], paths: Iterable[Path]) -> dict[Path, float]:

@@ -80,8 +80,9 @@ def make(name: str, *, width: float, image_size: int, restricted: bool, split: s
     elif ".py:" in name:
         space = _own(name, width)
     else:
-        raise ConfigError("space.name", f"there is no space {name!r}",
-                          "choose hytra, mbconv, nats or path/to/file.py:ClassName")
+        raise ConfigError(
+            "space.name", f"there is no space {name!r}", "choose hytra, mbconv, nats or path/to/file.py:ClassName"
+        )
     if split != "cifar10" and name != "nats":
         raise ConfigError("space.split", f"does nothing for {name}", "leave it out")
     if not restricted and name != "hytra":
@@ -90,8 +91,11 @@ def make(name: str, *, width: float, image_size: int, restricted: bool, split: s
     if most > MAX_CANDIDATES:
         raise ConfigError("space.name", f"{name} has {most} candidates in a layer", f"use at most {MAX_CANDIDATES}")
     if image_size < space.stride:
-        raise ConfigError("space.image_size", f"{image_size} px leaves no pixel at the last scale of {name}",
-                          f"use at least {space.stride}")
+        raise ConfigError(
+            "space.image_size",
+            f"{image_size} px leaves no pixel at the last scale of {name}",
+            f"use at least {space.stride}",
+        )
     return space
 
 

@@ -87,13 +87,17 @@ class CostTable:
         return table
 
     def _run_block(self, block: int) -> None:
-        reached = {(start.shape, path): self.stem.shape if block == 0 else start.shape
-                   for start in self.starts[block] for path in start.paths}
+        reached = {
+            (start.shape, path): self.stem.shape if block == 0 else start.shape
+            for start in self.starts[block]
+            for path in start.paths
+        }
         for layer in range(self.space.layers(block)):
             module = self.space.layer(block, layer).eval()
             for choice, shape in sorted({(path[layer], shape) for (_, path), shape in reached.items()}):
                 self.entries[block, layer, choice, shape] = run(
-                    lambda x, c=choice, m=module: m(x, c, 1, None), [module], shape)
+                    lambda x, c=choice, m=module: m(x, c, 1, None), [module], shape
+                )
             reached = {key: self.entries[block, layer, key[1][layer], shape].shape for key, shape in reached.items()}
 
     def after(self, block: int, start: Start, path: Path) -> Start:
@@ -113,8 +117,11 @@ class CostTable:
         for layer, choice in enumerate(path):
             entry = self.entries.get((block, layer, choice, out))
             if entry is None:
-                raise ConfigError("architecture", f"path {encode(path)} of block {block} cannot follow an input of "
-                                  f"{'x'.join(map(str, shape))}", "name an architecture of the space")
+                raise ConfigError(
+                    "architecture",
+                    f"path {encode(path)} of block {block} cannot follow an input of {'x'.join(map(str, shape))}",
+                    "name an architecture of the space",
+                )
             cost, out = cost + entry.cost, entry.shape
         self._known[block, path, shape] = Entry(cost, out)
         return cost, out
@@ -141,23 +148,31 @@ class CostTable:
         """A table with measured latencies, one for each entry of this one."""
         table = copy.copy(self)
         table.stem = Entry(replace(self.stem.cost, latency_ns=stem_ns), self.stem.shape)
-        table.entries = {key: Entry(replace(entry.cost, latency_ns=latencies_ns[key]), entry.shape)
-                         for key, entry in self.entries.items()}
+        table.entries = {
+            key: Entry(replace(entry.cost, latency_ns=latencies_ns[key]), entry.shape)
+            for key, entry in self.entries.items()
+        }
         table.has_latency, table._known = True, {}
         return table
 
     def rows(self) -> list[dict[str, Any]]:
         """The table as plain values: the stem (block and layer null), then every entry."""
+
         def row(entry: Entry, **head: Any) -> dict[str, Any]:
             return {**head, "output": list(entry.shape), "macs": entry.cost.macs, "params": entry.cost.params}
 
         stem = row(self.stem, block=None, layer=None, candidate=None, name="stem", input=list(self.image))
-        return [stem, *(row(entry, block=b, layer=layer, candidate=c, name=self.space.candidates(b)[c],
-                            input=list(shape)) for (b, layer, c, shape), entry in self.entries.items())]
+        return [
+            stem,
+            *(
+                row(entry, block=b, layer=layer, candidate=c, name=self.space.candidates(b)[c], input=list(shape))
+                for (b, layer, c, shape), entry in self.entries.items()
+            ),
+        ]
 
 
 def read_architecture(space: Space, text: str) -> list[Path]:
-    """"5433|3230|0010|0000" -> one path per block. Raises ConfigError for what is not an architecture of the space."""
+    """ "5433|3230|0010|0000" -> one path per block. Raises ConfigError for what is not an architecture of the space."""
     fix = "write one path per block as bossnas search does, such as '5433|3230|0010|0000' for hytra"
     parts = text.split("|")
     if len(parts) != space.blocks:
@@ -168,8 +183,11 @@ def read_architecture(space: Space, text: str) -> list[Path]:
             raise ConfigError("--architecture", f"{part!r} is no path", fix)
         path = decode(part.lower())
         if path not in space.paths(block, architecture):
-            raise ConfigError("--architecture", f"block {block} has no path {part!r} after "
-                              f"{'|'.join(parts[:block]) or 'the stem'}", fix)
+            raise ConfigError(
+                "--architecture",
+                f"block {block} has no path {part!r} after {'|'.join(parts[:block]) or 'the stem'}",
+                fix,
+            )
         architecture.append(path)
     return architecture
 
@@ -206,8 +224,12 @@ def count(modules: list[nn.Module], call: Callable[[], object]) -> dict[str, int
         else:
             used[module] = sum(p.numel() for p in module.parameters(recurse=False))
 
-    handles = [leaf.register_forward_hook(note) for module in modules for leaf in module.modules()
-               if any(True for _ in leaf.parameters(recurse=False))]
+    handles = [
+        leaf.register_forward_hook(note)
+        for module in modules
+        for leaf in module.modules()
+        if any(True for _ in leaf.parameters(recurse=False))
+    ]
     try:
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             call()

@@ -88,8 +88,7 @@ class HyTra:
         return [f"{k}@s{s}" for k, s in zip(KINDS, SCALES, strict=True) if s < DEPTHS[block]]
 
     def stem(self) -> nn.Module:
-        return Chain(conv(3, self.stem_width, 7, 2), GroupedBatchNorm(self.stem_width, "relu"),
-                     nn.MaxPool2d(3, 2, 1))
+        return Chain(conv(3, self.stem_width, 7, 2), GroupedBatchNorm(self.stem_width, "relu"), nn.MaxPool2d(3, 2, 1))
 
     def layer(self, block: int, layer: int) -> nn.Module:
         return _Layer(self, block, first=block == 0 and layer == 0)
@@ -108,8 +107,10 @@ class HyTra:
         return uniform_sample(self.paths(block, winners), PATHS_PER_STEP, rng)
 
     def describe(self, architecture: list[Path]) -> dict:
-        return {"scales": [[SCALES[c] for c in path] for path in architecture],
-                "retraining_encoding": retraining_encoding(architecture)}
+        return {
+            "scales": [[SCALES[c] for c in path] for path in architecture],
+            "retraining_encoding": retraining_encoding(architecture),
+        }
 
 
 class _Layer(nn.Module):
@@ -122,11 +123,18 @@ class _Layer(nn.Module):
         if first:
             c = space.stem_width
             for s in range(DEPTHS[block]):
-                self.stem_adapters.append(Chain(conv(c, c, 2 ** (3 - s), 2 ** (3 - s), depthwise=True),
-                                                conv_norm(c, space.inner(s))))
+                self.stem_adapters.append(
+                    Chain(conv(c, c, 2 ** (3 - s), 2 ** (3 - s), depthwise=True), conv_norm(c, space.inner(s)))
+                )
         self.candidates = nn.ModuleList(
-            _Candidate(KINDS[i], space.inner(s), c_same=space.inner(s) if first else None,
-                       down=not first and s + 1 < DEPTHS[block]) for i, s in enumerate(scales))
+            _Candidate(
+                KINDS[i],
+                space.inner(s),
+                c_same=space.inner(s) if first else None,
+                down=not first and s + 1 < DEPTHS[block],
+            )
+            for i, s in enumerate(scales)
+        )
 
     def forward(self, x: Tensor, choice: int, groups: int = 1, stats: Statistics | None = None) -> Tensor:
         if self.stem_adapters:
@@ -147,8 +155,9 @@ class _Candidate(nn.Module):
             self.down = _entry(outer // 2, inner, stride=2)
             self.down_shortcut = conv_norm(outer // 2, outer, 3, 2, act="relu")
         mix = Attention(inner) if kind == "ATT" else conv(inner, inner, 3)
-        self.body = Chain(mix, GroupedBatchNorm(inner, "relu"), conv(inner, outer),
-                          GroupedBatchNorm(outer, "relu", zero_init=True))
+        self.body = Chain(
+            mix, GroupedBatchNorm(inner, "relu"), conv(inner, outer), GroupedBatchNorm(outer, "relu", zero_init=True)
+        )
         self.c_same = c_same
 
     def forward(self, x: Tensor, groups: int = 1, stats: Statistics | None = None) -> Tensor:
@@ -160,8 +169,9 @@ class _Candidate(nn.Module):
 
 def _entry(c_in: int, inner: int, stride: int) -> Chain:
     """1x1 convolution, PEG (depthwise 3x3 with bias, replaces its input), batch norm, ReLU of the body."""
-    return Chain(conv(c_in, inner), conv(inner, inner, 3, stride, depthwise=True, bias=True),
-                 GroupedBatchNorm(inner, "relu"))
+    return Chain(
+        conv(c_in, inner), conv(inner, inner, 3, stride, depthwise=True, bias=True), GroupedBatchNorm(inner, "relu")
+    )
 
 
 class _NeckAdapter(nn.Module):
@@ -172,8 +182,7 @@ class _NeckAdapter(nn.Module):
         self.scales = nn.ModuleDict()
         for s in range(1, DEPTHS[block]):
             c = 4 * space.inner(s)
-            self.scales[str(s)] = Chain(conv(c, c, 2 ** s, 2 ** s, depthwise=True),
-                                        conv_norm(c, space.neck_width(block)))
+            self.scales[str(s)] = Chain(conv(c, c, 2**s, 2**s, depthwise=True), conv_norm(c, space.neck_width(block)))
 
     def forward(self, x: Tensor, choice: int, groups: int = 1, stats: Statistics | None = None) -> Tensor:
         scale = SCALES[choice]

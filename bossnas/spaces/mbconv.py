@@ -39,8 +39,12 @@ class MBConv:
 
     def stem(self) -> nn.Module:
         c = _round8(32 * self.width)
-        return Chain(conv_norm(3, c, 3, 2, "silu"), conv_norm(c, c, 3, 1, "silu", depthwise=True),
-                     SqueezeExcite(c, max(1, round(c / 4))), conv_norm(c, self.channels(-1)))
+        return Chain(
+            conv_norm(3, c, 3, 2, "silu"),
+            conv_norm(c, c, 3, 1, "silu", depthwise=True),
+            SqueezeExcite(c, max(1, round(c / 4))),
+            conv_norm(c, self.channels(-1)),
+        )
 
     def layer(self, block: int, layer: int) -> nn.Module:
         c_in = self.channels(block - 1 if layer == 0 else block)
@@ -59,8 +63,10 @@ class MBConv:
         return fair_sample(len(CANDIDATES), self.layers(block), rng)
 
     def describe(self, architecture: list[Path]) -> dict:
-        return {"candidates": [[self.candidates(0)[c] for c in path] for path in architecture],
-                "widths": [self.channels(block) for block in range(len(architecture))]}
+        return {
+            "candidates": [[self.candidates(0)[c] for c in path] for path in architecture],
+            "widths": [self.channels(block) for block in range(len(architecture))],
+        }
 
 
 class _Layer(nn.Module):
@@ -69,8 +75,9 @@ class _Layer(nn.Module):
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
         self.candidates = nn.ModuleList(_inverted_residual(c_in, c_out, e, k, stride) for e, k in CANDIDATES)
-        self.shortcut = Chain(*([HalvePool()] if stride == 2 else []),
-                              *([conv_norm(c_in, c_out)] if c_in != c_out else []))
+        self.shortcut = Chain(
+            *([HalvePool()] if stride == 2 else []), *([conv_norm(c_in, c_out)] if c_in != c_out else [])
+        )
 
     def forward(self, x: Tensor, choice: int, groups: int = 1, stats: Statistics | None = None) -> Tensor:
         return self.candidates[choice](x, groups, stats, residual=self.shortcut(x, groups, stats))
@@ -78,9 +85,13 @@ class _Layer(nn.Module):
 
 def _inverted_residual(c_in: int, c_out: int, expand: int, kernel: int, stride: int) -> Chain:
     middle = _round8(expand * c_in)
-    return Chain(conv_norm(c_in, middle, act="silu"), conv(middle, middle, kernel, stride, depthwise=True),
-                 GroupedBatchNorm(middle, "silu"), SqueezeExcite(middle, max(1, round(c_in / 4))),
-                 conv_norm(middle, c_out))
+    return Chain(
+        conv_norm(c_in, middle, act="silu"),
+        conv(middle, middle, kernel, stride, depthwise=True),
+        GroupedBatchNorm(middle, "silu"),
+        SqueezeExcite(middle, max(1, round(c_in / 4))),
+        conv_norm(middle, c_out),
+    )
 
 
 def _round8(channels: float) -> int:

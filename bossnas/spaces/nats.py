@@ -60,15 +60,17 @@ class Nats:
 class _Op(nn.Module):
     """ReLU, slimmable convolution, batch norm of the output width (one norm per width)."""
 
-    def __init__(self, widths: tuple[int, ...], kernel: int, stride: int = 1, c_in: int | None = None,
-                 relu: bool = True):
+    def __init__(
+        self, widths: tuple[int, ...], kernel: int, stride: int = 1, c_in: int | None = None, relu: bool = True
+    ):
         super().__init__()
         self.conv = SlimConv(c_in or max(widths), max(widths), kernel, stride)
         self.norms = nn.ModuleList(GroupedBatchNorm(w) for w in widths)
         self.widths, self.relu = widths, relu
 
-    def forward(self, x: Tensor, choice: int, groups: int = 1, stats: Statistics | None = None,
-                residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, choice: int, groups: int = 1, stats: Statistics | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         x = self.conv(F.relu(x) if self.relu else x, self.widths[choice])
         return self.norms[choice](x, groups, stats, residual)
 

@@ -29,8 +29,9 @@ def use_kernels(choice: str, device: torch.device) -> str:
         raise ConfigError("kernels", f"is {choice!r}, but {problem}", fix) from None
     running = bossnas_kernels.implementation(device)
     if choice == "triton" and running != "triton":
-        raise ConfigError("kernels", f"is 'triton', but this run is on {device.type}",
-                          "set it to auto, or engine.device to cuda")
+        raise ConfigError(
+            "kernels", f"is 'triton', but this run is on {device.type}", "set it to auto, or engine.device to cuda"
+        )
     return running
 
 
@@ -99,14 +100,30 @@ class GroupedBatchNorm(nn.Module):
         self.average: Average | None = None
         self.momentum: float | None = None
 
-    def forward(self, x: Tensor, groups: int = 1, stats: Statistics | None = None, residual: Tensor | None = None,
-                partial_stats: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        groups: int = 1,
+        stats: Statistics | None = None,
+        residual: Tensor | None = None,
+        partial_stats: Tensor | None = None,
+    ) -> Tensor:
         """``residual``, like x, is added before the activation. ``partial_stats``: see `bossnas_kernels.gbn_act`."""
         own, mean, var = _source(self, stats)
         if own and stats is None and self.average is not None:
             return self._synchronised(x, groups, residual)
-        y, mean, var = gbn_act(x, self.weight, self.bias, groups=groups, residual=residual, act=self.act, training=own,
-                               running_mean=mean, running_var=var, partial_stats=partial_stats)
+        y, mean, var = gbn_act(
+            x,
+            self.weight,
+            self.bias,
+            groups=groups,
+            residual=residual,
+            act=self.act,
+            training=own,
+            running_mean=mean,
+            running_var=var,
+            partial_stats=partial_stats,
+        )
         if stats is not None and stats.recording:
             _record(self, stats, mean, var)
         elif own and stats is None:
@@ -218,8 +235,9 @@ class Chain(nn.Sequential):
 
     grouped = True
 
-    def forward(self, x: Tensor, groups: int = 1, stats: Statistics | None = None,
-                residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, groups: int = 1, stats: Statistics | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         parts = list(self)
         partial_stats = None
         for i, part in enumerate(parts):
@@ -229,8 +247,9 @@ class Chain(nn.Sequential):
                 x, partial_stats = part(x, groups, stats, partial_stats=partial_stats, **extra), None
             elif getattr(part, "grouped", False):
                 x = part(x, groups, stats, **extra)
-            elif (hasattr(part, "with_stats") and isinstance(following, GroupedBatchNorm)
-                  and _source(following, stats)[0]):
+            elif (
+                hasattr(part, "with_stats") and isinstance(following, GroupedBatchNorm) and _source(following, stats)[0]
+            ):
                 x, partial_stats = part.with_stats(x, groups)
             else:
                 x = part(x)
@@ -241,8 +260,9 @@ class DepthwiseConv(nn.Conv2d):
     """Depthwise convolution by `bossnas_kernels.dwconv2d`, which says what kernels and strides it takes."""
 
     def __init__(self, channels: int, kernel: int, stride: int = 1, bias: bool = False):
-        super().__init__(channels, channels, kernel, stride, kernel // 2 if kernel % 2 else 0, groups=channels,
-                         bias=bias)
+        super().__init__(
+            channels, channels, kernel, stride, kernel // 2 if kernel % 2 else 0, groups=channels, bias=bias
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return dwconv2d(x, self.weight, self.bias, stride=self.stride[0])
@@ -257,8 +277,10 @@ class WideConv(nn.Conv2d):
     (measured: 1.3 to 6 times faster from as many output channels as twice the output's positions)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = ((size + 2 * p - k) // s + 1 for size, p, k, s in
-                         zip(x.shape[2:], self.padding, self.kernel_size, self.stride, strict=True))
+        height, width = (
+            (size + 2 * p - k) // s + 1
+            for size, p, k, s in zip(x.shape[2:], self.padding, self.kernel_size, self.stride, strict=True)
+        )
         exported = torch.jit.is_tracing() or torch.compiler.is_exporting()  # must work for any number of images
         if x.device.type != "cpu" or exported or 2 * x.shape[0] * height * width > self.out_channels:
             return super().forward(x)
@@ -267,8 +289,9 @@ class WideConv(nn.Conv2d):
         return y.view(len(x), height, width, -1).permute(0, 3, 1, 2)
 
 
-def conv(c_in: int, c_out: int, kernel: int = 1, stride: int = 1, depthwise: bool = False,
-         bias: bool = False) -> nn.Conv2d:
+def conv(
+    c_in: int, c_out: int, kernel: int = 1, stride: int = 1, depthwise: bool = False, bias: bool = False
+) -> nn.Conv2d:
     """Convolution with padding kernel // 2 (even kernels: none, as for patches with kernel = stride)."""
     if depthwise and (kernel in (3, 5) and stride in (1, 2) or kernel == stride and kernel in (2, 4, 8)):
         return DepthwiseConv(c_in, kernel, stride, bias)
@@ -278,8 +301,9 @@ def conv(c_in: int, c_out: int, kernel: int = 1, stride: int = 1, depthwise: boo
     return nn.Conv2d(c_in, c_out, kernel, stride, padding, groups=c_in if depthwise else 1, bias=bias)
 
 
-def conv_norm(c_in: int, c_out: int, kernel: int = 1, stride: int = 1, act: str = "none",
-              depthwise: bool = False) -> Chain:
+def conv_norm(
+    c_in: int, c_out: int, kernel: int = 1, stride: int = 1, act: str = "none", depthwise: bool = False
+) -> Chain:
     """Convolution, batch norm, activation (none | relu | silu)."""
     return Chain(conv(c_in, c_out, kernel, stride, depthwise), GroupedBatchNorm(c_out, act))
 
@@ -337,4 +361,4 @@ class SlimConv(nn.Conv2d):
         super().__init__(max_in, max_out, kernel, stride, kernel // 2, bias=False)
 
     def forward(self, x: Tensor, c_out: int) -> Tensor:
-        return F.conv2d(x, self.weight[:c_out, :x.shape[1]], None, self.stride, self.padding)
+        return F.conv2d(x, self.weight[:c_out, : x.shape[1]], None, self.stride, self.padding)

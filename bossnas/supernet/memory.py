@@ -36,14 +36,15 @@ class Footprint:
         self.inputs[()] = entered.nbytes
         for path in paths:
             for depth, choice in enumerate(path):
-                node, parent = path[:depth + 1], path[:depth]
+                node, parent = path[: depth + 1], path[:depth]
                 if node in shapes:
                     continue
                 kind = (depth, choice, shapes[parent])
                 if kind not in outputs:
                     item, made = Item(path, samples[parent], 2), []
-                    self.inner[kind] = peak_bytes(lambda i=item, m=made, d=depth: m.extend(
-                        network(block, [i], Statistics(), start=d, stop=d + 1)))
+                    self.inner[kind] = peak_bytes(
+                        lambda i=item, m=made, d=depth: m.extend(network(block, [i], Statistics(), start=d, stop=d + 1))
+                    )
                     outputs[kind] = made[0]
                 samples[node] = outputs[kind]
                 self.kinds[node], shapes[node] = kind, tuple(outputs[kind].shape[1:])
@@ -53,10 +54,12 @@ class Footprint:
         for path in paths:
             kind, pooled = self.kinds[path], []
             if kind not in self.pools:
-                self.pools[kind] = peak_bytes(lambda p=path, rows=pooled: rows.append(
-                    projector.pool(samples[p], p[-1], 2, Statistics())))
+                self.pools[kind] = peak_bytes(
+                    lambda p=path, rows=pooled: rows.append(projector.pool(samples[p], p[-1], 2, Statistics()))
+                )
                 self.head = pooled[0].nbytes + peak_bytes(  # the second part
-                    lambda rows=pooled: projector.mlp(rows[0], 2, Statistics()))
+                    lambda rows=pooled: projector.mlp(rows[0], 2, Statistics())
+                )
 
     def of(self, unit: Unit, images: int) -> int:
         """Bytes at the unit's peak when ``images`` pass it together: each layer's inputs, outputs, and one candidate at

@@ -40,8 +40,15 @@ class Validation(NamedTuple):
 
 
 @torch.no_grad()
-def calibrate(online: Supernet, target: Supernet, predictor: nn.Module, block: int, paths: Sequence[Path],
-              chosen: Sequence[Unit], features: Iterable[Tensor]) -> tuple[Statistics, Statistics]:
+def calibrate(
+    online: Supernet,
+    target: Supernet,
+    predictor: nn.Module,
+    block: int,
+    paths: Sequence[Path],
+    chosen: Sequence[Unit],
+    features: Iterable[Tensor],
+) -> tuple[Statistics, Statistics]:
     """Batch-norm statistics of every node of the units: a training-mode pass per batch, averaged over the batches.
 
     ``features``: inputs of the block, [N, C, H, W] each. -> those of the target, and of the online network with the
@@ -60,11 +67,22 @@ def calibrate(online: Supernet, target: Supernet, predictor: nn.Module, block: i
 
 
 @torch.no_grad()
-def rate_block(online: Supernet, target: Supernet, predictor: nn.Module, block: int, winners: Sequence[Path],
-               paths: Sequence[Path], calibration: Sequence[Tensor], validation: Validation, *,
-               temperature: float = 0.2, most: int | None = None,
-               autocast: Callable[[], AbstractContextManager] = nullcontext, pieces: Pieces | None = None,
-               advance: Callable[[Pieces, int], None] = lambda pieces, paths: None) -> dict[str, dict[Path, float]]:
+def rate_block(
+    online: Supernet,
+    target: Supernet,
+    predictor: nn.Module,
+    block: int,
+    winners: Sequence[Path],
+    paths: Sequence[Path],
+    calibration: Sequence[Tensor],
+    validation: Validation,
+    *,
+    temperature: float = 0.2,
+    most: int | None = None,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    pieces: Pieces | None = None,
+    advance: Callable[[Pieces, int], None] = lambda pieces, paths: None,
+) -> dict[str, dict[Path, float]]:
     """Every label-free score (`bossnas.supernet.scores`) of every path of the block, a mean over the validation images.
 
     calibration: batches [N, 3, S, S] of one training view. Both networks start from the target's frozen prefix along
@@ -77,21 +95,37 @@ def rate_block(online: Supernet, target: Supernet, predictor: nn.Module, block: 
     paths have been calibrated or have passed one network for one batch, on all ranks alike.
     """
     assert len(winners) == block, "the prefix holds exactly the blocks before this one"
-    rating = _Rating(online, target, predictor, block, paths, units(paths, most or len(paths)), temperature,
-                     Statistics(recording=False), Statistics(recording=False))
+    rating = _Rating(
+        online,
+        target,
+        predictor,
+        block,
+        paths,
+        units(paths, most or len(paths)),
+        temperature,
+        Statistics(recording=False),
+        Statistics(recording=False),
+    )
     pieces = dict(pieces or {})
     count, rank, world = len(validation.sizes), dist.rank(), dist.world_size()
     pending = [b for b in range(count) if len(rating.missing(pieces, "online", b))]
-    waves = [pending[i:i + world] for i in range(0, len(pending), world)]
+    waves = [pending[i : i + world] for i in range(0, len(pending), world)]
     mine = [wave[rank % len(wave)] for wave in waves]
     calibrated: set[int] = set()
     with autocast():
         for wave, views in zip(waves, validation.take(mine), strict=True):
             batch = wave[rank % len(wave)]
-            shares = {network: [_share(rating.missing(pieces, network, wave[r % len(wave)]), r, world, len(wave))
-                                for r in range(world)] for network in ("target", "online")}
-            rating.calibrate({u for of_ranks in shares.values() for u in of_ranks[rank]},
-                             lambda: (target.features(winners, x) for x in calibration))
+            shares = {
+                network: [
+                    _share(rating.missing(pieces, network, wave[r % len(wave)]), r, world, len(wave))
+                    for r in range(world)
+                ]
+                for network in ("target", "online")
+            }
+            rating.calibrate(
+                {u for of_ranks in shares.values() for u in of_ranks[rank]},
+                lambda: (target.features(winners, x) for x in calibration),
+            )
             new = {u for of_ranks in shares.values() for share in of_ranks for u in share} - calibrated
             calibrated |= new
             advance(pieces, sum(len(rating.units[u].rows) for u in new))
@@ -161,10 +195,13 @@ class _Rating:
         widths may differ. -> [P, 5]."""
         a, b = t.chunk(2, 1)
         views = [p[None].chunk(2, 1) for p in pooled]
-        rows = [scores.instance_discrimination(a, b, self.temperature),
-                torch.cat([scores.instance_discrimination(*pair, self.temperature) for pair in views]),
-                scores.view_agreement(a, b), torch.cat([scores.view_agreement(*pair) for pair in views]),
-                scores.effective_rank(a, b)]
+        rows = [
+            scores.instance_discrimination(a, b, self.temperature),
+            torch.cat([scores.instance_discrimination(*pair, self.temperature) for pair in views]),
+            scores.view_agreement(a, b),
+            torch.cat([scores.view_agreement(*pair) for pair in views]),
+            scores.effective_rank(a, b),
+        ]
         return torch.stack(rows, 1).double()
 
     def collect(self, pieces: Pieces, sizes: Sequence[int]) -> dict[str, dict[Path, float]]:
@@ -174,13 +211,16 @@ class _Rating:
             for u, unit in enumerate(self.units):
                 total[list(unit.rows)] += size * torch.cat([pieces["online", batch, u], pieces["target", batch, u]], 1)
         means = (total / sum(sizes)).T.tolist()
-        return {name: dict(zip(self.paths, values, strict=True))
-                for name, values in zip(scores.BETTER, means, strict=True)}
+        return {
+            name: dict(zip(self.paths, values, strict=True)) for name, values in zip(scores.BETTER, means, strict=True)
+        }
 
 
-def _features(network: Supernet, block: int, paths: Sequence[Path], chosen: Sequence[Unit], x: Tensor,
-              stats: Statistics | None) -> Iterator[tuple[Unit, list[Item], list[Tensor]]]:
+def _features(
+    network: Supernet, block: int, paths: Sequence[Path], chosen: Sequence[Unit], x: Tensor, stats: Statistics | None
+) -> Iterator[tuple[Unit, list[Item], list[Tensor]]]:
     """Each unit with its items and their features; the layers of a unit's prefix run once for all units behind it."""
+
     def at(place: Hashable) -> Statistics | None:
         return None if stats is None else stats.at(place)
 
@@ -188,11 +228,13 @@ def _features(network: Supernet, block: int, paths: Sequence[Path], chosen: Sequ
         return
     trail, here = [network.enter(block, x, at("stem"))], ()
     for unit in chosen:
-        depth = next((d for d, (a, b) in enumerate(zip(here, unit.prefix, strict=False)) if a != b),
-                     min(len(here), len(unit.prefix)))
-        del trail[depth + 1:]
+        depth = next(
+            (d for d, (a, b) in enumerate(zip(here, unit.prefix, strict=False)) if a != b),
+            min(len(here), len(unit.prefix)),
+        )
+        del trail[depth + 1 :]
         while depth < len(unit.prefix):
-            node = unit.prefix[:depth + 1]
+            node = unit.prefix[: depth + 1]
             trail += network(block, [Item(node, trail[-1])], at(node), start=depth, stop=depth + 1)
             depth += 1
         here, items = unit.prefix, [Item(paths[row], trail[-1]) for row in unit.rows]
@@ -208,7 +250,7 @@ def _share(pending: Sequence[int], rank: int, world: int, batches: int) -> list[
     """The rank's part of a batch's units: those ranks that work on one batch take neighbouring units."""
     team = range(rank % batches, world, batches)
     member, size = team.index(rank), len(pending)
-    return list(pending[size * member // len(team):size * (member + 1) // len(team)])
+    return list(pending[size * member // len(team) : size * (member + 1) // len(team)])
 
 
 def best(values: dict[Path, float], better: str = "lower") -> Path:

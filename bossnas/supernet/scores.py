@@ -10,8 +10,14 @@ from bossnas.supernet import losses
 
 # Which of two values of a score is the better one. "pooled" scores are of the block's output, averaged over the map;
 # the others of the projections (of population_centre: of the predictions).
-BETTER = {"population_centre": "lower", "instance_discrimination": "higher", "pooled_instance_discrimination": "higher",
-          "view_agreement": "higher", "pooled_view_agreement": "higher", "effective_rank": "higher"}
+BETTER = {
+    "population_centre": "lower",
+    "instance_discrimination": "higher",
+    "pooled_instance_discrimination": "higher",
+    "view_agreement": "higher",
+    "pooled_view_agreement": "higher",
+    "effective_rank": "higher",
+}
 
 
 def population_centre(predicted_a: Tensor, predicted_b: Tensor, centre_a: Tensor, centre_b: Tensor) -> Tensor:

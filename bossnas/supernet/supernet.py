@@ -35,12 +35,21 @@ class Supernet(nn.Module):
         super().__init__()
         self.stem = space.stem()
         self.blocks = nn.ModuleList(
-            nn.ModuleList(space.layer(b, layer) for layer in range(space.layers(b))) for b in range(space.blocks))
+            nn.ModuleList(space.layer(b, layer) for layer in range(space.layers(b))) for b in range(space.blocks)
+        )
         self.projectors = nn.ModuleList(
-            Projector(space.adapter(b), space.neck_width(b), hidden, out) for b in range(space.blocks))
+            Projector(space.adapter(b), space.neck_width(b), hidden, out) for b in range(space.blocks)
+        )
 
-    def forward(self, block: int, items: Sequence[Item], stats: Statistics | None = None, start: int | None = None,
-                stop: int | None = None, recompute: bool = False) -> list[Tensor]:
+    def forward(
+        self,
+        block: int,
+        items: Sequence[Item],
+        stats: Statistics | None = None,
+        start: int | None = None,
+        stop: int | None = None,
+        recompute: bool = False,
+    ) -> list[Tensor]:
         """Features of every item at the block's end, in the items' order.
 
         Layer by layer, items that go through the same candidate and share an input shape make one batch, in which
@@ -54,8 +63,9 @@ class Supernet(nn.Module):
         keys: list[Hashable] = [id(item.x) for item in items]
         nodes = {key: (item.x, item.groups) for key, item in zip(keys, items, strict=True)}
         if start is None and self._has_stem(block):
-            nodes = self._batched(nodes, {key: 0 for key in nodes}, lambda x, _, *rest: self.stem(x, *rest), stats,
-                                  "stem")
+            nodes = self._batched(
+                nodes, {key: 0 for key in nodes}, lambda x, _, *rest: self.stem(x, *rest), stats, "stem"
+            )
         layers = list(self.blocks[block])
         for depth in range(start or 0, len(layers) if stop is None else stop):
             parents = keys
@@ -70,13 +80,20 @@ class Supernet(nn.Module):
         """The first layer's input: in block 0 images pass the stem, which `forward` with ``start=0`` leaves out."""
         return self.stem(x, 1, stats) if self._has_stem(block) else x
 
-    def embed(self, block: int, items: Sequence[Item], stats: Statistics | None = None,
-              recompute: bool = False) -> list[Tensor]:
+    def embed(
+        self, block: int, items: Sequence[Item], stats: Statistics | None = None, recompute: bool = False
+    ) -> list[Tensor]:
         """Projections [groups*N, out] of every item."""
         return self.project(block, items, self.forward(block, items, stats, recompute=recompute), stats)
 
-    def project(self, block: int, items: Sequence[Item], features: Sequence[Tensor], stats: Statistics | None = None,
-                last: bool = True) -> list[Tensor]:
+    def project(
+        self,
+        block: int,
+        items: Sequence[Item],
+        features: Sequence[Tensor],
+        stats: Statistics | None = None,
+        last: bool = True,
+    ) -> list[Tensor]:
         """Projections [groups*N, out] of every item from its features at the block's end.
 
         Without the ``last`` linear layer, behind which there are no statistics: the hidden units [groups*N, hidden].
@@ -100,7 +117,8 @@ class Supernet(nn.Module):
         other._modules = dict(self._modules)
         other.blocks = nn.ModuleList(part["block"] if b == block else layers for b, layers in enumerate(self.blocks))
         other.projectors = nn.ModuleList(
-            part["projector"] if b == block else projector for b, projector in enumerate(self.projectors))
+            part["projector"] if b == block else projector for b, projector in enumerate(self.projectors)
+        )
         if block == 0:
             other.stem = part["stem"]
         return other

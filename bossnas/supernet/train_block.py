@@ -55,16 +55,31 @@ class Step:
     loss_scale: float = 1.0
 
 
-def sample_paths(space: Space, block: int, winners: Sequence[Path], seed: int, micro: int,
-                 most: int | None = None) -> list[Path]:
+def sample_paths(
+    space: Space, block: int, winners: Sequence[Path], seed: int, micro: int, most: int | None = None
+) -> list[Path]:
     """The paths of micro-batch ``micro`` of the block, at most ``most``: equal on all ranks, and after a resume."""
     return space.sample(block, list(winners), np.random.default_rng([seed, PATHS, block, micro]))[:most]
 
 
-def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space: Space, engine: Engine,
-                inputs: Iterator[list[Tensor]], state: RunState, settings: TrainConfig, *, prefix: list[Path],
-                accumulate: int, steps_per_epoch: int, seed: int, device: torch.device, group: Any = None,
-                check_paths: bool = False) -> Iterator[Step | None]:
+def train_block(
+    online: Supernet,
+    target: Supernet,
+    predictor: nn.Module,
+    space: Space,
+    engine: Engine,
+    inputs: Iterator[list[Tensor]],
+    state: RunState,
+    settings: TrainConfig,
+    *,
+    prefix: list[Path],
+    accumulate: int,
+    steps_per_epoch: int,
+    seed: int,
+    device: torch.device,
+    group: Any = None,
+    check_paths: bool = False,
+) -> Iterator[Step | None]:
     """Trains block ``state.block`` from ``state.step`` to the end of its stage.
 
     Yields None after every micro-batch but an update's last, and a Step after the optimizer step. ``inputs`` gives the
@@ -128,15 +143,34 @@ def train_block(online: Supernet, target: Supernet, predictor: nn.Module, space:
         sums = torch.stack([loss_sum, spread_sum]) / accumulate
         means = torch.stack(dist.all_gather(sums, group)).mean(0).tolist()
         if state.bad_steps > settings.max_bad_steps:
-            raise ConfigError("train.lr", f"{state.bad_steps} steps of block {block} had a gradient that is not "
-                              f"finite, the last one step {state.step}; train.max_bad_steps allows no more",
-                              "lower it, or lengthen train.warmup_epochs; the last checkpoint is unharmed")
-        yield Step(epoch, state.step % steps_per_epoch == 0, means[0], means[1], lr, momentum,
-                   seen / (time.perf_counter() - started), outcome, engine.loss_scale)
+            raise ConfigError(
+                "train.lr",
+                f"{state.bad_steps} steps of block {block} had a gradient that is not "
+                f"finite, the last one step {state.step}; train.max_bad_steps allows no more",
+                "lower it, or lengthen train.warmup_epochs; the last checkpoint is unharmed",
+            )
+        yield Step(
+            epoch,
+            state.step % steps_per_epoch == 0,
+            means[0],
+            means[1],
+            lr,
+            momentum,
+            seen / (time.perf_counter() - started),
+            outcome,
+            engine.loss_scale,
+        )
 
 
-def _targets(target: Supernet, block: int, paths: list[Path], pairs: int, features: list[Tensor], order: Tensor | None,
-             group: Any) -> list[Tensor]:
+def _targets(
+    target: Supernet,
+    block: int,
+    paths: list[Path],
+    pairs: int,
+    features: list[Tensor],
+    order: Tensor | None,
+    group: Any,
+) -> list[Tensor]:
     """The target network's projections of both views along every path, of images that are mixed over the ranks."""
     shown = features if order is None else [dist.shuffle(x, order, group) for x in features]
     items = [Item(path, shown[v]) for j, path in enumerate(paths) for v in (j % pairs, j % pairs + pairs)]
@@ -144,14 +178,20 @@ def _targets(target: Supernet, block: int, paths: list[Path], pairs: int, featur
     return projections if order is None else [dist.shuffle(t, order.argsort(), group) for t in projections]
 
 
-def _loss(settings: TrainConfig, predictor: nn.Module, projections: list[Tensor], targets_a: list[Tensor],
-          targets_b: list[Tensor]) -> Tensor:
+def _loss(
+    settings: TrainConfig,
+    predictor: nn.Module,
+    projections: list[Tensor],
+    targets_a: list[Tensor],
+    targets_b: list[Tensor],
+) -> Tensor:
     """The objective of some paths, summed over them; ``projections`` of view A and view B by turns."""
     total = torch.zeros((), device=projections[0].device)
     if settings.objective != "instance":
         predicted = _predict(predictor, projections)
-        total = (losses.ensemble_loss(predicted[0::2], targets_b)
-                 + losses.ensemble_loss(predicted[1::2], targets_a)).sum()
+        total = (
+            losses.ensemble_loss(predicted[0::2], targets_b) + losses.ensemble_loss(predicted[1::2], targets_a)
+        ).sum()
     if settings.objective != "bootstrap":
         total = total + losses.instance_loss(projections[0::2], projections[1::2], settings.temperature).sum()
     return total

@@ -28,7 +28,7 @@ MOST_BASELINE_VIEWS = 512  # more would take torchvision, which makes one view a
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """All of it; on ImageNet's recipe also what follows the crops alone."""
-    for shape in (CPU_FULL if device.type == "cpu" else FULL)[:1 if quick else None]:
+    for shape in (CPU_FULL if device.type == "cpu" else FULL)[: 1 if quick else None]:
         yield _case(shape, "views", device)
         if shape[0] == "imagenet" and not quick:
             yield _case(shape, "finish", device)
@@ -92,8 +92,9 @@ def draw_looks(recipe: str, views: int, images: int, height: int, width: int, si
     return Looks(ints, floats)
 
 
-def torchvision_views(pixels: Tensor, table: Tensor, looks: Looks, size: int, mean: tuple, std: tuple,
-                      dtype: torch.dtype) -> Tensor:
+def torchvision_views(
+    pixels: Tensor, table: Tensor, looks: Looks, size: int, mean: tuple, std: tuple, dtype: torch.dtype
+) -> Tensor:
     """The same views, each by torchvision's functions of uint8 tensors; its blur is a true Gaussian."""
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional as F
@@ -102,7 +103,7 @@ def torchvision_views(pixels: Tensor, table: Tensor, looks: Looks, size: int, me
     done = []
     for ints, floats in zip(looks.ints.flatten(0, 1).tolist(), looks.floats.flatten(0, 1).tolist(), strict=True):
         offset, height, width = table[len(done) % len(table)].tolist()
-        picture = pixels[offset:offset + 3 * height * width].view(height, width, 3).permute(2, 0, 1)
+        picture = pixels[offset : offset + 3 * height * width].view(height, width, 3).permute(2, 0, 1)
         view = F.resized_crop(picture, *ints[:4], [size, size], InterpolationMode.BICUBIC, antialias=True)
         if ints[4] or ints[5]:
             view = F.crop(view, ints[4], ints[5], size, size)  # fills with black

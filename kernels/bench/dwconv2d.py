@@ -49,8 +49,11 @@ def _case(shape: tuple, train: bool, device: torch.device) -> Case:
             "bias": normal(channels).requires_grad_(train) if with_bias else None,
             "dy": normal(rows, channels, out_side, out_side),
         }
-        return {**inputs, "x_nchw": inputs["x"].detach().contiguous().requires_grad_(train),
-                "dy_nchw": inputs["dy"].contiguous()}
+        return {
+            **inputs,
+            "x_nchw": inputs["x"].detach().contiguous().requires_grad_(train),
+            "dy_nchw": inputs["dy"].contiguous(),
+        }
 
     def work(convolve: Callable[..., Tensor], x: str = "x", dy: str = "dy") -> Callable[[Inputs], Results]:
         def run(i: Inputs) -> Results:
@@ -80,8 +83,10 @@ def _case(shape: tuple, train: bool, device: torch.device) -> Case:
 
     # Forward, gradient of the map and of the weight each pass over both maps once.
     moved = (3 if train else 1) * rows * channels * (side**2 + out_side**2) * dtype.itemsize
-    name = (f"dwconv2d {space} {rows}x{channels}x{side}x{side} {'patch' if k == stride else 'k'}{k} s{stride} "
-            f"{'bias ' if with_bias else ''}{str(dtype).removeprefix('torch.')} {'train' if train else 'forward'}")
+    name = (
+        f"dwconv2d {space} {rows}x{channels}x{side}x{side} {'patch' if k == stride else 'k'}{k} s{stride} "
+        f"{'bias ' if with_bias else ''}{str(dtype).removeprefix('torch.')} {'train' if train else 'forward'}"
+    )
     return Case(
         name, dtype, draw, Side(work(kernel(dwconv2d))), work(kernel(reference.dwconv2d)), baselines, moved,
         gradients=2 + with_bias if train else 0, floor_ratio=(1.4 + 1.4 + 1.6) / 3 if train else 1.4,

@@ -30,8 +30,11 @@ def _case(shape: tuple, train: bool, device: torch.device) -> Case:
 
     def draw() -> Inputs:
         normal = generator(device, dtype)
-        return {"q": normal(paths, images, width).requires_grad_(train), "k": normal(targets, images, width, mean=0.5),
-                "dloss": normal(paths, dtype=torch.float32)}
+        return {
+            "q": normal(paths, images, width).requires_grad_(train),
+            "k": normal(targets, images, width, mean=0.5),
+            "dloss": normal(paths, dtype=torch.float32),
+        }
 
     def work(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Inputs], Results]:
         def run(i: Inputs) -> Results:
@@ -48,14 +51,17 @@ def _case(shape: tuple, train: bool, device: torch.device) -> Case:
         baselines["compiled formula"] = Side(work(compiled(formula)))
     # Forward reads q and k; backward reads them again and writes the gradient of q.
     moved = ((3 if train else 1) * paths + (2 if train else 1) * targets) * images * width * dtype.itemsize
-    name = (f"byol_ensemble_loss {space} {paths} paths {targets} targets {images}x{width} "
-            f"{str(dtype).removeprefix('torch.')} {'train' if train else 'forward'}")
+    name = (
+        f"byol_ensemble_loss {space} {paths} paths {targets} targets {images}x{width} "
+        f"{str(dtype).removeprefix('torch.')} {'train' if train else 'forward'}"
+    )
     return Case(name, dtype, draw, Side(work(byol_ensemble_loss)), work(reference.byol_ensemble_loss), baselines, moved,
                 gradients=int(train))  # fmt: skip
 
 
 def formula(q: Tensor, k: Tensor) -> Tensor:
     """[P, N, D], [T, N, D] -> [P]: normalise, average the targets, cosine, mean over the images; fp32 inside."""
+
     def at_least_fp32(t: Tensor) -> Tensor:
         return t.to(torch.promote_types(t.dtype, torch.float32))
 

@@ -127,8 +127,10 @@ def _case(shape: tuple, groups: int, regime: str, device: torch.device, nchw: bo
     passes += (5 + 2 * with_residual) if train else 0
     moved = passes * rows * channels * max(1, side * side) * dtype.itemsize
     layout = "rows" if not side else "nchw" if nchw else "nhwc"
-    name = (f"gbn_act {space} {'x'.join(map(str, size))} {layout} {'add+' if with_residual else ''}{act} G={groups} "
-            f"{str(dtype).removeprefix('torch.')} {regime}")
+    name = (
+        f"gbn_act {space} {'x'.join(map(str, size))} {layout} {'add+' if with_residual else ''}{act} G={groups} "
+        f"{str(dtype).removeprefix('torch.')} {regime}"
+    )
     to_compiled = 1.05 if with_residual else 1.3 if act == "silu" or groups > 1 else None
     return Case(
         name, dtype, draw, Side(work(kernel(gbn_act))), work(kernel(reference.gbn_act)), baselines, moved,
@@ -149,6 +151,7 @@ def eager_loop(i: Inputs, groups: int, act: str, training: bool) -> Tensor:
 
 def formula_of(groups: int, act: str, training: bool) -> Callable[[Inputs], Tensor]:
     """The norm written out over all groups at once, in fp32: what torch.compile can fuse best."""
+
     def formula(i: Inputs) -> Tensor:
         x = i["x"].unflatten(0, (groups, -1)).float()  # [groups, N, C, ...]
         spread = (-1, 1, x.shape[2], *(1,) * (x.dim() - 3))

@@ -31,8 +31,10 @@ def _case(shape: tuple, train: bool, device: torch.device) -> Case:
 
     def draw() -> Inputs:
         normal = generator(device, dtype)
-        return {"qkv": normal(rows, 3 * heads * width, side, side).requires_grad_(train),
-                "dy": normal(rows, heads * width, side, side)}
+        return {
+            "qkv": normal(rows, 3 * heads * width, side, side).requires_grad_(train),
+            "dy": normal(rows, heads * width, side, side),
+        }
 
     def work(attend: Callable[[Tensor, int], Tensor]) -> Callable[[Inputs], Results]:
         def run(i: Inputs) -> Results:
@@ -46,8 +48,10 @@ def _case(shape: tuple, train: bool, device: torch.device) -> Case:
 
     # Forward reads q, k, v and writes the result; backward reads these and dy and writes three gradients.
     moved = (12 if train else 4) * rows * heads * width * side * side * dtype.itemsize
-    name = (f"mhsa2d {space} {rows}x{side}x{side} {heads} heads of {width} {str(dtype).removeprefix('torch.')} "
-            f"{'train' if train else 'forward'}")
+    name = (
+        f"mhsa2d {space} {rows}x{side}x{side} {heads} heads of {width} {str(dtype).removeprefix('torch.')} "
+        f"{'train' if train else 'forward'}"
+    )
     return Case(
         name, dtype, draw, Side(work(mhsa2d)), work(reference.mhsa2d),
         {"naive": Side(work(naive)), "SDPA": Side(work(sdpa))}, moved, gradients=int(train),

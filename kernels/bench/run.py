@@ -86,8 +86,10 @@ def main(argv: list[str] | None = None) -> int:
     if options.compare:
         compared = [result for result in report["results"] if "to_old" in result]
         slower = [result for result in compared if result["to_old"] > SLOWER]
-        print(f"{len(compared)} of {len(report['results'])} cases are in {options.compare}, "
-              f"{len(slower)} slower by more than {SLOWER - 1:.0%}")
+        print(
+            f"{len(compared)} of {len(report['results'])} cases are in {options.compare}, "
+            f"{len(slower)} slower by more than {SLOWER - 1:.0%}"
+        )
         for result in slower:
             print(f"  {result['case']}: {result['to_old']:.2f} times the old time")
     if report["left_out"]:
@@ -97,8 +99,14 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if report["wrong"] else 0
 
 
-def time_case(case: timing.Case, device: torch.device, rounds: int, bandwidth: float | None, old: dict[str, float],
-              report: dict[str, Any]) -> None:
+def time_case(
+    case: timing.Case,
+    device: torch.device,
+    rounds: int,
+    bandwidth: float | None,
+    old: dict[str, float],
+    report: dict[str, Any],
+) -> None:
     """Checks a case, times it if it is right, and adds what came out to the report."""
     print(f"\n{case.name}", flush=True)
     try:

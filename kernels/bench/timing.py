@@ -117,16 +117,21 @@ def measure(case: Case, device: torch.device, rounds: int, bandwidth: float | No
         wanted = 3 * torch.cuda.get_device_properties(device).L2_cache_size
         copies = min(MOST_COPIES, math.ceil(wanted / case.bytes_moved))
         inputs = _inputs(case, sides, copies)
-        eager = _interleaved({name: _wall(side, inputs[name], max(copies, EAGER_CALLS), device)
-                              for name, side in sides.items()}, rounds=5)
+        eager = _interleaved(
+            {name: _wall(side, inputs[name], max(copies, EAGER_CALLS), device) for name, side in sides.items()},
+            rounds=5,
+        )
         calls = copies * max(1, min(round(500 / (floor_us * copies)), 64 // copies))
         graphs = {name: _graph(side, inputs[name], calls) for name, side in sides.items()}
         graphed = _interleaved({name: _events(graph, calls) for name, graph in graphs.items() if graph}, rounds)
         del graphs, inputs
     shown, compared = {}, {}
     for name in sides:
-        shown[name] = {**_summary(graphed.get(name, eager[name])), "graphed": name in graphed,
-                       "eager_us": statistics.median(eager[name])}
+        shown[name] = {
+            **_summary(graphed.get(name, eager[name])),
+            "graphed": name in graphed,
+            "eager_us": statistics.median(eager[name]),
+        }
         compared[name] = graphed if name in graphed and "ours" in graphed else eager
     gc.collect()
     torch.cuda.empty_cache()
@@ -139,8 +144,10 @@ def verdict(result: dict[str, Any], case: Case) -> str:
     if case.floor_ratio is not None and "time_over_floor" in result:
         known = True
         if result["time_over_floor"] > case.floor_ratio:
-            misses.append(f"{result['time_over_floor'] / case.floor_ratio:.2f}x: {result['time_over_floor']:.2f} times "
-                          f"the floor, at most {case.floor_ratio:.2f} wanted")
+            misses.append(
+                f"{result['time_over_floor'] / case.floor_ratio:.2f}x: {result['time_over_floor']:.2f} times "
+                f"the floor, at most {case.floor_ratio:.2f} wanted"
+            )
     for name, wanted in case.speedups.items():
         ratio = result["baselines"].get(name, {}).get("ratio")
         if ratio is not None:
@@ -182,8 +189,10 @@ def _difference(got: Results, want: Results, gradients: int, of_results: float, 
     for position, (mine, theirs) in enumerate(zip(got, want, strict=True)):
         if mine.shape != theirs.shape:
             return f"result {position} has shape {tuple(mine.shape)} instead of {tuple(theirs.shape)}"
-        error = (torch.linalg.vector_norm(mine.detach().double() - theirs.detach())
-                 / torch.linalg.vector_norm(theirs.detach()).clamp_min(1e-30)).item()
+        error = (
+            torch.linalg.vector_norm(mine.detach().double() - theirs.detach())
+            / torch.linalg.vector_norm(theirs.detach()).clamp_min(1e-30)
+        ).item()
         allowed = of_gradients if position >= len(want) - gradients else of_results
         if not error <= allowed:  # NaN is no agreement
             return f"result {position} differs by {error:.1e}, more than {allowed:.0e}"
@@ -223,6 +232,7 @@ def _inputs(case: Case, sides: dict[str, Side], copies: int) -> dict[str, list[I
 
 def _to(inputs: Inputs, old: torch.dtype, new: torch.dtype, also_fp32: bool = False) -> Inputs:
     """The inputs with tensors of dtype `old` (and fp32 ones) in dtype `new`; leaves stay leaves."""
+
     def change(value: Any) -> Any:
         if isinstance(value, list):
             return [change(v) for v in value]
@@ -246,6 +256,7 @@ def _interleaved(timers: dict[str, Callable[[], float]], rounds: int) -> dict[st
 
 def _wall(side: Side, inputs: list[Inputs], calls: int, device: torch.device | None = None) -> Callable[[], float]:
     """Timer of calls from Python, the device's work included."""
+
     def timer() -> float:
         if device is not None:
             torch.cuda.synchronize(device)
@@ -302,8 +313,13 @@ def _report(case: Case, shown: dict, compared: dict, failed: dict[str, str], flo
             pairs = zip(compared[name][name], compared[name]["ours"], strict=True)
             baselines[name] = {**shown[name], "ratio": statistics.median(theirs / ours for theirs, ours in pairs)}
     median = shown["ours"]["median_us"]
-    result = {"case": case.name, "ours": shown["ours"], "baselines": baselines, "bytes": case.bytes_moved,
-              "gb_per_s": case.bytes_moved / median / 1e3}
+    result = {
+        "case": case.name,
+        "ours": shown["ours"],
+        "baselines": baselines,
+        "bytes": case.bytes_moved,
+        "gb_per_s": case.bytes_moved / median / 1e3,
+    }
     if floor_us is not None:
         result |= {"floor_us": floor_us, "time_over_floor": median / floor_us}
         result["verdict"] = verdict(result, case)

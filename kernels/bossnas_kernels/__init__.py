@@ -25,5 +25,18 @@ from bossnas_kernels.dispatch import (
     use,
 )
 
-__all__ = ["Looks", "augment_views", "byol_ensemble_loss", "crop_views", "dwconv2d", "dwconv2d_stats", "finish_views",
-           "gbn_act", "implementation", "lars_ema_step", "mhsa2d", "mhsa2d_stats", "use"]
+__all__ = [
+    "Looks",
+    "augment_views",
+    "byol_ensemble_loss",
+    "crop_views",
+    "dwconv2d",
+    "dwconv2d_stats",
+    "finish_views",
+    "gbn_act",
+    "implementation",
+    "lars_ema_step",
+    "mhsa2d",
+    "mhsa2d_stats",
+    "use",
+]

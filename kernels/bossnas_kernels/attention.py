@@ -71,8 +71,10 @@ def _check(qkv: Tensor, heads: int) -> None:
     if qkv.dtype not in common.DTYPES:
         raise ValueError(f"qkv: the kernel takes float32, bfloat16 or float16, got {qkv.dtype}")
     if width not in HEAD_WIDTHS or tokens > MAX_TOKENS:
-        raise ValueError(f"qkv: the kernel takes heads of {', '.join(map(str, HEAD_WIDTHS))} channels and at most "
-                         f"{MAX_TOKENS} positions, got {width} channels and {tokens} positions")
+        raise ValueError(
+            f"qkv: the kernel takes heads of {', '.join(map(str, HEAD_WIDTHS))} channels and at most "
+            f"{MAX_TOKENS} positions, got {width} channels and {tokens} positions"
+        )
 
 
 def _forward(qkv: Tensor, heads: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,8 +83,18 @@ def _forward(qkv: Tensor, heads: int, groups: int) -> tuple[Tensor, Tensor, Tens
     plan = _Plan(qkv, heads)
     out, lse, partial_stats = _fake_forward(qkv, heads, groups)
     _attend[plan.grid(plan.query)](
-        qkv, out, lse, partial_stats, heads, plan.scale * _LOG2E, partial_stats.stride(0),
-        BLOCK_Q=plan.query, BLOCK_K=plan.key, STATS=groups > 0, **plan.settings(plan.query))
+        qkv,
+        out,
+        lse,
+        partial_stats,
+        heads,
+        plan.scale * _LOG2E,
+        partial_stats.stride(0),
+        BLOCK_Q=plan.query,
+        BLOCK_K=plan.key,
+        STATS=groups > 0,
+        **plan.settings(plan.query),
+    )
     return out, lse, partial_stats
 
 
@@ -91,9 +103,11 @@ def _fake_forward(qkv, heads, groups):
     batch, channels, height, width = qkv.shape
     channels //= 3
     shape = (3, groups, batch // groups * plan.tiles(plan.query), channels) if groups else (0,)
-    return (new_map(qkv, shape=(batch, channels, height, width)),
-            torch.empty(batch, heads, height * width, dtype=torch.float32, device=qkv.device),
-            torch.empty(shape, dtype=torch.float32, device=qkv.device))
+    return (
+        new_map(qkv, shape=(batch, channels, height, width)),
+        torch.empty(batch, heads, height * width, dtype=torch.float32, device=qkv.device),
+        torch.empty(shape, dtype=torch.float32, device=qkv.device),
+    )
 
 
 def _backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int) -> Tensor:
@@ -153,8 +167,12 @@ class _Plan:
         return (self.tiles(rows) * self.heads_of_all,)
 
     def settings(self, rows: int) -> dict:
-        return {"TOKENS": self.tokens, "WIDTH": self.width, "num_stages": self.table["num_stages"],
-                "num_warps": max(4, rows * self.width // self.table["warp"])}
+        return {
+            "TOKENS": self.tokens,
+            "WIDTH": self.width,
+            "num_stages": self.table["num_stages"],
+            "num_warps": max(4, rows * self.width // self.table["warp"]),
+        }
 
 
 def _sizes(qkv: Tensor, heads: int) -> tuple[int, int]:
@@ -174,8 +192,14 @@ def _place(heads, TOKENS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
     head = pid // tiles % heads
     image = (pid // tiles // heads).to(tl.int64)
     token = image * TOKENS
-    return (tile * BLOCK + tl.arange(0, BLOCK), image * tiles + tile, head, token * (3 * heads * WIDTH) + head * WIDTH,
-            token * (heads * WIDTH) + head * WIDTH, (image * heads + head) * TOKENS)
+    return (
+        tile * BLOCK + tl.arange(0, BLOCK),
+        image * tiles + tile,
+        head,
+        token * (3 * heads * WIDTH) + head * WIDTH,
+        token * (heads * WIDTH) + head * WIDTH,
+        (image * heads + head) * TOKENS,
+    )
 
 
 @triton.jit
@@ -193,8 +217,20 @@ def _dot(a, b):
 
 
 @triton.jit
-def _attend(qkv, out, lse, partial, heads, scale2, plane, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
-            BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STATS: tl.constexpr):
+def _attend(
+    qkv,
+    out,
+    lse,
+    partial,
+    heads,
+    scale2,
+    plane,
+    TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STATS: tl.constexpr,
+):
     """One tile of queries against all keys -> out, lse and, with STATS, count, mean and M2 of the tile's results."""
     row, part, head, qkv_base, out_base, row_base = _place(heads, TOKENS, WIDTH, BLOCK_Q)
     row_ok = (row < TOKENS)[:, None]
@@ -233,8 +269,21 @@ def _attend(qkv, out, lse, partial, heads, scale2, plane, TOKENS: tl.constexpr, 
 
 
 @triton.jit
-def _query_gradient(qkv, out, dout, lse, delta, dqkv, heads, scale, scale2, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
-                    OWN: tl.constexpr, STEP: tl.constexpr):
+def _query_gradient(
+    qkv,
+    out,
+    dout,
+    lse,
+    delta,
+    dqkv,
+    heads,
+    scale,
+    scale2,
+    TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OWN: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """dq of one tile of queries, and delta, which `_key_gradient` reads."""
     row, part, head, qkv_base, out_base, row_base = _place(heads, TOKENS, WIDTH, OWN)
     row_ok = (row < TOKENS)[:, None]
@@ -262,8 +311,22 @@ def _query_gradient(qkv, out, dout, lse, delta, dqkv, heads, scale, scale2, TOKE
 
 
 @triton.jit
-def _key_gradient(qkv, out, dout, lse, delta, dqkv, heads, scale, scale2, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
-                  OWN: tl.constexpr, STEP: tl.constexpr, WHOLE: tl.constexpr):
+def _key_gradient(
+    qkv,
+    out,
+    dout,
+    lse,
+    delta,
+    dqkv,
+    heads,
+    scale,
+    scale2,
+    TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OWN: tl.constexpr,
+    STEP: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
     """dk and dv of one tile of keys; dq as well where the tile is all keys (WHOLE). Scores are keys x queries here."""
     key, part, head, qkv_base, out_base, row_base = _place(heads, TOKENS, WIDTH, OWN)
     key_ok = (key < TOKENS)[:, None]

@@ -44,8 +44,9 @@ _BITS: tl.constexpr = tl.constexpr(BLUR_BITS)
 _HALF: tl.constexpr = tl.constexpr(2 ** (BLUR_BITS - 1))
 
 
-def finish_views(crops: Tensor, looks: Looks, mean: tuple[float, ...], std: tuple[float, ...],
-                 dtype: torch.dtype = torch.float32) -> Tensor:
+def finish_views(
+    crops: Tensor, looks: Looks, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype = torch.float32
+) -> Tensor:
     """`bossnas_kernels.finish_views` for crops of one CUDA or ROCm device."""
     checks.finish_views(crops, looks, mean, std, dtype, MAX_SIGMA)
     device, size, number = crops.device, crops.shape[2], crops.shape[0] * crops.shape[1]
@@ -63,13 +64,25 @@ def finish_views(crops: Tensor, looks: Looks, mean: tuple[float, ...], std: tupl
     with torch.cuda.device_of(crops):
         ints, floats = common.send(ints, device), common.send(factors_of(floats), device)
         sums = torch.empty(number, parts, dtype=torch.int32, device=device)
-        painted, along_rows = (torch.empty(crops.shape if len(blurred) else (0,), dtype=torch.uint8, device=device)
-                               for _ in range(2))
+        painted, along_rows = (
+            torch.empty(crops.shape if len(blurred) else (0,), dtype=torch.uint8, device=device) for _ in range(2)
+        )
         if len(contrasted):
             which, grid = common.send(contrasted, device), (len(contrasted) * parts,)
             _sum_luma[grid](crops, ints, floats, which, sums, CHUNK=chunk, PARTS=parts, **how)
-        _colour[(number * triton.cdiv(pixels, block),)](crops, ints, floats, sums, painted, out, *scale, *shift,
-                                                        PARTS=parts, WIDE=triton.next_power_of_2(parts), **how)
+        _colour[(number * triton.cdiv(pixels, block),)](
+            crops,
+            ints,
+            floats,
+            sums,
+            painted,
+            out,
+            *scale,
+            *shift,
+            PARTS=parts,
+            WIDE=triton.next_power_of_2(parts),
+            **how,
+        )
         if len(blurred):
             which, grid = common.send(blurred, device), (len(blurred) * triton.cdiv(3 * pixels, block),)
             _blur_rows[grid](painted, ints, which, along_rows, **how)
@@ -118,8 +131,11 @@ def _turn_hue(red, green, blue, turn):
     hue = tl.where(hue < 0.0, hue + 256.0, hue)
     hue = tl.where(hue >= 256.0, hue - 256.0, hue) * 6.0
     lost = tl.floor(tl.div_rn(spread, tl.maximum(high, 1.0)) * 255.0) * high * (1.0 / 65025.0)
-    return (_lose(high, lost, 510.0 - tl.abs(hue - 765.0)), _lose(high, lost, tl.abs(hue - 510.0) - 255.0),
-            _lose(high, lost, tl.abs(hue - 1020.0) - 255.0))
+    return (
+        _lose(high, lost, 510.0 - tl.abs(hue - 765.0)),
+        _lose(high, lost, tl.abs(hue - 510.0) - 255.0),
+        _lose(high, lost, tl.abs(hue - 1020.0) - 255.0),
+    )
 
 
 @triton.jit
@@ -147,8 +163,9 @@ def _jitter(red, green, blue, operation, mean, factors):
 
 
 @triton.jit
-def _sum_luma(crops, ints, floats, views, sums, SIZE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-              PARTS: tl.constexpr):
+def _sum_luma(
+    crops, ints, floats, views, sums, SIZE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
+):
     """Sum of the luma of a chunk of one of ``views``, after the operations before contrast -> sums [views, PARTS]."""
     view = tl.load(views + tl.program_id(0) // PARTS)
     part = tl.program_id(0) % PARTS
@@ -177,8 +194,24 @@ def _store(out, i, red, green, blue, mask, s0, s1, s2, t0, t1, t2):
 
 
 @triton.jit
-def _colour(crops, ints, floats, sums, painted, out, s0, s1, s2, t0, t1, t2, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-            PARTS: tl.constexpr, WIDE: tl.constexpr):
+def _colour(
+    crops,
+    ints,
+    floats,
+    sums,
+    painted,
+    out,
+    s0,
+    s1,
+    s2,
+    t0,
+    t1,
+    t2,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """Jitter and grey of a block of pixels; then to ``painted`` what is blurred, and the rest, finished, to ``out``."""
     PIXELS: tl.constexpr = SIZE * SIZE
     blocks = (PIXELS + BLOCK - 1) // BLOCK
@@ -299,8 +332,7 @@ def _blur_rows(painted, ints, views, along_rows, SIZE: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def _blur_columns(along_rows, ints, views, out, s0, s1, s2, t0, t1, t2, SIZE: tl.constexpr,
-                  BLOCK: tl.constexpr):
+def _blur_columns(along_rows, ints, views, out, s0, s1, s2, t0, t1, t2, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Blur along columns, solarisation and normalisation."""
     view, i, mask = _blurred_block(views, SIZE, BLOCK)
     start = along_rows + view * (3 * SIZE * SIZE) + i % (3 * SIZE)  # of the column
@@ -310,5 +342,6 @@ def _blur_columns(along_rows, ints, views, out, s0, s1, s2, t0, t1, t2, SIZE: tl
         value = tl.minimum(value, 255.0 - value)
     channel = i % 3
     value = value * tl.where(channel == 0, s0, tl.where(channel == 1, s1, s2)) + tl.where(
-        channel == 0, t0, tl.where(channel == 1, t1, t2))
+        channel == 0, t0, tl.where(channel == 1, t1, t2)
+    )
     tl.store(out + view * (3 * SIZE * SIZE) + i, value.to(out.dtype.element_ty), mask=mask)

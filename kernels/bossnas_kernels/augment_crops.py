@@ -50,14 +50,26 @@ def crop_views(pixels: Tensor, table: Tensor, looks: Looks, size: int) -> Tensor
         sent = common.send(plan, device)
         block = min(256, triton.next_power_of_2(size))
         _weigh[(2 * views * images * triton.cdiv(size, block),)](
-            sent, first, weights, SIZE=size, BLOCK=block, num_warps=max(1, block // 64), enable_fp_fusion=False)
+            sent, first, weights, SIZE=size, BLOCK=block, num_warps=max(1, block // 64), enable_fp_fusion=False
+        )
         for turn, (source, target) in enumerate(((pixels.contiguous(), scratch), (scratch, crops))):
             here = plan[turn]
             tiles = int(torch.where(here[:, _ALONG] == 1, _tiles(here, *along), _tiles(here, *across)).max())
             _resize[(views * images * tiles,)](
-                source, target, sent[turn], first[turn], weights, tiles, SIZE=size, SECOND=turn == 1,
-                ALONG_ROWS=along[0], ALONG_BYTES=along[1], ACROSS_ROWS=across[0], ACROSS_BYTES=across[1],
-                num_warps=config["num_warps"])
+                source,
+                target,
+                sent[turn],
+                first[turn],
+                weights,
+                tiles,
+                SIZE=size,
+                SECOND=turn == 1,
+                ALONG_ROWS=along[0],
+                ALONG_BYTES=along[1],
+                ACROSS_ROWS=across[0],
+                ACROSS_BYTES=across[1],
+                num_warps=config["num_warps"],
+            )
     return crops
 
 
@@ -65,7 +77,7 @@ def _plan(table: Tensor, ints: Tensor, size: int) -> tuple[Tensor, int, int]:
     """-> plan int64 [2, N*V, 12], picture by picture, so that its views find it in the cache; the bytes between the two
     directions; the rows of weights."""
     views, images = ints.shape[:2]
-    top, left, height, width, down, right, flip = ints[..., :FLIP + 1].long().transpose(0, 1).reshape(-1, 7).unbind(1)
+    top, left, height, width, down, right, flip = ints[..., : FLIP + 1].long().transpose(0, 1).reshape(-1, 7).unbind(1)
     offset, _, whole_width = table.repeat_interleave(views, 0).unbind(1)
     columns = columns_first(height, width, size)
     plan = torch.zeros(2, len(top), _COLUMNS.value, dtype=torch.int64)
@@ -140,8 +152,22 @@ def _to_bytes(sums):
 
 
 @triton.jit
-def _resize_columns(source, source_row, target, target_row, rows, row_bytes, first, weights, taps, last, tile,
-                    ROWS: tl.constexpr, BYTES: tl.constexpr, SIZE: tl.constexpr):
+def _resize_columns(
+    source,
+    source_row,
+    target,
+    target_row,
+    rows,
+    row_bytes,
+    first,
+    weights,
+    taps,
+    last,
+    tile,
+    ROWS: tl.constexpr,
+    BYTES: tl.constexpr,
+    SIZE: tl.constexpr,
+):
     """A tile of the target, along columns."""
     across = tl.cdiv(row_bytes, BYTES)
     y = tile // across * ROWS + tl.arange(0, ROWS)
@@ -158,8 +184,22 @@ def _resize_columns(source, source_row, target, target_row, rows, row_bytes, fir
 
 
 @triton.jit
-def _resize_rows(source, source_row, target, target_row, rows, row_bytes, first, weights, taps, last, tile,
-                 ROWS: tl.constexpr, BYTES: tl.constexpr, SIZE: tl.constexpr):
+def _resize_rows(
+    source,
+    source_row,
+    target,
+    target_row,
+    rows,
+    row_bytes,
+    first,
+    weights,
+    taps,
+    last,
+    tile,
+    ROWS: tl.constexpr,
+    BYTES: tl.constexpr,
+    SIZE: tl.constexpr,
+):
     """A tile of the target, along rows."""
     across = tl.cdiv(row_bytes, BYTES)
     y = tile // across * ROWS + tl.arange(0, ROWS)
@@ -178,9 +218,20 @@ def _resize_rows(source, source_row, target, target_row, rows, row_bytes, first,
 
 
 @triton.jit
-def _resize(source, target, plan, first, weights, tiles, SIZE: tl.constexpr, SECOND: tl.constexpr,
-            ALONG_ROWS: tl.constexpr, ALONG_BYTES: tl.constexpr, ACROSS_ROWS: tl.constexpr,
-            ACROSS_BYTES: tl.constexpr):
+def _resize(
+    source,
+    target,
+    plan,
+    first,
+    weights,
+    tiles,
+    SIZE: tl.constexpr,
+    SECOND: tl.constexpr,
+    ALONG_ROWS: tl.constexpr,
+    ALONG_BYTES: tl.constexpr,
+    ACROSS_ROWS: tl.constexpr,
+    ACROSS_BYTES: tl.constexpr,
+):
     """One tile of one view in one direction. SECOND: the sources are the pictures between the directions."""
     view = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -205,9 +256,37 @@ def _resize(source, target, plan, first, weights, tiles, SIZE: tl.constexpr, SEC
         target_row = tl.multiple_of(target_row, _ALIGN)
     if tl.load(plan + 6) != 0:
         if tile // tl.cdiv(row_bytes, ALONG_BYTES) * ALONG_ROWS < rows:
-            _resize_columns(source, source_row, target, target_row, rows, row_bytes, first, weights, taps, last, tile,
-                            ALONG_ROWS, ALONG_BYTES, SIZE)
+            _resize_columns(
+                source,
+                source_row,
+                target,
+                target_row,
+                rows,
+                row_bytes,
+                first,
+                weights,
+                taps,
+                last,
+                tile,
+                ALONG_ROWS,
+                ALONG_BYTES,
+                SIZE,
+            )
     else:
         if tile // tl.cdiv(row_bytes, ACROSS_BYTES) * ACROSS_ROWS < rows:
-            _resize_rows(source, source_row, target, target_row, rows, row_bytes, first, weights, taps, last, tile,
-                         ACROSS_ROWS, ACROSS_BYTES, SIZE)
+            _resize_rows(
+                source,
+                source_row,
+                target,
+                target_row,
+                rows,
+                row_bytes,
+                first,
+                weights,
+                taps,
+                last,
+                tile,
+                ACROSS_ROWS,
+                ACROSS_BYTES,
+                SIZE,
+            )

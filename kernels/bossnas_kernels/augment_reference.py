@@ -50,15 +50,16 @@ def crop_views(pixels: Tensor, table: Tensor, looks: Looks, size: int) -> Tensor
     views, images = looks.ints.shape[:2]
     crops = torch.zeros(views, images, size, size, 3, dtype=torch.uint8, device=pixels.device)
     for n, (offset, height, width) in enumerate(table.tolist()):
-        picture = pixels[offset:offset + 3 * height * width].view(height, width, 3)
-        for crop, (top, left, high, wide, down, right, flip) in zip(crops[:, n], looks.ints[:, n, :7].tolist(),
-                                                                    strict=True):
-            resized = picture[top:top + high, left:left + wide]
+        picture = pixels[offset : offset + 3 * height * width].view(height, width, 3)
+        for crop, (top, left, high, wide, down, right, flip) in zip(
+            crops[:, n], looks.ints[:, n, :7].tolist(), strict=True
+        ):
+            resized = picture[top : top + high, left : left + wide]
             if (high, wide) != (size, size):
                 resized = resize(resized, size)
             down, right = (min(max(shift, -size), size) for shift in (down, right))
-            resized = resized[max(down, 0):size + min(down, 0), max(right, 0):size + min(right, 0)]
-            inside = crop[max(-down, 0):, max(-right, 0):][:resized.shape[0], :resized.shape[1]]
+            resized = resized[max(down, 0) : size + min(down, 0), max(right, 0) : size + min(right, 0)]
+            inside = crop[max(-down, 0) :, max(-right, 0) :][: resized.shape[0], : resized.shape[1]]
             inside.copy_(resized)
             if flip:
                 crop.copy_(crop.flip(1))
@@ -109,8 +110,9 @@ def _weights(length: int, size: int, device: torch.device) -> Tensor:
     return (weight + torch.where(weight < 0, -0.5, 0.5)).trunc()
 
 
-def finish_views(crops: Tensor, looks: Looks, mean: tuple[float, ...], std: tuple[float, ...],
-                 dtype: torch.dtype = torch.float32) -> Tensor:
+def finish_views(
+    crops: Tensor, looks: Looks, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype = torch.float32
+) -> Tensor:
     """`bossnas_kernels.finish_views`."""
     checks.finish_views(crops, looks, mean, std, dtype, MAX_SIGMA)
     size, device = crops.shape[2], crops.device
@@ -142,8 +144,15 @@ def finish_views(crops: Tensor, looks: Looks, mean: tuple[float, ...], std: tupl
     return out.permute(0, 1, 4, 2, 3)
 
 
-def augment_views(pixels: Tensor, table: Tensor, looks: Looks, size: int, mean: tuple[float, ...],
-                  std: tuple[float, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+def augment_views(
+    pixels: Tensor,
+    table: Tensor,
+    looks: Looks,
+    size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """`bossnas_kernels.augment_views`."""
     return finish_views(crop_views(pixels, table, looks, size), looks, mean, std, dtype)
 

@@ -48,8 +48,10 @@ def dense(name: str, x: Tensor) -> Tensor:
     if x.dim() != 4:
         return x.contiguous()
     if not x.is_contiguous(memory_format=torch.channels_last):
-        tell_once(f"{name} is not channels_last: it is copied on every call; give the model images that are "
-                  ".to(memory_format=torch.channels_last)")
+        tell_once(
+            f"{name} is not channels_last: it is copied on every call; give the model images that are "
+            ".to(memory_format=torch.channels_last)"
+        )
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -60,8 +62,15 @@ def new_map(x: Tensor, dtype: torch.dtype | None = None, shape: tuple[int, ...] 
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=layout)
 
 
-def operation(name: str, forward: Callable, fake_forward: Callable, backward: Callable, fake_backward: Callable,
-              save: Callable, gradients: Callable) -> Callable:
+def operation(
+    name: str,
+    forward: Callable,
+    fake_forward: Callable,
+    backward: Callable,
+    fake_backward: Callable,
+    save: Callable,
+    gradients: Callable,
+) -> Callable:
     """A differentiable function of tensors that runs kernels, for eager mode and for torch.compile.
 
     In eager mode it is an `autograd.Function`; under torch.compile the custom operator ``bossnas::name``, whose
@@ -77,10 +86,15 @@ def operation(name: str, forward: Callable, fake_forward: Callable, backward: Ca
     backward_op.register_fake(fake_backward)
     forward_op.register_autograd(lambda ctx, *grads: gradients(ctx, backward_op, *grads), setup_context=save)
 
-    eager = type(f"Eager_{name}", (torch.autograd.Function,), {
-        "forward": staticmethod(forward),
-        "setup_context": staticmethod(save),
-        "backward": staticmethod(once_differentiable(lambda ctx, *grads: gradients(ctx, backward, *grads)))})
+    eager = type(
+        f"Eager_{name}",
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(forward),
+            "setup_context": staticmethod(save),
+            "backward": staticmethod(once_differentiable(lambda ctx, *grads: gradients(ctx, backward, *grads))),
+        },
+    )
 
     def call(*inputs):
         return forward_op(*inputs) if torch.compiler.is_compiling() else eager.apply(*inputs)
@@ -90,6 +104,7 @@ def operation(name: str, forward: Callable, fake_forward: Callable, backward: Ca
 
 def _on_its_device(launch: Callable) -> Callable:
     """Launches on the GPU of the first argument; Triton alone would take the current one."""
+
     @functools.wraps(launch)
     def guarded(first, *others):
         with torch.cuda.device_of(first):

@@ -57,9 +57,25 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups
     size = _output_size(x, weight, stride)
     plan = _Strips(x, *size, weight.shape[-1] > stride, groups)
     y, stats = new_map(x, shape=(*x.shape[:2], *size)), plan.new_stats()
-    _convolve[plan.grid](x, _taps(weight), x if bias is None else bias.contiguous(), y, stats, *x.shape[2:], *size,
-                         x.shape[1], *plan.walk, plan.parts * plan.groups * x.shape[1], K=kernel, STRIDE=stride,
-                         PAD=padding, FLIP=False, HAS_BIAS=bias is not None, STATS=groups > 0, **plan.tile)
+    _convolve[plan.grid](
+        x,
+        _taps(weight),
+        x if bias is None else bias.contiguous(),
+        y,
+        stats,
+        *x.shape[2:],
+        *size,
+        x.shape[1],
+        *plan.walk,
+        plan.parts * plan.groups * x.shape[1],
+        K=kernel,
+        STRIDE=stride,
+        PAD=padding,
+        FLIP=False,
+        HAS_BIAS=bias is not None,
+        STATS=groups > 0,
+        **plan.tile,
+    )
     return y, stats
 
 
@@ -68,8 +84,9 @@ def _fake_forward(x, weight, bias, stride, groups):
     return new_map(x, shape=(*x.shape[:2], *size)), _Strips(x, *size, weight.shape[-1] > stride, groups).new_stats()
 
 
-def _backward(dy: Tensor, x: Tensor, weight: Tensor, stride: int, has_bias: bool, wants_x: bool,
-              wants_weight: bool) -> tuple[Tensor, Tensor]:
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, stride: int, has_bias: bool, wants_x: bool, wants_weight: bool
+) -> tuple[Tensor, Tensor]:
     """-> dx, fp32 sums [k*k + has_bias, C] that are the gradients of weight and bias; what is not wanted is empty."""
     x, dy = dense("x of dwconv2d", x), dense("gradient of dwconv2d", dy)
     dx = _input_gradient(dy, x, weight, stride) if wants_x else x.new_empty(0)
@@ -83,16 +100,34 @@ def _input_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tenso
     channels, *size = x.shape[1:]
     if stride == 1:  # the convolution of dy with the flipped kernel
         plan = _Strips(x, *size, True)
-        _convolve[plan.grid](dy, _taps(weight), dy, dx, plan.new_stats(), *size, *size, channels, *plan.walk, 0,
-                             K=kernel, STRIDE=1, PAD=padding, FLIP=True, HAS_BIAS=False, STATS=False, **plan.tile)
+        _convolve[plan.grid](
+            dy,
+            _taps(weight),
+            dy,
+            dx,
+            plan.new_stats(),
+            *size,
+            *size,
+            channels,
+            *plan.walk,
+            0,
+            K=kernel,
+            STRIDE=1,
+            PAD=padding,
+            FLIP=True,
+            HAS_BIAS=False,
+            STATS=False,
+            **plan.tile,
+        )
         return dx
     table = common.config(TABLE, x.device)
     block_c = _block_c(channels)
     tile = {"POSITIONS": table["elements"] // block_c, "BLOCK_C": block_c, "num_warps": table["num_warps"]}
     cells = x.shape[0] * triton.cdiv(size[0], stride) * triton.cdiv(size[1], stride)
     grid = (triton.cdiv(channels, block_c) * triton.cdiv(cells, tile["POSITIONS"]),)
-    _gather_gradient[grid](dy, _taps(weight), dx, *size, *dy.shape[2:], channels, cells, K=kernel, STRIDE=stride,
-                           PAD=padding, **tile)
+    _gather_gradient[grid](
+        dy, _taps(weight), dx, *size, *dy.shape[2:], channels, cells, K=kernel, STRIDE=stride, PAD=padding, **tile
+    )
     return dx
 
 
@@ -108,8 +143,24 @@ def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int, has_bia
     parts = triton.cdiv(strips, part_strips)
     partial = torch.empty(parts, kernel * kernel + has_bias, channels, dtype=torch.float32, device=x.device)
     grid = (tiles_c * parts * splits,)
-    _sum_gradient[grid](dy, x, partial, *size, *dy.shape[2:], channels, batch, parts, part_strips, K=kernel,
-                        STRIDE=stride, PAD=padding, ROWS=rows, COLUMNS=columns, HAS_BIAS=has_bias, **tile)
+    _sum_gradient[grid](
+        dy,
+        x,
+        partial,
+        *size,
+        *dy.shape[2:],
+        channels,
+        batch,
+        parts,
+        part_strips,
+        K=kernel,
+        STRIDE=stride,
+        PAD=padding,
+        ROWS=rows,
+        COLUMNS=columns,
+        HAS_BIAS=has_bias,
+        **tile,
+    )
     return partial.sum(0)
 
 
@@ -132,7 +183,7 @@ def _gradients(ctx, backward, dy, _):
     dx, sums = backward(dy, x, weight, ctx.stride, has_bias, wants_x, any(wants))
     if not any(wants):
         return dx, None, None, None, None
-    dweight = sums[:weight[0].numel()].t().reshape(weight.shape).to(weight.dtype)
+    dweight = sums[: weight[0].numel()].t().reshape(weight.shape).to(weight.dtype)
     return dx if wants_x else None, dweight, sums[-1].to(ctx.bias_dtype) if has_bias else None, None, None
 
 
@@ -224,9 +275,30 @@ def _taps_of_block(taps, c, K: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _convolve(x, taps, bias, y, stats, height, width, out_height, out_width, channels, images, runs, run_rows, plane,
-              K: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, FLIP: tl.constexpr, HAS_BIAS: tl.constexpr,
-              STATS: tl.constexpr, POSITIONS: tl.constexpr, BLOCK_C: tl.constexpr):
+def _convolve(
+    x,
+    taps,
+    bias,
+    y,
+    stats,
+    height,
+    width,
+    out_height,
+    out_width,
+    channels,
+    images,
+    runs,
+    run_rows,
+    plane,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    FLIP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STATS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """y on one run of rows of a strip; count, mean and M2 of them -> stats [3, G, parts, C].
 
     Step q reads STRIDE rows of x, from q * STRIDE - PAD on: the taps d * STRIDE ... of output row q - d, whose sum is
@@ -304,8 +376,22 @@ def _convolve(x, taps, bias, y, stats, height, width, out_height, out_width, cha
 
 
 @triton.jit
-def _gather_gradient(dy, taps, dx, height, width, out_height, out_width, channels, cells, K: tl.constexpr,
-                     STRIDE: tl.constexpr, PAD: tl.constexpr, POSITIONS: tl.constexpr, BLOCK_C: tl.constexpr):
+def _gather_gradient(
+    dy,
+    taps,
+    dx,
+    height,
+    width,
+    out_height,
+    out_width,
+    channels,
+    cells,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """dx on cells of STRIDE x STRIDE positions, of which each meets just the taps that reach it (no tap: 0)."""
     c, c_ok, tile, _ = _place(tl.cdiv(cells, POSITIONS), channels, BLOCK_C)
     p = tile * POSITIONS + tl.arange(0, POSITIONS)
@@ -333,9 +419,27 @@ def _gather_gradient(dy, taps, dx, height, width, out_height, out_width, channel
 
 
 @triton.jit
-def _sum_gradient(dy, x, partial, height, width, out_height, out_width, channels, images, parts, part_strips,
-                  K: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                  HAS_BIAS: tl.constexpr, POSITIONS: tl.constexpr, BLOCK_C: tl.constexpr):
+def _sum_gradient(
+    dy,
+    x,
+    partial,
+    height,
+    width,
+    out_height,
+    out_width,
+    channels,
+    images,
+    parts,
+    part_strips,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Sums over strips of dy * x, for ROWS x COLUMNS taps -> partial [parts, K*K (+ 1: sums of dy), C].
 
     Step q as in `_convolve`, with dy of output row q - d in window[d].

@@ -46,8 +46,9 @@ def use(choice: str) -> None:
     if choice == "triton" and not HAS_TRITON:
         raise ValueError("kernels: triton is not installed; pip install 'triton>=3.6', or choose auto")
     if choice == "triton" and not (torch.cuda.is_available() or common.INTERPRET):
-        raise ValueError("kernels: triton needs a CUDA or ROCm device, or TRITON_INTERPRET=1 to run in its "
-                         "interpreter; choose auto")
+        raise ValueError(
+            "kernels: triton needs a CUDA or ROCm device, or TRITON_INTERPRET=1 to run in its interpreter; choose auto"
+        )
     _choice = choice
 
 
@@ -61,10 +62,20 @@ def implementation(device: torch.device | str) -> str:
     return "triton" if kind == "cuda" else "reference"
 
 
-def gbn_act(x: Tensor, weight: Tensor, bias: Tensor, *, groups: int = 1, residual: Tensor | None = None,
-            act: str = "none", training: bool = True, running_mean: Tensor | None = None,
-            running_var: Tensor | None = None, eps: float = 1e-5,
-            partial_stats: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def gbn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    act: str = "none",
+    training: bool = True,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    eps: float = 1e-5,
+    partial_stats: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Grouped batch norm: y = act(norm(x) * weight + bias + residual), each group by its own statistics.
 
     Group g is the rows [g*N, (g+1)*N) of x. The result equals `groups` separate batch norms, in value and in gradient.
@@ -83,11 +94,31 @@ def gbn_act(x: Tensor, weight: Tensor, bias: Tensor, *, groups: int = 1, residua
     value per channel.
     """
     if _by_kernel("gbn_act", x):
-        return grouped_norm.gbn_act(x, weight, bias, groups=groups, residual=residual, act=act, training=training,
-                                    running_mean=running_mean, running_var=running_var, eps=eps,
-                                    partial_stats=partial_stats)
-    return reference.gbn_act(x, weight, bias, groups=groups, residual=residual, act=act, training=training,
-                             running_mean=running_mean, running_var=running_var, eps=eps)
+        return grouped_norm.gbn_act(
+            x,
+            weight,
+            bias,
+            groups=groups,
+            residual=residual,
+            act=act,
+            training=training,
+            running_mean=running_mean,
+            running_var=running_var,
+            eps=eps,
+            partial_stats=partial_stats,
+        )
+    return reference.gbn_act(
+        x,
+        weight,
+        bias,
+        groups=groups,
+        residual=residual,
+        act=act,
+        training=training,
+        running_mean=running_mean,
+        running_var=running_var,
+        eps=eps,
+    )
 
 
 def dwconv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1) -> Tensor:
@@ -103,8 +134,9 @@ def dwconv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: i
     return reference.dwconv2d(x, weight, bias, stride=stride)
 
 
-def dwconv2d_stats(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1,
-                   groups: int = 1) -> tuple[Tensor, Tensor | None]:
+def dwconv2d_stats(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, groups: int = 1
+) -> tuple[Tensor, Tensor | None]:
     """`dwconv2d` and, for the `gbn_act` that follows with as many groups, the result's statistics (reference: None)."""
     x = _autocast(x)
     if _by_kernel("dwconv2d", x):
@@ -134,9 +166,19 @@ def mhsa2d_stats(qkv: Tensor, heads: int, *, groups: int = 1) -> tuple[Tensor, T
     return reference.mhsa2d_stats(qkv, heads, groups=groups)
 
 
-def lars_ema_step(weights: Sequence[Tensor], gradients: Sequence[Tensor | None], momenta: Sequence[Tensor],
-                  excluded: Sequence[bool], targets: Sequence[Tensor | None] | None = None, *, lr: float,
-                  momentum: float, weight_decay: float, trust: float, ema: float = 1.0) -> None:
+def lars_ema_step(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    momenta: Sequence[Tensor],
+    excluded: Sequence[bool],
+    targets: Sequence[Tensor | None] | None = None,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    trust: float,
+    ema: float = 1.0,
+) -> None:
     """One LARS update of many tensors, in place, and the moving average that follows it.
 
     For every tensor w with a gradient g that is not None and not all zero::
@@ -151,8 +193,18 @@ def lars_ema_step(weights: Sequence[Tensor], gradients: Sequence[Tensor | None],
         step = lars.lars_ema_step
     else:
         step = reference.lars_ema_step
-    step(weights, gradients, momenta, excluded, targets, lr=lr, momentum=momentum, weight_decay=weight_decay,
-         trust=trust, ema=ema)
+    step(
+        weights,
+        gradients,
+        momenta,
+        excluded,
+        targets,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        trust=trust,
+        ema=ema,
+    )
 
 
 def byol_ensemble_loss(q: Tensor, k: Tensor) -> Tensor:
@@ -183,8 +235,13 @@ def crop_views(pixels: Tensor, table: Tensor, looks: Looks, size: int) -> Tensor
     return module.crop_views(pixels, table, looks, size)
 
 
-def finish_views(crops: Tensor, looks: Looks, mean: tuple[float, float, float], std: tuple[float, float, float],
-                 dtype: torch.dtype = torch.float32) -> Tensor:
+def finish_views(
+    crops: Tensor,
+    looks: Looks,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Colour jitter, grey, Gaussian blur and solarisation of crops, then (pixel / 255 - mean) / std.
 
     crops: uint8 [V, N, S, S, 3], from `crop_views`. looks: see `Looks`; on the CPU. mean, std: by channel.
@@ -198,8 +255,15 @@ def finish_views(crops: Tensor, looks: Looks, mean: tuple[float, float, float], 
     return module.finish_views(crops, looks, mean, std, dtype)
 
 
-def augment_views(pixels: Tensor, table: Tensor, looks: Looks, size: int, mean: tuple[float, float, float],
-                  std: tuple[float, float, float], dtype: torch.dtype = torch.float32) -> Tensor:
+def augment_views(
+    pixels: Tensor,
+    table: Tensor,
+    looks: Looks,
+    size: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """All V views of N pictures, [V, N, 3, size, size]: `finish_views` of `crop_views`."""
     return finish_views(crop_views(pixels, table, looks, size), looks, mean, std, dtype)
 

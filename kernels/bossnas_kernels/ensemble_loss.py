@@ -37,8 +37,9 @@ def _forward(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     cosines = torch.empty(paths, images, dtype=torch.float32, device=q.device)
     direction = torch.empty(images, width, dtype=torch.float32, device=q.device)
     grid, tile = _plan(images, width, q.device)
-    _cosines[(grid,)](q, k, cosines, direction, images, width, paths, k.shape[0], *q.stride()[:2], *k.stride()[:2],
-                      **tile)
+    _cosines[(grid,)](
+        q, k, cosines, direction, images, width, paths, k.shape[0], *q.stride()[:2], *k.stride()[:2], **tile
+    )
     return cosines.mean(1) * -2, direction
 
 
@@ -71,8 +72,9 @@ def _gradients(ctx, backward, dloss, _):
     return backward(dloss, q, direction) if ctx.needs_input_grad[0] else None, None
 
 
-_operation = common.operation("byol_ensemble_loss", _forward, _fake_forward, _backward, _fake_backward, _save,
-                              _gradients)
+_operation = common.operation(
+    "byol_ensemble_loss", _forward, _fake_forward, _backward, _fake_backward, _save, _gradients
+)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -90,8 +92,22 @@ def _plan(images: int, width: int, device: torch.device) -> tuple[int, dict]:
 
 
 @triton.jit
-def _cosines(q, k, cosines, direction, images, width, paths, targets, q_path, q_image, k_target, k_image,
-             BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def _cosines(
+    q,
+    k,
+    cosines,
+    direction,
+    images,
+    width,
+    paths,
+    targets,
+    q_path,
+    q_image,
+    k_target,
+    k_image,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Direction of the mean normalised target of every image, and the cosines of all predictions with it."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -119,8 +135,9 @@ def _cosines(q, k, cosines, direction, images, width, paths, targets, q_path, q_
 
 
 @triton.jit
-def _gradient(dloss, q, direction, dq, images, width, dloss_path, q_path, q_image, BLOCK_N: tl.constexpr,
-              BLOCK_D: tl.constexpr):
+def _gradient(
+    dloss, q, direction, dq, images, width, dloss_path, q_path, q_image, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """dq of one path and tile of images: (direction - cosine q/|q|) / |q| * -2 / images, times the loss's gradient."""
     tiles = tl.cdiv(images, BLOCK_N)
     p = (tl.program_id(0) // tiles).to(tl.int64)

@@ -17,35 +17,70 @@ from bossnas_kernels.common import dense, new_map, sigmoid
 # elements: of a tile, rows x channels. channels: at most, per tile. programs: about as many in the reducing passes.
 # parts, part_elements: of a tile, at most parts x channels, where a group's parts are combined: there may be thousands.
 TABLE = {
-    "sm_80": {"elements": 4096, "channels": 128, "programs": 864, "parts": 128, "part_elements": 2048,
-              "num_warps": 4},
-    "sm_90": {"elements": 4096, "channels": 128, "programs": 1056, "parts": 128, "part_elements": 2048,
-              "num_warps": 4},
-    "gfx942": {"elements": 4096, "channels": 128, "programs": 1216, "parts": 128, "part_elements": 2048,
-              "num_warps": 4},
-    "default": {"elements": 4096, "channels": 128, "programs": 864, "parts": 128, "part_elements": 2048,
-              "num_warps": 4},
-    "interpreter": {"elements": 4096, "channels": 128, "programs": 4, "parts": 32, "part_elements": 4096,
-              "num_warps": 4},
+    "sm_80": {"elements": 4096, "channels": 128, "programs": 864, "parts": 128, "part_elements": 2048, "num_warps": 4},
+    "sm_90": {"elements": 4096, "channels": 128, "programs": 1056, "parts": 128, "part_elements": 2048, "num_warps": 4},
+    "gfx942": {
+        "elements": 4096,
+        "channels": 128,
+        "programs": 1216,
+        "parts": 128,
+        "part_elements": 2048,
+        "num_warps": 4,
+    },
+    "default": {
+        "elements": 4096,
+        "channels": 128,
+        "programs": 864,
+        "parts": 128,
+        "part_elements": 2048,
+        "num_warps": 4,
+    },
+    "interpreter": {
+        "elements": 4096,
+        "channels": 128,
+        "programs": 4,
+        "parts": 32,
+        "part_elements": 4096,
+        "num_warps": 4,
+    },
 }
 
 
-def gbn_act(x, weight, bias, *, groups=1, residual=None, act="none", training=True, running_mean=None,
-            running_var=None, eps=1e-5, partial_stats=None) -> tuple[Tensor, Tensor, Tensor]:
+def gbn_act(
+    x,
+    weight,
+    bias,
+    *,
+    groups=1,
+    residual=None,
+    act="none",
+    training=True,
+    running_mean=None,
+    running_var=None,
+    eps=1e-5,
+    partial_stats=None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """`bossnas_kernels.gbn_act` for fp32, bf16 and fp16 tensors of one CUDA or ROCm device."""
     checks.gbn_act(x, weight, bias, groups, residual, act, training, running_mean, running_var)
     if x.dtype not in common.DTYPES:
         raise ValueError(f"x: the kernel takes float32, bfloat16 or float16, got {x.dtype}")
-    others = {"weight": weight, "bias": bias, "residual": residual, "running_mean": running_mean,
-              "running_var": running_var, "partial_stats": partial_stats}
+    others = {
+        "weight": weight,
+        "bias": bias,
+        "residual": residual,
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "partial_stats": partial_stats,
+    }
     checks.same_device(x, **others)
     if residual is not None:
         residual = residual.to(x.dtype)
     if training:
-        if partial_stats is not None and (partial_stats.shape[:2] + partial_stats.shape[3:]
-                                          != (3, groups, x.shape[1])):
-            raise ValueError(f"partial_stats: expected [3, {groups}, parts, {x.shape[1]}] from a kernel called with as "
-                             f"many groups, got {tuple(partial_stats.shape)}")
+        if partial_stats is not None and (partial_stats.shape[:2] + partial_stats.shape[3:] != (3, groups, x.shape[1])):
+            raise ValueError(
+                f"partial_stats: expected [3, {groups}, parts, {x.shape[1]}] from a kernel called with as "
+                f"many groups, got {tuple(partial_stats.shape)}"
+            )
         y, statistics = _operation(x, weight, bias, residual, None, None, partial_stats, groups, act, eps)
         return y, statistics[0], statistics[2]
     running_mean, running_var = running_mean.float(), running_var.float()
@@ -53,9 +88,18 @@ def gbn_act(x, weight, bias, *, groups=1, residual=None, act="none", training=Tr
     return y, running_mean.expand(groups, -1), running_var.expand(groups, -1)
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, running_mean: Tensor | None,
-             running_var: Tensor | None, partial_stats: Tensor | None, groups: int, act: str,
-             eps: float) -> tuple[Tensor, Tensor]:
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    partial_stats: Tensor | None,
+    groups: int,
+    act: str,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     """-> y, and [3, G, C] fp32: mean, 1 / sqrt(biased var + eps), unbiased var."""
     x = dense("x of gbn_act", x)
     residual = None if residual is None else dense("residual of gbn_act", residual)
@@ -64,20 +108,49 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, r
     if running_mean is None:
         if partial_stats is None:
             partial_stats = torch.empty(3, groups, plan.chunks, plan.channels, dtype=torch.float32, device=x.device)
-            _statistics[plan.reducing_grid](x, partial_stats, plan.rows, plan.channels, plan.chunks, plan.chunk_rows,
-                                            partial_stats.stride(0), **plan.tile)
+            _statistics[plan.reducing_grid](
+                x,
+                partial_stats,
+                plan.rows,
+                plan.channels,
+                plan.chunks,
+                plan.chunk_rows,
+                partial_stats.stride(0),
+                **plan.tile,
+            )
         partial_stats = partial_stats.contiguous()
         grid, tile = plan.combining(partial_stats.shape[2])
-        _combine[grid](partial_stats, statistics, plan.channels, partial_stats.shape[2], partial_stats.stride(0),
-                       statistics.stride(0), eps, **tile)
+        _combine[grid](
+            partial_stats,
+            statistics,
+            plan.channels,
+            partial_stats.shape[2],
+            partial_stats.stride(0),
+            statistics.stride(0),
+            eps,
+            **tile,
+        )
     else:
         statistics[0] = running_mean
         statistics[1] = torch.rsqrt(running_var + eps)
         statistics[2] = running_var
     y = new_map(x)
-    _apply[plan.grid](x, x if residual is None else residual, y, statistics, statistics.stride(0), weight.contiguous(),
-                      bias.contiguous(), _group_stride(weight), _group_stride(bias), plan.rows, plan.channels,
-                      HAS_RESIDUAL=residual is not None, ACT=act, **plan.tile)
+    _apply[plan.grid](
+        x,
+        x if residual is None else residual,
+        y,
+        statistics,
+        statistics.stride(0),
+        weight.contiguous(),
+        bias.contiguous(),
+        _group_stride(weight),
+        _group_stride(bias),
+        plan.rows,
+        plan.channels,
+        HAS_RESIDUAL=residual is not None,
+        ACT=act,
+        **plan.tile,
+    )
     return y, statistics
 
 
@@ -85,8 +158,17 @@ def _fake_forward(x, weight, bias, residual, running_mean, running_var, partial_
     return new_map(x), torch.empty(3, groups, x.shape[1], dtype=torch.float32, device=x.device)
 
 
-def _backward(dy: Tensor, x: Tensor, extra: Tensor | None, statistics: Tensor, weight: Tensor, bias: Tensor,
-              groups: int, act: str, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    extra: Tensor | None,
+    statistics: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    act: str,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """-> dx, dz (the residual's gradient; empty if there is none), sums [2, G, C] of dz and of dz times normalised x.
 
     extra: with a residual, what tells z: y for relu, the residual for silu. Without one, z is recomputed from x.
@@ -99,15 +181,45 @@ def _backward(dy: Tensor, x: Tensor, extra: Tensor | None, statistics: Tensor, w
     dx = new_map(x)
     dz = torch.empty(0, dtype=x.dtype, device=x.device) if extra is None else new_map(x)
     strides = (_group_stride(weight), _group_stride(bias))
-    _reduce_gradient[plan.reducing_grid](dy, x, x if extra is None else extra, dz, partial, statistics,
-                                         statistics.stride(0), weight, bias, *strides, plan.rows, plan.channels,
-                                         plan.chunks, plan.chunk_rows, partial.stride(0), HAS_EXTRA=extra is not None,
-                                         ACT=act, **plan.tile)
+    _reduce_gradient[plan.reducing_grid](
+        dy,
+        x,
+        x if extra is None else extra,
+        dz,
+        partial,
+        statistics,
+        statistics.stride(0),
+        weight,
+        bias,
+        *strides,
+        plan.rows,
+        plan.channels,
+        plan.chunks,
+        plan.chunk_rows,
+        partial.stride(0),
+        HAS_EXTRA=extra is not None,
+        ACT=act,
+        **plan.tile,
+    )
     sums = partial.sum(2)
     # dz, once written, replaces dy and needs no activation any more
     given, act = (dy, act) if extra is None else (dz, "none")
-    _apply_gradient[plan.grid](given, x, dx, sums, statistics, sums.stride(0), weight, bias, *strides, plan.rows,
-                               plan.channels, TRAINING=training, ACT=act, **plan.tile)
+    _apply_gradient[plan.grid](
+        given,
+        x,
+        dx,
+        sums,
+        statistics,
+        sums.stride(0),
+        weight,
+        bias,
+        *strides,
+        plan.rows,
+        plan.channels,
+        TRAINING=training,
+        ACT=act,
+        **plan.tile,
+    )
     return dx, dz, sums
 
 
@@ -200,8 +312,9 @@ def _statistics(x, partial, rows, channels, chunks, chunk_rows, plane, BLOCK_M: 
 
 
 @triton.jit
-def _combine(partial, statistics, channels, parts, plane, statistics_plane, eps, BLOCK_P: tl.constexpr,
-             BLOCK_C: tl.constexpr):
+def _combine(
+    partial, statistics, channels, parts, plane, statistics_plane, eps, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
     """Parts (count, mean, M2) of every group, [3, G, parts, C] -> statistics [3, G, C]."""
     c, c_ok, group, _, _, _ = _place(1, 1, 1, channels, BLOCK_C)
     partial += group.to(tl.int64) * parts * channels
@@ -246,8 +359,23 @@ def _affine(statistics, plane, weight, bias, group, weight_stride, bias_stride, 
 
 
 @triton.jit
-def _apply(x, residual, y, statistics, plane, weight, bias, weight_stride, bias_stride, rows, channels,
-           HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def _apply(
+    x,
+    residual,
+    y,
+    statistics,
+    plane,
+    weight,
+    bias,
+    weight_stride,
+    bias_stride,
+    rows,
+    channels,
+    HAS_RESIDUAL: tl.constexpr,
+    ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """y = act((x - mean) * rstd * weight + bias + residual) on one tile."""
     c, c_ok, group, _, first, count = _place(tl.cdiv(rows, BLOCK_M), BLOCK_M, rows, channels, BLOCK_C)
     m, r, w, b = _affine(statistics, plane, weight, bias, group, weight_stride, bias_stride, channels, c, c_ok)
@@ -284,9 +412,28 @@ def _before_activation(dy, normal, extra, w, b, HAS_EXTRA: tl.constexpr, ACT: tl
 
 
 @triton.jit
-def _reduce_gradient(dy, x, extra, dz_out, partial, statistics, plane, weight, bias, weight_stride, bias_stride, rows,
-                     channels, chunks, chunk_rows, partial_plane, HAS_EXTRA: tl.constexpr, ACT: tl.constexpr,
-                     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def _reduce_gradient(
+    dy,
+    x,
+    extra,
+    dz_out,
+    partial,
+    statistics,
+    plane,
+    weight,
+    bias,
+    weight_stride,
+    bias_stride,
+    rows,
+    channels,
+    chunks,
+    chunk_rows,
+    partial_plane,
+    HAS_EXTRA: tl.constexpr,
+    ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Sums of dz and of dz * normalised x over one chunk -> partial [2, G, chunks, C]; dz itself with a residual."""
     c, c_ok, group, chunk, first, count = _place(chunks, chunk_rows, rows, channels, BLOCK_C)
     m, r, w, b = _affine(statistics, plane, weight, bias, group, weight_stride, bias_stride, channels, c, c_ok)
@@ -312,8 +459,24 @@ def _reduce_gradient(dy, x, extra, dz_out, partial, statistics, plane, weight, b
 
 
 @triton.jit
-def _apply_gradient(dy, x, dx, sums, statistics, plane, weight, bias, weight_stride, bias_stride, rows, channels,
-                    TRAINING: tl.constexpr, ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def _apply_gradient(
+    dy,
+    x,
+    dx,
+    sums,
+    statistics,
+    plane,
+    weight,
+    bias,
+    weight_stride,
+    bias_stride,
+    rows,
+    channels,
+    TRAINING: tl.constexpr,
+    ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """dx on one tile: through the batch's own statistics in training, through the affine map alone otherwise."""
     c, c_ok, group, _, first, count = _place(tl.cdiv(rows, BLOCK_M), BLOCK_M, rows, channels, BLOCK_C)
     m, r, w, b = _affine(statistics, plane, weight, bias, group, weight_stride, bias_stride, channels, c, c_ok)

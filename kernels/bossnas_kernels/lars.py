@@ -35,8 +35,12 @@ _COLUMNS = 7  # of the table: addresses of weight, momentum, target; elements; e
 _LARGEST: tl.constexpr = tl.constexpr(3.4e38)  # finite number of fp32, nearly
 
 
-def takes(weights: Sequence[Tensor], gradients: Sequence[Tensor | None], momenta: Sequence[Tensor],
-          targets: Sequence[Tensor | None] | None) -> bool:
+def takes(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    momenta: Sequence[Tensor],
+    targets: Sequence[Tensor | None] | None,
+) -> bool:
     """Whether the kernels can work on these tensors; says once why not. Gradients may have any strides."""
     targets = targets or [None] * len(weights)
     kept = [t for t in (*weights, *momenta, *targets) if t is not None]
@@ -47,8 +51,9 @@ def takes(weights: Sequence[Tensor], gradients: Sequence[Tensor | None], momenta
         why_not = "sharded or otherwise wrapped tensors"
     elif not all(t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last) for t in weights):
         why_not = "weights that are neither contiguous nor channels_last"
-    elif not all(t is None or _same_order(w, t)
-                 for others in (momenta, targets) for w, t in zip(weights, others, strict=False)):
+    elif not all(
+        t is None or _same_order(w, t) for others in (momenta, targets) for w, t in zip(weights, others, strict=False)
+    ):
         why_not = "momenta or targets laid out unlike the weights"
     elif any(t.data_ptr() % 16 for t in kept):
         why_not = "tensors that do not start at a multiple of 16 bytes"
@@ -58,9 +63,19 @@ def takes(weights: Sequence[Tensor], gradients: Sequence[Tensor | None], momenta
 
 
 @torch.no_grad()
-def lars_ema_step(weights: Sequence[Tensor], gradients: Sequence[Tensor | None], momenta: Sequence[Tensor],
-                  excluded: Sequence[bool], targets: Sequence[Tensor | None] | None = None, *, lr: float,
-                  momentum: float, weight_decay: float, trust: float, ema: float = 1.0) -> None:
+def lars_ema_step(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    momenta: Sequence[Tensor],
+    excluded: Sequence[bool],
+    targets: Sequence[Tensor | None] | None = None,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    trust: float,
+    ema: float = 1.0,
+) -> None:
     """`bossnas_kernels.lars_ema_step` for tensors that `takes` takes."""
     checks.lars_ema_step(weights, gradients, momenta, excluded, targets)
     if not any(w.numel() for w in weights):
@@ -72,9 +87,16 @@ def lars_ema_step(weights: Sequence[Tensor], gradients: Sequence[Tensor | None],
     followers = [0 if t is None else t.data_ptr() for t in targets or ()]
     with torch.cuda.device_of(weights[0]):
         stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0
-        table, chunks = _tables(device, stream, chunk, tuple(w.data_ptr() for w in weights),
-                                tuple(m.data_ptr() for m in momenta), tuple(followers),
-                                tuple(w.numel() for w in weights), tuple(map(bool, excluded)))
+        table, chunks = _tables(
+            device,
+            stream,
+            chunk,
+            tuple(w.data_ptr() for w in weights),
+            tuple(m.data_ptr() for m in momenta),
+            tuple(followers),
+            tuple(w.numel() for w in weights),
+            tuple(map(bool, excluded)),
+        )
         addresses = _send(torch.tensor([0 if g is None else g.data_ptr() for g in gradients]), device)
         _launch(table, chunks, addresses, lr, momentum, weight_decay, trust, ema)
     changed = (*weights, *momenta, *(t for t in targets or () if t is not None))
@@ -84,22 +106,33 @@ def lars_ema_step(weights: Sequence[Tensor], gradients: Sequence[Tensor | None],
 def _same_order(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape have their elements in the same order: strides of single rows do not matter."""
     return a.stride() == b.stride() or all(
-        n == 1 or i == j for n, i, j in zip(a.shape, a.stride(), b.stride(), strict=False))
+        n == 1 or i == j for n, i, j in zip(a.shape, a.stride(), b.stride(), strict=False)
+    )
 
 
 def _like_weight(weight: Tensor, gradient: Tensor) -> Tensor:
     if _same_order(weight, gradient) and gradient.data_ptr() % 16 == 0:
         return gradient
-    common.tell_once("lars_ema_step: gradients laid out unlike their weights, or not at multiples of 16 bytes, are "
-                     "copied on every step")
+    common.tell_once(
+        "lars_ema_step: gradients laid out unlike their weights, or not at multiples of 16 bytes, are "
+        "copied on every step"
+    )
     return torch.empty_like(weight).copy_(gradient)
 
 
 # What is cached depends on the arguments alone, so it never goes stale; a stream of its own has a table of its own, as
 # it would not wait for the copy in another.
 @functools.lru_cache(maxsize=8)
-def _tables(device: torch.device, stream: int, chunk: int, weights: tuple[int, ...], momenta: tuple[int, ...],
-            targets: tuple[int, ...], elements: tuple[int, ...], excluded: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+def _tables(
+    device: torch.device,
+    stream: int,
+    chunk: int,
+    weights: tuple[int, ...],
+    momenta: tuple[int, ...],
+    targets: tuple[int, ...],
+    elements: tuple[int, ...],
+    excluded: tuple[bool, ...],
+) -> tuple[Tensor, Tensor]:
     """-> table int64 [tensors, _COLUMNS], chunks int32 [chunks, 2]: number of a tensor, number of the chunk in it."""
     table = torch.zeros(len(weights), _COLUMNS, dtype=torch.int64)
     for column, values in enumerate((weights, momenta, targets, elements, excluded)):
@@ -118,8 +151,16 @@ def _send(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
-def _launch(table: Tensor, chunks: Tensor, gradients: Tensor, lr: float, momentum: float, weight_decay: float,
-            trust: float, ema: float) -> None:
+def _launch(
+    table: Tensor,
+    chunks: Tensor,
+    gradients: Tensor,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    trust: float,
+    ema: float,
+) -> None:
     """table, chunks: of `_tables`. gradients: addresses, int64 [tensors], 0 for none."""
     config = common.config(TABLE, table.device)
     shape = {"CHUNK": config["chunk"], "BLOCK": config["block"], "num_warps": config["num_warps"]}
@@ -127,10 +168,31 @@ def _launch(table: Tensor, chunks: Tensor, gradients: Tensor, lr: float, momentu
     scales = torch.empty(len(table), dtype=torch.float32, device=table.device)
     live = torch.empty(len(table), dtype=torch.int32, device=table.device)
     _squares[(len(chunks),)](table, chunks, gradients, partial, COLUMNS=_COLUMNS, **shape)
-    _scales[(len(table),)](table, gradients, partial, scales, live, float(lr), float(weight_decay), float(trust),
-                           COLUMNS=_COLUMNS, BLOCK=256, num_warps=1)
-    _update[(len(chunks),)](table, chunks, gradients, scales, live, float(momentum), float(weight_decay), 1.0 - ema,
-                            COLUMNS=_COLUMNS, **shape)
+    _scales[(len(table),)](
+        table,
+        gradients,
+        partial,
+        scales,
+        live,
+        float(lr),
+        float(weight_decay),
+        float(trust),
+        COLUMNS=_COLUMNS,
+        BLOCK=256,
+        num_warps=1,
+    )
+    _update[(len(chunks),)](
+        table,
+        chunks,
+        gradients,
+        scales,
+        live,
+        float(momentum),
+        float(weight_decay),
+        1.0 - ema,
+        COLUMNS=_COLUMNS,
+        **shape,
+    )
 
 
 @triton.jit
@@ -159,8 +221,16 @@ def _add_squares(total, address, first, offsets, mask, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _squares(table, chunks, gradients, partial, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-             TAIL: tl.constexpr = 16):
+def _squares(
+    table,
+    chunks,
+    gradients,
+    partial,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TAIL: tl.constexpr = 16,
+):
     """Sums of squares of a chunk of a weight and its gradient -> partial [chunks, 2]; nothing without a gradient."""
     tensor, row, first, left = _chunk(table, chunks, COLUMNS, CHUNK)
     gradient = tl.load(gradients + tensor)
@@ -184,8 +254,9 @@ def _squares(table, chunks, gradients, partial, COLUMNS: tl.constexpr, CHUNK: tl
 
 
 @triton.jit
-def _scales(table, gradients, partial, scales, live, lr, weight_decay, trust, COLUMNS: tl.constexpr,
-            BLOCK: tl.constexpr):
+def _scales(
+    table, gradients, partial, scales, live, lr, weight_decay, trust, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Scale of a tensor's step, and whether there is one: live is 0 without a gradient or with a zero one, else 1."""
     tensor = tl.program_id(0)
     row = table + tensor * COLUMNS
@@ -208,8 +279,9 @@ def _scales(table, gradients, partial, scales, live, lr, weight_decay, trust, CO
 
 
 @triton.jit
-def _update_part(weight, gradient, buffer, target, first, offsets, mask, live, scale, momentum, decay, share,
-                 VECTOR: tl.constexpr):
+def _update_part(
+    weight, gradient, buffer, target, first, offsets, mask, live, scale, momentum, decay, share, VECTOR: tl.constexpr
+):
     w_at = _at(weight, first, offsets, VECTOR)
     b_at = _at(buffer, first, offsets, VECTOR)
     t_at = _at(target, first, offsets, VECTOR)
@@ -228,8 +300,20 @@ def _update_part(weight, gradient, buffer, target, first, offsets, mask, live, s
 
 
 @triton.jit
-def _update(table, chunks, gradients, scales, lives, momentum, weight_decay, share, COLUMNS: tl.constexpr,
-            CHUNK: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr = 16):
+def _update(
+    table,
+    chunks,
+    gradients,
+    scales,
+    lives,
+    momentum,
+    weight_decay,
+    share,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TAIL: tl.constexpr = 16,
+):
     """One chunk: momentum and weight if the gradient is live, then the target, ``share`` of the way to the weight."""
     tensor, row, first, left = _chunk(table, chunks, COLUMNS, CHUNK)
     weight, buffer, target = tl.load(row), tl.load(row + 1), tl.load(row + 2)

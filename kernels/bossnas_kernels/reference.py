@@ -167,9 +167,7 @@ class _GroupByGroup(torch.autograd.Function):
         else:
             z_rows = z.chunk(groups)
             # Without a residual the gradient before the activation is only needed one group at a time.
-            dz_rows = (
-                (torch.empty_like(x_rows[0]),) * groups if dresidual is None else dresidual.chunk(groups)
-            )
+            dz_rows = (torch.empty_like(x_rows[0]),) * groups if dresidual is None else dresidual.chunk(groups)
         weight_rows, dweight_rows, dbias_rows = _group_rows(weight, groups), dweight.unbind(), dbias.unbind()
         mean_rows, rstd_rows = saved_mean.unbind(), saved_rstd.unbind()
         aten = torch.ops.aten
@@ -201,8 +199,9 @@ def dwconv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: i
     return F.conv2d(x, weight.to(x.dtype), bias, stride, 0 if kernel == stride else kernel // 2, groups=x.shape[1])
 
 
-def dwconv2d_stats(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1,
-                   groups: int = 1) -> tuple[Tensor, None]:
+def dwconv2d_stats(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, groups: int = 1
+) -> tuple[Tensor, None]:
     """See `bossnas_kernels.dwconv2d_stats`; no statistics."""
     checks.dwconv2d(x, weight, bias, stride)
     checks.stats_groups(groups, x.shape[0])
@@ -214,10 +213,14 @@ def mhsa2d(qkv: Tensor, heads: int) -> Tensor:
     checks.mhsa2d(qkv, heads)
     batch, _, height, width = qkv.shape
     layout, tokens = _memory_format(qkv), height * width
-    if (layout is torch.contiguous_format and tokens <= _WRITTEN_OUT_TOKENS and qkv.device.type == "cpu"
-            and qkv.dtype in (torch.float32, torch.float64)):
+    if (
+        layout is torch.contiguous_format
+        and tokens <= _WRITTEN_OUT_TOKENS
+        and qkv.device.type == "cpu"
+        and qkv.dtype in (torch.float32, torch.float64)
+    ):
         q, k, v = qkv.reshape(batch, 3, heads, -1, tokens).unbind(1)  # [N, heads, d, T]
-        weight = torch.softmax((q * q.shape[2]**-0.5).transpose(2, 3) @ k, 3)
+        weight = torch.softmax((q * q.shape[2] ** -0.5).transpose(2, 3) @ k, 3)
         return (v @ weight.transpose(2, 3)).reshape(batch, -1, height, width)
     rows = qkv.flatten(2).transpose(1, 2).contiguous()  # [N, T, 3*heads*d], free for channels_last
     q, k, v = rows.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
@@ -234,9 +237,19 @@ def mhsa2d_stats(qkv: Tensor, heads: int, *, groups: int = 1) -> tuple[Tensor, N
 
 
 @torch.no_grad()
-def lars_ema_step(weights: Sequence[Tensor], gradients: Sequence[Tensor | None], momenta: Sequence[Tensor],
-                  excluded: Sequence[bool], targets: Sequence[Tensor | None] | None = None, *, lr: float,
-                  momentum: float, weight_decay: float, trust: float, ema: float = 1.0) -> None:
+def lars_ema_step(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    momenta: Sequence[Tensor],
+    excluded: Sequence[bool],
+    targets: Sequence[Tensor | None] | None = None,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    trust: float,
+    ema: float = 1.0,
+) -> None:
     """`bossnas_kernels.lars_ema_step` in plain torch, with one copy from the device, of the norms."""
     checks.lars_ema_step(weights, gradients, momenta, excluded, targets)
     index = [i for i, g in enumerate(gradients) if g is not None]
@@ -245,17 +258,37 @@ def lars_ema_step(weights: Sequence[Tensor], gradients: Sequence[Tensor | None],
         given = [gradients[i].to(weights[i].dtype) for i in index]
         norms = torch._foreach_norm(moved) + torch._foreach_norm(given)
         w_norm, g_norm = torch.stack(norms).double().view(2, -1).tolist()
-        lars_update(moved, given, buffers, [excluded[i] for i in index], w_norm, g_norm, lr=lr, momentum=momentum,
-                    weight_decay=weight_decay, trust=trust)
+        lars_update(
+            moved,
+            given,
+            buffers,
+            [excluded[i] for i in index],
+            w_norm,
+            g_norm,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            trust=trust,
+        )
     pairs = [(t, w) for t, w in zip(targets or (), weights, strict=False) if t is not None]
     if pairs:
         torch._foreach_lerp_([t for t, _ in pairs], [w for _, w in pairs], 1 - ema)
 
 
 @torch.no_grad()
-def lars_update(weights: Sequence[Tensor], gradients: Sequence[Tensor], momenta: Sequence[Tensor],
-                excluded: Sequence[bool], w_norm: Sequence[float], g_norm: Sequence[float], *, lr: float,
-                momentum: float, weight_decay: float, trust: float) -> None:
+def lars_update(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    excluded: Sequence[bool],
+    w_norm: Sequence[float],
+    g_norm: Sequence[float],
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    trust: float,
+) -> None:
     """The update of `lars_ema_step` with norms that are known, as where each rank holds a piece of a tensor.
 
     A gradient of norm 0 moves nothing; NaN is not 0, and shows in the weights.

@@ -18,9 +18,19 @@ from scipy import stats
 
 from bossnas.supernet.scores import BETTER
 
-TINY = ["space.width=0.125", "heads.hidden=16", "heads.out=8", "data.val_images=12", "train.batch=8",
-        "train.micro_batch=8", "train.steps_per_epoch=2", "train.warmup_epochs=0", "rating.batch=12",
-        "rating.calibration_images=16", "space.image_size=8"]
+TINY = [
+    "space.width=0.125",
+    "heads.hidden=16",
+    "heads.out=8",
+    "data.val_images=12",
+    "train.batch=8",
+    "train.micro_batch=8",
+    "train.steps_per_epoch=2",
+    "train.warmup_epochs=0",
+    "rating.batch=12",
+    "rating.calibration_images=16",
+    "space.image_size=8",
+]
 
 
 def load(name):
@@ -66,19 +76,28 @@ def test_a_setting_is_rated_on_its_way_and_at_its_end(plain, images):
         assert set(block["ratings"]["end"]) == set(BETTER)
         assert block["winner"] == max(block["ratings"]["end"][study.OWN], key=block["ratings"]["end"][study.OWN].get)
     assert plain["blocks"][2]["prefix"] == [block["winner"] for block in plain["blocks"][:2]]
-    assert 0 < plain["cpu_seconds"]["train"] < plain["cpu_seconds"]["all"] and plain["sets"][-len(TINY):] == TINY
+    assert 0 < plain["cpu_seconds"]["train"] < plain["cpu_seconds"]["all"] and plain["sets"][-len(TINY) :] == TINY
     midway = study.run(study.Setting(("train.objective=bootstrap",), rate_at=(2,)), 0, images, TINY)
     assert midway["blocks"][0]["ratings"]["2"] != midway["blocks"][0]["ratings"]["end"]
     for ours, theirs in zip(midway["blocks"], plain["blocks"], strict=True):  # a rating on the way changes nothing
         assert ours["ratings"]["end"] == theirs["ratings"]["end"]
     untrained = study.run(study.SETTINGS["untrained"], 0, images, TINY)
     assert untrained["cpu_seconds"]["train"] == 0 and values(untrained, 0, "effective_rank") != values(
-        plain, 0, "effective_rank")
+        plain, 0, "effective_rank"
+    )
 
 
-@pytest.mark.parametrize("fault, first_block, scores", [
-    ("stacked", 0, set(BETTER)), ("prefix", 1, set(BETTER)), ("norms", 0, set(BETTER)), ("adapters", 0, set(BETTER)),
-    ("predictor", 0, {"population_centre"}), ("all", 0, set(BETTER))])
+@pytest.mark.parametrize(
+    "fault, first_block, scores",
+    [
+        ("stacked", 0, set(BETTER)),
+        ("prefix", 1, set(BETTER)),
+        ("norms", 0, set(BETTER)),
+        ("adapters", 0, set(BETTER)),
+        ("predictor", 0, {"population_centre"}),
+        ("all", 0, set(BETTER)),
+    ],
+)
 def test_a_fault_changes_what_it_says_and_nothing_before(plain, images, fault, first_block, scores):
     """``first_block``: the first whose ratings change; ``scores``: those that do there."""
     faulty = study.run(study.SETTINGS[f"fault-{fault}"], 0, images, TINY)
@@ -92,8 +111,10 @@ def test_the_prefix_goes_on_training_and_the_target_follows_with_its_own(images,
     config = study.load(None, [*study.BASE, f"data.train={images}/train-*.tar", f"data.val={images}/test-*.tar", *TINY])
     run = study.build(config)
     study.rating.freeze_winner(run, (3, 5))
-    before = {name: [p.clone() for p in network.part(0)["block"].parameters()]
-              for name, network in (("online", run.online), ("target", run.target))}
+    before = {
+        name: [p.clone() for p in network.part(0)["block"].parameters()]
+        for name, network in (("online", run.online), ("target", run.target))
+    }
     seen, remember = [], study._BehindOwnPrefix.remember
 
     def watch(self, features, views, prefix):
@@ -103,15 +124,18 @@ def test_the_prefix_goes_on_training_and_the_target_follows_with_its_own(images,
     monkeypatch.setattr(study._BehindOwnPrefix, "remember", watch)
     setting = study.Setting(faults=("prefix",))
     assert list(study.training(run, setting)) == [1, 2, 3, 4]
-    moved = {name: sum(not torch.equal(p, q) for p, q in zip(before[name], network.part(0)["block"].parameters(),
-                                                            strict=True))
-             for name, network in (("online", run.online), ("target", run.target))}
+    moved = {
+        name: sum(
+            not torch.equal(p, q) for p, q in zip(before[name], network.part(0)["block"].parameters(), strict=True)
+        )
+        for name, network in (("online", run.online), ("target", run.target))
+    }
     assert moved["online"] == moved["target"] > 0
     ours, theirs = seen[-2:]
     assert ours.requires_grad and not theirs.requires_grad and not torch.equal(ours, theirs)
     assert 0.5 < ours.std() / theirs.std() < 2, "both have the statistics of the batch"
     study.rate_all(run, setting)
-    x, = study.rating._Calibration(run)
+    (x,) = study.rating._Calibration(run)
     calibrated = run.target.features([(3, 5)], x)
     run.target.part(0).train()
     assert torch.allclose(run.target.features([(3, 5)], x), calibrated, atol=0.05), "it is calibrated where it is now"
@@ -153,16 +177,26 @@ def accuracy():
 def ratings(seed, noise, first=lambda ids: np.minimum(ids, 2).sum()):
     rng = np.random.default_rng(seed)
     blocks = [list(itertools.product(range(8), repeat=layers)) for layers in (2, 2, 1)]
-    return [{"".join(map(str, ids)): float((first(np.array(ids)) if b == 0 else np.log1p(ids).sum())
-                                           + noise * rng.normal()) for ids in paths} for b, paths in enumerate(blocks)]
+    return [
+        {
+            "".join(map(str, ids)): float(
+                (first(np.array(ids)) if b == 0 else np.log1p(ids).sum()) + noise * rng.normal()
+            )
+            for ids in paths
+        }
+        for b, paths in enumerate(blocks)
+    ]
 
 
 def write_runs(folder, setting, seeds, noise):
     for seed in seeds:
-        blocks = [{"ratings": {"end": {"effective_rank": scores}}, "prefix": [], "winner": ""}
-                  for scores in ratings(seed, noise)]
-        (folder / f"{setting}-seed{seed}.json").write_text(json.dumps(
-            {"setting": setting, "seed": seed, "blocks": blocks, "cpu_seconds": {"all": 3.0, "train": 1.0}}))
+        blocks = [
+            {"ratings": {"end": {"effective_rank": scores}}, "prefix": [], "winner": ""}
+            for scores in ratings(seed, noise)
+        ]
+        (folder / f"{setting}-seed{seed}.json").write_text(
+            json.dumps({"setting": setting, "seed": seed, "blocks": blocks, "cpu_seconds": {"all": 3.0, "train": 1.0}})
+        )
 
 
 def test_the_choice_sees_a_fifth_and_needs_all_seeds(accuracy, tmp_path):
@@ -200,8 +234,10 @@ def test_figures_are_of_the_other_four_fifths(accuracy, tmp_path):
     row = report.read(tmp_path)["untrained", "effective_rank"]
     found = report.compared(truth, row, "sum")
     ids = ["".join(str(c // 8 - 1) for c in row) for row in CHANNELS]
-    totals = [np.array([sum(blocks[b][i[a:z]] for b, (a, z) in enumerate(((0, 2), (2, 4), (4, 5)))) for i in ids])
-              for blocks in (ratings(seed, 1.0) for seed in range(4))]
+    totals = [
+        np.array([sum(blocks[b][i[a:z]] for b, (a, z) in enumerate(((0, 2), (2, 4), (4, 5)))) for i in ids])
+        for blocks in (ratings(seed, 1.0) for seed in range(4))
+    ]
     part = truth.reporting
     alone = [stats.spearmanr(total[part], accuracy[part])[0] for total in totals]
     assert found["alone"]["spearman"] == pytest.approx({"mean": np.mean(alone[:3]), "std": np.std(alone[:3], ddof=1)})
@@ -212,11 +248,14 @@ def test_figures_are_of_the_other_four_fifths(accuracy, tmp_path):
     three = sum(normal[:3]) / sum(normal[:3]).std()
     key = "untrained", "effective_rank"
     beside = {(found["name"], found["weight"]): found for found in report.beside_size(truth, {key: row}, "sum")}
-    for name, score in ((("untrained, effective_rank + size x", 3), three + 3 * size),
-                        (("size, last layer x", 0.8), np.log(CHANNELS) @ [1, 1, 1, 1, 0.8])):
+    for name, score in (
+        (("untrained, effective_rank + size x", 3), three + 3 * size),
+        (("size, last layer x", 0.8), np.log(CHANNELS) @ [1, 1, 1, 1, 0.8]),
+    ):
         for of, rows in (("reporting", part), ("choosing", truth.choosing)):
             assert beside[name][of]["spearman"] == pytest.approx(
-                stats.spearmanr(score[rows].round(9), accuracy[rows])[0], abs=1e-6)
+                stats.spearmanr(score[rows].round(9), accuracy[rows])[0], abs=1e-6
+            )
     assert all(0 < block["mean"] < block["ceiling"] for block in report.blocks(truth, row))
 
 
@@ -229,14 +268,28 @@ def test_sums_of_seeds_of_nine(accuracy, tmp_path):
     assert found["nine"]["spearman"]["std"] is None and found["three"]["spearman"]["std"] > 0
     row.ratings = dict(list(row.ratings.items())[:3])
     assert report.compared(truth, row, "sum")["summed"]["spearman"] == pytest.approx(
-        report.many(truth, row, "sum")["nine"]["spearman"]["mean"])
+        report.many(truth, row, "sum")["nine"]["spearman"]["mean"]
+    )
 
 
 def test_the_report_is_printed_and_written(accuracy, tmp_path, monkeypatch, capsys):
-    (tmp_path / "accuracy.csv").write_text("channels,accuracy\n" + "".join(
-        f"{':'.join(map(str, c))},{a}\n" for c, a in zip(CHANNELS, accuracy, strict=True)))
-    monkeypatch.setattr(sys, "argv", ["report.py", "--ratings", str(tmp_path / "runs"), "--accuracy",
-                                      str(tmp_path / "accuracy.csv"), "--json", str(tmp_path / "out.json")])
+    (tmp_path / "accuracy.csv").write_text(
+        "channels,accuracy\n"
+        + "".join(f"{':'.join(map(str, c))},{a}\n" for c, a in zip(CHANNELS, accuracy, strict=True))
+    )
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "report.py",
+            "--ratings",
+            str(tmp_path / "runs"),
+            "--accuracy",
+            str(tmp_path / "accuracy.csv"),
+            "--json",
+            str(tmp_path / "out.json"),
+        ],
+    )
     (tmp_path / "runs").mkdir()
     with pytest.raises(SystemExit):
         report.main()
@@ -258,10 +311,19 @@ def rated_run(folder, seed, score="effective_rank", image_size=32):
     (folder / "config.json").write_text(json.dumps({"space": {"name": "nats", "image_size": image_size}}))
     for block, scores in enumerate(ratings(seed, 0.3)):
         lower = {path: -value for path, value in scores.items()}
-        (folder / f"ratings/block_{block}.json").write_text(json.dumps({
-            "block": block, "prefix": ["34", "50"][:block], "score": score, "paths": scores, "candidates": [],
-            "scores": {"effective_rank": scores, "population_centre": lower},
-            "better": {"effective_rank": "higher", "population_centre": "lower"}}))
+        (folder / f"ratings/block_{block}.json").write_text(
+            json.dumps(
+                {
+                    "block": block,
+                    "prefix": ["34", "50"][:block],
+                    "score": score,
+                    "paths": scores,
+                    "candidates": [],
+                    "scores": {"effective_rank": scores, "population_centre": lower},
+                    "better": {"effective_rank": "higher", "population_centre": "lower"},
+                }
+            )
+        )
     return str(folder)
 
 
@@ -276,17 +338,22 @@ def test_agreement_is_with_sizes_behind_the_prefix_and_between_seeds(tmp_path, c
     scores = [ratings(seed, 0.3)[1] for seed in range(3)]
     params = [table.cost([(3, 4), tuple(map(int, path))]).params for path in scores[0]]
     assert found["effective_rank"][1]["params"] == pytest.approx(
-        [stats.spearmanr(list(s.values()), params)[0] for s in scores])
+        [stats.spearmanr(list(s.values()), params)[0] for s in scores]
+    )
     values = [list(s.values()) for s in scores]
     assert found["effective_rank"][1]["between_seeds"] == pytest.approx(
-        [stats.spearmanr(values[i], values[j])[0] for i, j in ((1, 0), (2, 0), (2, 1))])
+        [stats.spearmanr(values[i], values[j])[0] for i, j in ((1, 0), (2, 0), (2, 1))]
+    )
     assert "| effective_rank | 1 | 64 |" in capsys.readouterr().out
 
 
 def test_runs_of_different_spaces_are_not_compared(tmp_path, capsys):
     runs = [rated_run(tmp_path / "a", 0), rated_run(tmp_path / "b", 1, image_size=16)]
-    for arguments, words in ((runs, "different spaces"), ([str(tmp_path / "none")], "holds no config.json"),
-                             ([runs[0], "--scores", "beauty"], "has no score 'beauty'")):
+    for arguments, words in (
+        (runs, "different spaces"),
+        ([str(tmp_path / "none")], "holds no config.json"),
+        ([runs[0], "--scores", "beauty"], "has no score 'beauty'"),
+    ):
         with pytest.raises(SystemExit) as end:
             counts.main(arguments)
         assert end.value.code == 2 and words in capsys.readouterr().err

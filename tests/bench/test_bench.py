@@ -74,10 +74,13 @@ def test_compare_flags_what_became_slower(bench, tmp_path, capsys):
     assert sum("to_old" in result for result in compared["results"]) == 7
 
 
-@pytest.mark.parametrize("content, message", [
-    ({"environment": {"device": "cuda (Another)"}, "results": []}, "was measured on cuda (Another), this is cpu"),
-    ({"results": []}, "is no result of this program"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"environment": {"device": "cuda (Another)"}, "results": []}, "was measured on cuda (Another), this is cpu"),
+        ({"results": []}, "is no result of this program"),
+    ],
+)
 def test_compare_refuses_another_device_and_other_files(bench, tmp_path, capsys, content, message):
     (tmp_path / "old.json").write_text(json.dumps(content))
     with pytest.raises(SystemExit) as stop:
@@ -100,10 +103,14 @@ def failing(*args, **kwargs):
     raise RuntimeError("no such kernel")
 
 
-@pytest.mark.parametrize("kernel, fault", [
-    (slightly_wrong, "result 0 differs by"), (not_a_number, "result 0 differs by"),
-    (failing, "RuntimeError: no such kernel"),
-])
+@pytest.mark.parametrize(
+    "kernel, fault",
+    [
+        (slightly_wrong, "result 0 differs by"),
+        (not_a_number, "result 0 differs by"),
+        (failing, "RuntimeError: no such kernel"),
+    ],
+)
 def test_a_wrong_kernel_is_not_timed(bench, tmp_path, monkeypatch, capsys, kernel, fault):
     monkeypatch.setattr(importlib.import_module("gbn_act"), "gbn_act", kernel)
     code, report = quick(bench, tmp_path / "new.json")
@@ -116,8 +123,10 @@ def test_a_baseline_that_fails_is_said_and_costs_nothing_else(bench, tmp_path, m
     monkeypatch.setattr(importlib.import_module("gbn_act"), "eager_loop", failing)
     code, report = quick(bench, tmp_path / "new.json")
     assert code == 0 and len(report["results"]) == 8
-    assert all(result["baselines"] == {"eager loop": {"failed": "RuntimeError: no such kernel"}}
-               for result in report["results"])
+    assert all(
+        result["baselines"] == {"eager loop": {"failed": "RuntimeError: no such kernel"}}
+        for result in report["results"]
+    )
 
 
 def test_cases_left_out_for_lack_of_time_are_named(bench, tmp_path):
@@ -132,8 +141,9 @@ def test_verdicts(bench):
     good = {"time_over_floor": 1.1, "baselines": {"loop": {"ratio": 2.5}}}
     assert timing.verdict(good, case) == "meets"
     slow = {"time_over_floor": 2.3, "baselines": {"loop": {"ratio": 1.0}}}
-    assert timing.verdict(slow, case) == ("misses by 2.00x: 2.30 times the floor, at most 1.15 wanted; "
-                                          "by 2.00x: 1.00 times as fast as loop, 2.00 wanted")
+    assert timing.verdict(slow, case) == (
+        "misses by 2.00x: 2.30 times the floor, at most 1.15 wanted; by 2.00x: 1.00 times as fast as loop, 2.00 wanted"
+    )
     assert timing.verdict({"baselines": {"loop": {"failed": "out of memory"}}}, case) == "no target"
 
 
@@ -147,8 +157,24 @@ def supernet(project_root):
     del sys.modules[spec.name]
 
 
-TINY = ["--width", "0.125", "--image-size", "32", "--hidden", "16", "--out", "8", "--batch", "4", "--paths", "2",
-        "--rounds", "2", "--device", "cpu"]
+TINY = [
+    "--width",
+    "0.125",
+    "--image-size",
+    "32",
+    "--hidden",
+    "16",
+    "--out",
+    "8",
+    "--batch",
+    "4",
+    "--paths",
+    "2",
+    "--rounds",
+    "2",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.mark.parametrize("space, block", [("hytra", 0), ("mbconv", 1), ("nats", 0)])
@@ -159,8 +185,11 @@ def test_variants_of_a_supernet_block_agree_and_are_timed(supernet, tmp_path, sp
     assert report["not_timed"] == {} and list(report["parts"]) == ["step", "calibrate", "rate"]
     assert list(report["parts"]["step"]) == ["reference", "eager", "item-reference", "item-eager"]
     assert list(report["parts"]["rate"]) == ["reference", "eager"]
-    assert all(0 < times["q20_s"] <= times["median_s"] <= times["q80_s"]
-               for part in report["parts"].values() for times in part.values())
+    assert all(
+        0 < times["q20_s"] <= times["median_s"] <= times["q80_s"]
+        for part in report["parts"].values()
+        for times in part.values()
+    )
 
 
 def test_a_variant_that_computes_something_else_is_not_timed(supernet, tmp_path, monkeypatch):
@@ -174,8 +203,23 @@ def test_a_variant_that_computes_something_else_is_not_timed(supernet, tmp_path,
 @pytest.mark.parametrize("space, block, batches", [("hytra", 0, [2]), ("mbconv", 0, [2]), ("nats", 2, [1, 2])])
 def test_the_rating_equals_the_official_procedure_and_is_timed(project_root, tmp_path, space, block, batches):
     out, env = tmp_path / "rating.json", {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, project_root / "bench/rating.py", "--space", space, "--width", "0.25", "--hidden", "256",
-               "--out", "128", "--json", out, "--batches", *map(str, batches), "--block"]
+    command = [
+        sys.executable,
+        project_root / "bench/rating.py",
+        "--space",
+        space,
+        "--width",
+        "0.25",
+        "--hidden",
+        "256",
+        "--out",
+        "128",
+        "--json",
+        out,
+        "--batches",
+        *map(str, batches),
+        "--block",
+    ]
     done = subprocess.run([*command, str(block)], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
@@ -214,19 +258,33 @@ def photo_shards(tmp_path) -> str:
 
 
 def script(project_root, name: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, f"bench/{name}", *arguments], cwd=project_root, capture_output=True,
-                          text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, f"bench/{name}", *arguments], cwd=project_root, capture_output=True, text=True, timeout=300
+    )
 
 
 def test_the_data_benchmark_writes_the_ratios(project_root, tmp_path, photo_shards):
-    done = script(project_root, "data.py", "--shards", photo_shards, "--cifar", photo_shards, "--rounds", "1",
-                  "--samples", "2", "--json", str(tmp_path / "out.json"))
+    done = script(
+        project_root,
+        "data.py",
+        "--shards",
+        photo_shards,
+        "--cifar",
+        photo_shards,
+        "--rounds",
+        "1",
+        "--samples",
+        "2",
+        "--json",
+        str(tmp_path / "out.json"),
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert set(found["ratio"]) == {"device", "worker_crops", "worker", "cifar"} and min(found["ratio"].values()) > 0
     assert found["ratio"]["worker"] == found["imagenet"]["ratio"]["worker"]
     assert {"official", "loose files", "webdataset", "decode", "on the device (CPU): device"} <= set(
-        found["imagenet"]["cpu_ms_per_sample"])
+        found["imagenet"]["cpu_ms_per_sample"]
+    )
     done = script(project_root, "data.py", "--shards", str(tmp_path / "none-*.tar"))
     assert done.returncode == 2 and "no file matches" in done.stderr.splitlines()[-1]
 
@@ -234,8 +292,11 @@ def test_the_data_benchmark_writes_the_ratios(project_root, tmp_path, photo_shar
 def test_the_faults_are_what_the_documentation_says(project_root, photo_shards):
     done = script(project_root, "loading.py", "faults", "--shards", photo_shards)
     assert done.returncode == 0, done.stderr
-    rows = {(cells[1], cells[2]): cells[3] for line in done.stdout.splitlines()[2:]
-            if (cells := [cell.strip() for cell in line.split("|")])}
+    rows = {
+        (cells[1], cells[2]): cells[3]
+        for line in done.stdout.splitlines()[2:]
+        if (cells := [cell.strip() for cell in line.split("|")])
+    }
     assert rows["none", "index"] == rows["none", "stream"] == "40 of 40 samples, 0 replaced"
     for fault in ("truncated tar", "damaged header in mid-tar"):
         assert "refused at the start: data.train: the shard train-0.tar is damaged" in rows[fault, "index"]
@@ -250,10 +311,29 @@ def test_the_faults_are_what_the_documentation_says(project_root, photo_shards):
 
 
 def test_the_networks_benchmark_writes_sizes_exports_and_latencies(project_root, tmp_path):
-    done = script(project_root, "bossnet.py", "--parts", "sizes", "exports", "latency", "--model", "bossnet",
-                  "--options", '{"encoding": [[1], [1], [0], [1]], "width": 8}', "--image-size", "32",
-                  "--formats", "safetensors", "--sides", "torch eager", "torch fused", "--repeats", "3",
-                  "--json", str(tmp_path / "out.json"))
+    done = script(
+        project_root,
+        "bossnet.py",
+        "--parts",
+        "sizes",
+        "exports",
+        "latency",
+        "--model",
+        "bossnet",
+        "--options",
+        '{"encoding": [[1], [1], [0], [1]], "width": 8}',
+        "--image-size",
+        "32",
+        "--formats",
+        "safetensors",
+        "--sides",
+        "torch eager",
+        "torch fused",
+        "--repeats",
+        "3",
+        "--json",
+        str(tmp_path / "out.json"),
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["sizes"]["bossnet_t0"] == {"image_size": 224, "parameters": 38_415_960, "multiply_adds": 3_442_978_304}

@@ -18,9 +18,21 @@ from bossnas.networks.bossnet import BossNet
 from bossnas.networks.spec import Spec, build_network
 
 NETWORK = {"width": 8, "encoding": [[1], [1], [0], [1]]}
-TINY = [f"model.options={json.dumps(NETWORK)}", "model.name=bossnet", "model.image_size=32", "data.workers=0",
-        "data.val_images=64", "train.batch=32", "train.micro_batch=32", "train.epochs=1", "train.steps_per_epoch=2",
-        "train.warmup_epochs=0", "train.ema=0", "augment.repeats=1", "evaluate.batch=32"]
+TINY = [
+    f"model.options={json.dumps(NETWORK)}",
+    "model.name=bossnet",
+    "model.image_size=32",
+    "data.workers=0",
+    "data.val_images=64",
+    "train.batch=32",
+    "train.micro_batch=32",
+    "train.epochs=1",
+    "train.steps_per_epoch=2",
+    "train.warmup_epochs=0",
+    "train.ema=0",
+    "augment.repeats=1",
+    "evaluate.batch=32",
+]
 
 SHARDS = Path(cli.__file__).parents[1] / "data/sample/val-*.tar.gz"
 
@@ -61,15 +73,28 @@ def test_retrain_evaluate_export(trained, tmp_path, capfd):
     assert "on 64 images" in capfd.readouterr().out
     evaluated = json.loads((tmp_path / "e.json").read_text())
     assert evaluated["top1"] == found["best"]["top1"] and evaluated["ranks"] == 1 and evaluated["images"] == 64
-    assert call("evaluate", folder / "last.safetensors", "--val", SHARDS,
-                "--images", 64, "--workers", 0, "--fuse-bn", "--json", tmp_path / "f.json") in (0, None)
+    assert call(
+        "evaluate",
+        folder / "last.safetensors",
+        "--val",
+        SHARDS,
+        "--images",
+        64,
+        "--workers",
+        0,
+        "--fuse-bn",
+        "--json",
+        tmp_path / "f.json",
+    ) in (0, None)
     fused = json.loads((tmp_path / "f.json").read_text())
     assert fused["loss"] == pytest.approx(evaluated["loss"], rel=1e-5)
     assert call("export", folder, tmp_path / "exported", "--formats", "safetensors,standalone") in (0, None)
     assert "safetensors" in capfd.readouterr().out
     card = json.loads((tmp_path / "exported/card.json").read_text())
     assert card["about"]["top1"] == found["best"]["top1"] and {f["format"] for f in card["files"]} == {
-        "safetensors", "standalone"}
+        "safetensors",
+        "standalone",
+    }
     again = refused(capfd, "retrain", "--config", config, *sets)
     assert "already holds this run" in again and "--resume auto" in again
 
@@ -78,11 +103,26 @@ def test_another_training_begins_with_the_weights(trained, tmp_path):
     folder, config, sets = trained
     start = tmp_path / "a: b #1.safetensors"  # no YAML
     shutil.copy(folder / "last.safetensors", start)
-    assert call("retrain", "--config", config, *sets, "--set", f"out={tmp_path / 'b'}", "--set", "train.lr=1e-12",
-                "--set", "train.min_lr=0", "--checkpoint", start) in (0, None)
+    assert call(
+        "retrain",
+        "--config",
+        config,
+        *sets,
+        "--set",
+        f"out={tmp_path / 'b'}",
+        "--set",
+        "train.lr=1e-12",
+        "--set",
+        "train.min_lr=0",
+        "--checkpoint",
+        start,
+    ) in (0, None)
     before, after = load_file(folder / "last.safetensors"), load_file(tmp_path / "b/last.safetensors")
-    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before if "running" not in name
-               and "num_batches" not in name)
+    assert all(
+        torch.allclose(before[name], after[name], atol=1e-6)
+        for name in before
+        if "running" not in name and "num_batches" not in name
+    )
 
 
 def test_two_ranks_evaluate_alike(trained, tmp_path, project_root):
@@ -90,13 +130,16 @@ def test_two_ranks_evaluate_alike(trained, tmp_path, project_root):
     folder, _, _ = trained
     environment = {**os.environ, "PYTHONPATH": f"{project_root}:{project_root / 'kernels'}", "OMP_NUM_THREADS": "1"}
     common = ["-m", "bossnas.cli", "evaluate", str(folder), "--workers", "0", "--batch", "20", "--device", "cpu"]
-    front = {1: [sys.executable], 2: [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                      "--nproc-per-node", "2"]}
+    front = {
+        1: [sys.executable],
+        2: [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    }
     found = {}
     for ranks, start in front.items():
         file = tmp_path / f"{ranks}.json"
-        done = subprocess.run([*start, *common, "--json", str(file)], env=environment, capture_output=True, text=True,
-                              timeout=120)
+        done = subprocess.run(
+            [*start, *common, "--json", str(file)], env=environment, capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr
         found[ranks] = json.loads(file.read_text())
     assert found[2]["ranks"] == 2 and all(found[1][key] == found[2][key] for key in ("images", "top1", "top5"))
@@ -121,11 +164,12 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path, capfd, trained):
     assert "posix.system" in refused(capfd, "evaluate", tmp_path / "evil.pth", *options) and not marker.exists()
     torch.save(state, tmp_path / "good.pth")
     data = (tmp_path / "good.pth").read_bytes()
-    (tmp_path / "cut.pth").write_bytes(data[:len(data) // 2])
+    (tmp_path / "cut.pth").write_bytes(data[: len(data) // 2])
     assert "damaged" in refused(capfd, "evaluate", tmp_path / "cut.pth", *options)
     torch.save(BossNet([[1], [1], [1], [1]], 8, num_classes=10).state_dict(), tmp_path / "foreign.pth")
-    assert "layer3.0.shortcut" in refused(capfd, "export", tmp_path / "foreign.pth", tmp_path / "x", *options[:4],
-                                          "--classes", 10)
+    assert "layer3.0.shortcut" in refused(
+        capfd, "export", tmp_path / "foreign.pth", tmp_path / "x", *options[:4], "--classes", 10
+    )
     assert not (tmp_path / "x").exists()
     assert "has 10 classes, the network 7" in refused(capfd, "evaluate", tmp_path / "good.pth", *options[:-1], 7)
     assert "--model" in refused(capfd, "evaluate", tmp_path / "good.pth", "--val", shards)

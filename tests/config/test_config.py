@@ -25,19 +25,22 @@ def test_dump_is_the_config_again():
     assert validate(json.loads(dump(config))) == config
 
 
-@pytest.mark.parametrize("override, field, words", [
-    ("train.epoch=3", "train.epoch", "did you mean 'epochs'"),
-    ("trian.epochs=3", "trian", "did you mean 'train'"),
-    ("train.epochs=many", "train.epochs", "got 'many'"),
-    ("train.lr=-1", "train.lr", "greater than 0"),
-    ("train.batch=100", "train.batch", "multiple"),
-    ("space=hytra", "space", "hytra"),
-    ("seed.a=1", "seed", "integer"),
-    ("train.epochs", "--set", "a.b=value"),
-    ("engine.deepspeed={zero_optimization: {stage: 1}}", "engine.deepspeed", "engine.name"),
-    ("train.warmup_epochs=7", "train.warmup_epochs", "more than train.epochs"),
-    ("train.ema=.nan", "train.ema", "finite"),
-])
+@pytest.mark.parametrize(
+    "override, field, words",
+    [
+        ("train.epoch=3", "train.epoch", "did you mean 'epochs'"),
+        ("trian.epochs=3", "trian", "did you mean 'train'"),
+        ("train.epochs=many", "train.epochs", "got 'many'"),
+        ("train.lr=-1", "train.lr", "greater than 0"),
+        ("train.batch=100", "train.batch", "multiple"),
+        ("space=hytra", "space", "hytra"),
+        ("seed.a=1", "seed", "integer"),
+        ("train.epochs", "--set", "a.b=value"),
+        ("engine.deepspeed={zero_optimization: {stage: 1}}", "engine.deepspeed", "engine.name"),
+        ("train.warmup_epochs=7", "train.warmup_epochs", "more than train.epochs"),
+        ("train.ema=.nan", "train.ema", "finite"),
+    ],
+)
 def test_mistakes_name_the_field_and_the_fix(override, field, words):
     with pytest.raises(ConfigError) as caught:
         load(None, [override])
@@ -45,12 +48,15 @@ def test_mistakes_name_the_field_and_the_fix(override, field, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("overrides, field, words", [
-    (["model.space.nam=nats", "model.architecture=a"], "model.space.nam", "did you mean 'name'"),
-    (["augment.scale=[0.5, 0.1]"], "augment.scale", "smaller one first"),
-    (["augment.scale=[0.1, 1.5]"], "augment.scale", "at most 1"),
-    (["augment.ratio=[0, 1]"], "augment.ratio", "above 0"),
-])
+@pytest.mark.parametrize(
+    "overrides, field, words",
+    [
+        (["model.space.nam=nats", "model.architecture=a"], "model.space.nam", "did you mean 'name'"),
+        (["augment.scale=[0.5, 0.1]"], "augment.scale", "smaller one first"),
+        (["augment.scale=[0.1, 1.5]"], "augment.scale", "at most 1"),
+        (["augment.ratio=[0, 1]"], "augment.ratio", "above 0"),
+    ],
+)
 def test_mistakes_in_the_config_of_a_retraining(overrides, field, words):
     with pytest.raises(ConfigError) as caught:
         load(None, ["model.name=bossnet_t0", *overrides], RetrainConfig)

@@ -75,8 +75,10 @@ def sample() -> Data:
 
 def split(options: dict) -> tuple[DataConfig, dict]:
     """Keys of the data section, and the rest."""
-    return (DataConfig(**{"workers": 0} | {k: v for k, v in options.items() if k in DataConfig.model_fields}),
-            {k: v for k, v in options.items() if k not in DataConfig.model_fields})
+    return (
+        DataConfig(**{"workers": 0} | {k: v for k, v in options.items() if k in DataConfig.model_fields}),
+        {k: v for k, v in options.items() if k not in DataConfig.model_fields},
+    )
 
 
 def batches(source, recipe, views, pairs, **options):
@@ -91,27 +93,53 @@ def fixed(source, recipe, views, pairs, **options):
 
 def ids(source, **options) -> list[list[int]]:
     given = {"seed": 3, "epoch": 0, "start": 0, "steps": len(source) // options["batch"]} | options
-    return [numbers(view) for view, in batches(source, IDENTITY, [0], 1, **given)]
+    return [numbers(view) for (view,) in batches(source, IDENTITY, [0], 1, **given)]
 
 
-def one_epoch(sample: Data, world: int, workers: int, start: int = 0, seed: int = 5, epoch: int = 2,
-              views_on: str = "worker"):
+def one_epoch(
+    sample: Data, world: int, workers: int, start: int = 0, seed: int = 5, epoch: int = 2, views_on: str = "worker"
+):
     """Four global micro-batches of 16 images: per view the ranks' tensors in one."""
-    ranks = [batches(sample.train, IMAGENET, range(4), 2, seed=seed, epoch=epoch, start=start,
-                          steps=4, batch=16 // world, rank=rank, world=world, workers=workers,
-                     views_on=views_on)
-             for rank in range(world)]
+    ranks = [
+        batches(
+            sample.train,
+            IMAGENET,
+            range(4),
+            2,
+            seed=seed,
+            epoch=epoch,
+            start=start,
+            steps=4,
+            batch=16 // world,
+            rank=rank,
+            world=world,
+            workers=workers,
+            views_on=views_on,
+        )
+        for rank in range(world)
+    ]
     return [[torch.cat(parts) for parts in zip(*views, strict=True)] for views in zip(*ranks, strict=True)]
 
 
 def same(a: list[list[torch.Tensor]], b: list[list[torch.Tensor]]) -> bool:
-    return len(a) == len(b) and all(torch.equal(x, y) for p, q in zip(a, b, strict=True)
-                                    for x, y in zip(p, q, strict=True))
+    return len(a) == len(b) and all(
+        torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
+    )
 
 
-@pytest.mark.parametrize(("world", "workers", "views_on"), [
-    (1, 2, "worker"), (2, 0, "worker"), (4, 1, "worker"), (1, 2, "device"), (2, 1, "device"), (4, 0, "device"),
-    (2, 2, "worker_crops"), (4, 0, "worker_crops")])
+@pytest.mark.parametrize(
+    ("world", "workers", "views_on"),
+    [
+        (1, 2, "worker"),
+        (2, 0, "worker"),
+        (4, 1, "worker"),
+        (1, 2, "device"),
+        (2, 1, "device"),
+        (4, 0, "device"),
+        (2, 2, "worker_crops"),
+        (4, 0, "worker_crops"),
+    ],
+)
 def test_global_batches_are_the_same_for_any_ranks_and_workers(sample, world, workers, views_on):
     reference = one_epoch(sample, 1, 0, views_on=views_on)
     assert len(reference) == 4 and all(view.shape == (16, 3, 8, 8) for views in reference for view in views)
@@ -131,8 +159,12 @@ def test_every_place_makes_the_same_views(tmp_path, recipe):
                 member.size = file.tell()
                 tar.addfile(member, io.BytesIO(file.getvalue()))
     index = ShardIndex.open(str(tmp_path / "s-*.tar"))
-    made = {views_on: next(batches(index, recipe, range(4), 2, seed=1, epoch=0, start=0, steps=1, batch=16,
-                                   views_on=views_on)) for views_on in ("worker", "worker_crops", "device")}
+    made = {
+        views_on: next(
+            batches(index, recipe, range(4), 2, seed=1, epoch=0, start=0, steps=1, batch=16, views_on=views_on)
+        )
+        for views_on in ("worker", "worker_crops", "device")
+    }
     levels = 255 * torch.tensor(recipe.std)[:, None, None]
     for a, b in itertools.combinations(made.values(), 2):
         for x, y in zip(a, b, strict=True):
@@ -144,7 +176,7 @@ def test_order_in_blocks_keeps_to_few_shards(tmp_path):
     whole = [i for batch in ids(index, batch=10, shuffle_block=20) for i in batch]
     assert sorted(whole) == list(range(60)) and whole != sorted(whole)
     for first in range(0, 60, 20):
-        assert len({i // 10 for i in whole[first:first + 20]}) == 2
+        assert len({i // 10 for i in whole[first : first + 20]}) == 2
     assert ids(index, batch=10, shuffle_block=20, epoch=1) != ids(index, batch=10, shuffle_block=20)
 
 
@@ -177,8 +209,8 @@ def test_every_sample_comes_at_most_once_in_an_epoch(index):
 
 def test_the_views_asked_for_are_the_views_of_their_number(sample):
     options = dict(seed=0, epoch=0, start=0, steps=1, batch=6)
-    every, = batches(sample.train, IMAGENET, range(8), 4, **options)
-    some, = batches(sample.train, IMAGENET, [5, 1], 4, **options)
+    (every,) = batches(sample.train, IMAGENET, range(8), 4, **options)
+    (some,) = batches(sample.train, IMAGENET, [5, 1], 4, **options)
     assert same([some], [[every[5], every[1]]])
     assert len({view.sum().item() for view in every}) == 8  # independent draws
     row = next(iter(batches(sample.train, IMAGENET, [0], 4, **options)))[0]
@@ -191,8 +223,10 @@ def test_an_images_views_change_with_epoch_and_seed(tmp_path):
         member.size = len(png(40000))  # coloured, so that the jitter shows
         tar.addfile(member, io.BytesIO(png(40000)))
     index, options = ShardIndex.open(str(tmp_path / "one.tar")), dict(start=0, steps=1, batch=1)
-    made = [next(batches(index, IMAGENET, [0], 1, seed=seed, epoch=epoch, **options))[0].sum().item()
-            for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))]
+    made = [
+        next(batches(index, IMAGENET, [0], 1, seed=seed, epoch=epoch, **options))[0].sum().item()
+        for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))
+    ]
     assert len(set(made)) == 3 and made[0] == made[3]
 
 
@@ -210,14 +244,12 @@ def test_loading_leaves_the_runs_random_numbers_alone(sample):
         torch.manual_seed(1)
         np.random.seed(1)
         state = np.random.get_state()[1].copy()
-        list(fixed(sample.val, CIFAR, [0], 1, seed=0, count=4, batch=2, shuffle=True,
-                                workers=workers))
+        list(fixed(sample.val, CIFAR, [0], 1, seed=0, count=4, batch=2, shuffle=True, workers=workers))
         assert torch.equal(torch.rand(3), expected) and (np.random.get_state()[1] == state).all()
 
 
 def many(sample: Data, workers: int):
-    return batches(sample.train, CIFAR, [0, 1], 1, seed=0, epoch=0, start=0, steps=100, batch=16,
-                        workers=workers)
+    return batches(sample.train, CIFAR, [0, 1], 1, seed=0, epoch=0, start=0, steps=100, batch=16, workers=workers)
 
 
 def test_closing_early_leaves_no_process(sample):
@@ -235,7 +267,7 @@ def test_closing_early_leaves_no_process(sample):
 def test_workers_outlive_a_schedulers_signal_and_their_death_is_explained(sample):
     batches = many(sample, workers=1)
     next(batches)
-    worker, = multiprocessing.active_children()
+    (worker,) = multiprocessing.active_children()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         os.kill(worker.pid, number)
     time.sleep(0.2)
@@ -252,8 +284,7 @@ def test_bad_images_are_replaced_counted_and_named(tmp_path, caplog, workers):
     clean.mkdir()
     torn.mkdir()
     index = make_index(torn, 60, bad=(10, 11, 59))
-    expected = [[{10: 12, 11: 12, 59: 0}.get(i, i) for i in batch]
-                for batch in ids(make_index(clean, 60), batch=6)]
+    expected = [[{10: 12, 11: 12, 59: 0}.get(i, i) for i in batch] for batch in ids(make_index(clean, 60), batch=6)]
     bad: dict[str, str] = {}
     with caplog.at_level(logging.WARNING, "bossnas.data.batches"):
         assert ids(index, batch=6, max_bad=0.05, bad=bad, workers=workers) == expected
@@ -304,14 +335,16 @@ def test_fixed_batches(sample):
     first = list(fixed(sample.train, IMAGENET, [0, 2], 2, **options))
     assert [view.shape[0] for view, _ in first] == [20, 20, 10]
     assert same(first, list(fixed(sample.train, IMAGENET, [0, 2], 2, workers=2, **options)))
-    longer, other = (list(fixed(sample.train, IMAGENET, [0, 2], 2, **options | changed))
-                     for changed in ({"count": 60}, {"seed": 5}))
+    longer, other = (
+        list(fixed(sample.train, IMAGENET, [0, 2], 2, **options | changed)) for changed in ({"count": 60}, {"seed": 5})
+    )
     assert same(first[:2], longer[:2]) and not same(first, other)
 
 
 def test_fixed_batches_in_the_order_of_the_index(index):
     def given(**options):
-        return [numbers(view) for view, in fixed(index, IDENTITY, [0], 1, seed=1, **options)]
+        return [numbers(view) for (view,) in fixed(index, IDENTITY, [0], 1, seed=1, **options)]
+
     assert given(count=None, batch=25, shuffle=False) == [[*range(25)], [*range(25, 50)], [*range(50, 60)]]
     assert given(count=None, batch=25, shuffle=False, only=[2, 0]) == [[*range(50, 60)], [*range(25)]]
     assert given(count=100, batch=60, shuffle=False) == [list(range(60))]
@@ -325,7 +358,7 @@ def test_packaged_sample(sample):
         assert np.bincount(labels).tolist() == [each] * 10
         assert len({index.key(i) for i in range(len(index))}) == len(index)
         assert len(set(labels[:100])) == 10  # mixed
-    (shown,), = fixed(sample.val, CIFAR, [0], 1, seed=0, count=64, batch=64, shuffle=False)
+    ((shown,),) = fixed(sample.val, CIFAR, [0], 1, seed=0, count=64, batch=64, shuffle=False)
     assert 0.3 < shown.std() < 3
     assert sum(path.stat().st_size for path in SAMPLE.glob("*.gz")) < 3e6
     assert not list(SAMPLE.glob(".*.npz"))
@@ -336,8 +369,12 @@ def test_open_data_names_the_field(tmp_path, index):
     opened = open_data(DataConfig(train=shards, val=shards))
     assert len(opened.train) == 60 and not opened.is_sample
     absent = str(tmp_path / "v*")
-    for train, val, field in ((shards, None, "data.val"), (None, shards, "data.train"),
-                              (shards, absent, "data.val"), (absent, shards, "data.train")):
+    for train, val, field in (
+        (shards, None, "data.val"),
+        (None, shards, "data.train"),
+        (shards, absent, "data.val"),
+        (absent, shards, "data.train"),
+    ):
         with pytest.raises(ConfigError) as error:
             open_data(DataConfig(train=train, val=val))
         assert error.value.field == field
@@ -396,7 +433,8 @@ def test_fixed_batches_of_a_stream(tmp_path, workers):
     options = dict(seed=1, batch=25, workers=workers)
 
     def given(of, **more):
-        return [numbers(view) for view, in fixed(of, IDENTITY, [0], 1, **options | more)]
+        return [numbers(view) for (view,) in fixed(of, IDENTITY, [0], 1, **options | more)]
+
     whole = given(source, count=None, shuffle=False)
     assert whole == given(index, count=None, shuffle=False)
     assert given(source, count=None, shuffle=False, only=[1, 2]) == whole[1:]

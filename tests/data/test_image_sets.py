@@ -104,12 +104,15 @@ def test_imagenet_makes_the_same_shards_in_every_layout(tmp_path, name):
     root = layout(name, tmp_path / "set")
     source = open_source(root)
     assert source.kind == "imagenet" and source.classes == list(WNIDS)
-    found = {split: [(item.key, item.label, source.read(item)) for item in items]
-             for split, items in source.splits.items()}
-    assert found["train"] == [(f"{wnid}/{wnid}_{i}", c, jpeg(10 * c + i)) for c, wnid in enumerate(WNIDS)
-                              for i in range(3)]
-    assert found["val"] == sorted((f"{wnid}/{val_name(i)[:-5]}", WNIDS.index(wnid), jpeg(100 + i))
-                                  for i, wnid in enumerate(VAL, 1))
+    found = {
+        split: [(item.key, item.label, source.read(item)) for item in items] for split, items in source.splits.items()
+    }
+    assert found["train"] == [
+        (f"{wnid}/{wnid}_{i}", c, jpeg(10 * c + i)) for c, wnid in enumerate(WNIDS) for i in range(3)
+    ]
+    assert found["val"] == sorted(
+        (f"{wnid}/{val_name(i)[:-5]}", WNIDS.index(wnid), jpeg(100 + i)) for i, wnid in enumerate(VAL, 1)
+    )
     pack(root, tmp_path / "out", progress=False)
     pack(layout("class folders", tmp_path / "plain"), tmp_path / "expected", progress=False)
     for split in ("train", "val"):
@@ -117,30 +120,37 @@ def test_imagenet_makes_the_same_shards_in_every_layout(tmp_path, name):
         assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "expected" / shard).read_bytes()
 
 
-@pytest.mark.parametrize("lines", [
-    [f"{val_name(i)} {wnid}" for i, wnid in enumerate(VAL, 1)],
-    [f"{val_name(i)}\t{WNIDS.index(wnid)}" for i, wnid in enumerate(VAL, 1)],
-    [f"val/{val_name(i)[:-5]}, {wnid}" for i, wnid in enumerate(VAL, 1)],
-])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [f"{val_name(i)} {wnid}" for i, wnid in enumerate(VAL, 1)],
+        [f"{val_name(i)}\t{WNIDS.index(wnid)}" for i, wnid in enumerate(VAL, 1)],
+        [f"val/{val_name(i)[:-5]}, {wnid}" for i, wnid in enumerate(VAL, 1)],
+    ],
+)
 def test_labels_from_a_text_file(tmp_path, lines):
     tree(tmp_path / "set")
     (tmp_path / "labels.txt").write_text("\n".join(lines))
     source = open_source(tmp_path / "set", val_labels=tmp_path / "labels.txt")
     assert {item.file: item.label for item in source.splits["val"]} == {
-        f"val/{val_name(i)}": WNIDS.index(wnid) for i, wnid in enumerate(VAL, 1)}
+        f"val/{val_name(i)}": WNIDS.index(wnid) for i, wnid in enumerate(VAL, 1)
+    }
 
 
-@pytest.mark.parametrize(("lines", "message"), [
-    ([], "no label for 5 of 5 images, such as ILSVRC2012_val_00000001.JPEG"),
-    (["1 0", "2 0"], "no label for 5 of 5"),
-    ([f"{val_name(i)} 0" for i in range(1, 5)], "no label for 1 of 5 images, such as ILSVRC2012_val_00000005.JPEG"),
-    ([f"{val_name(i)} 0" for i in range(1, 7)], "1 of the 6 labels .* such as that of ILSVRC2012_val_00000006"),
-    ([f"{val_name(i)} {i - 1}" for i in range(1, 6)], "line 5 of .* gives class 4 of 4; count classes from 0"),
-    ([f"{val_name(i)} n99999999" for i in range(1, 6)], "gives ILSVRC2012_val_00000001.JPEG the class n99999999"),
-    ([f"{val_name(1)} 0"] * 2, "names ILSVRC2012_val_00000001.JPEG twice"),
-    ([val_name(1)], "line 1 of .* is 'ILSVRC2012_val_00000001.JPEG'; write an image's name and its class"),
-    (["1", "2"], "class ids alone, and .*meta.mat, which tells their classes, is missing"),
-])
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "no label for 5 of 5 images, such as ILSVRC2012_val_00000001.JPEG"),
+        (["1 0", "2 0"], "no label for 5 of 5"),
+        ([f"{val_name(i)} 0" for i in range(1, 5)], "no label for 1 of 5 images, such as ILSVRC2012_val_00000005.JPEG"),
+        ([f"{val_name(i)} 0" for i in range(1, 7)], "1 of the 6 labels .* such as that of ILSVRC2012_val_00000006"),
+        ([f"{val_name(i)} {i - 1}" for i in range(1, 6)], "line 5 of .* gives class 4 of 4; count classes from 0"),
+        ([f"{val_name(i)} n99999999" for i in range(1, 6)], "gives ILSVRC2012_val_00000001.JPEG the class n99999999"),
+        ([f"{val_name(1)} 0"] * 2, "names ILSVRC2012_val_00000001.JPEG twice"),
+        ([val_name(1)], "line 1 of .* is 'ILSVRC2012_val_00000001.JPEG'; write an image's name and its class"),
+        (["1", "2"], "class ids alone, and .*meta.mat, which tells their classes, is missing"),
+    ],
+)
 def test_labels_that_do_not_fit_are_refused(tmp_path, lines, message):
     tree(tmp_path / "set")
     (tmp_path / "labels.txt").write_text("\n".join(lines))
@@ -197,14 +207,14 @@ def test_damaged_imagenet_archives_lose_nothing_silently(tmp_path, damage):
     with tarfile.open(file) as tar:
         second, last = tar.getmembers()[1], tar.getmembers()[-1]
     if damage == "inner header":
-        with tarfile.open(fileobj=io.BytesIO(data[second.offset_data:])) as tar:
+        with tarfile.open(fileobj=io.BytesIO(data[second.offset_data :])) as tar:
             data[second.offset_data + tar.getmembers()[1].offset + 5] ^= 0xFF
     elif damage == "outer header":
         data[second.offset + 5] ^= 0xFF
     elif damage == "cut":
-        del data[second.offset_data + 3000:]
+        del data[second.offset_data + 3000 :]
     else:
-        del data[last.offset_data + 600:]
+        del data[last.offset_data + 600 :]
     file.write_bytes(data)
     with pytest.raises(ConfigError, match="ILSVRC2012_img_train.tar is damaged"):
         open_source(root)
@@ -261,8 +271,16 @@ def cifar10(folder: Path, dump=python2) -> Path:
     folder.mkdir(parents=True)
     for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
         data, labels = cifar_arrays(3 + i)
-        (folder / name).write_bytes(dump({"data": data, "labels": labels, "batch_label": "training batch",
-                                          "filenames": [f"{n}.png" for n in range(3 + i)]}))
+        (folder / name).write_bytes(
+            dump(
+                {
+                    "data": data,
+                    "labels": labels,
+                    "batch_label": "training batch",
+                    "filenames": [f"{n}.png" for n in range(3 + i)],
+                }
+            )
+        )
     (folder / "batches.meta").write_bytes(dump({"label_names": CIFAR10_NAMES, "num_vis": 3072}))
     return folder
 
@@ -280,8 +298,9 @@ def cifar100(folder: Path, dump=python2) -> Path:
     folder.mkdir(parents=True)
     for name, count in (("train", 7), ("test", 4)):
         data, _ = cifar_arrays(count)
-        (folder / name).write_bytes(dump({"data": data, "fine_labels": list(range(90, 90 + count)),
-                                          "coarse_labels": [0] * count}))
+        (folder / name).write_bytes(
+            dump({"data": data, "fine_labels": list(range(90, 90 + count)), "coarse_labels": [0] * count})
+        )
     (folder / "meta").write_bytes(dump({"fine_label_names": [f"fine_{i}" for i in range(100)]}))
     return folder
 
@@ -293,8 +312,11 @@ def dump3(value) -> bytes:
 @pytest.mark.parametrize("form", ["python", "python 3", "archive", "archive itself", "binary", "folder itself"])
 def test_cifar10_is_read_from_every_form(tmp_path, form):
     name = "cifar-10-batches-bin" if form == "binary" else "cifar-10-batches-py"
-    folder = cifar10_binary(tmp_path / name) if form == "binary" else cifar10(
-        tmp_path / name, dump3 if form == "python 3" else python2)
+    folder = (
+        cifar10_binary(tmp_path / name)
+        if form == "binary"
+        else cifar10(tmp_path / name, dump3 if form == "python 3" else python2)
+    )
     place = folder if form == "folder itself" else tmp_path
     if form.startswith("archive"):
         with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as tar:
@@ -308,7 +330,8 @@ def test_cifar10_is_read_from_every_form(tmp_path, form):
         images, labels = np.concatenate([data for data, _ in chosen]), sum((labels for _, labels in chosen), [])
         items = source.splits[split]
         assert [(item.key, item.label) for item in items] == [
-            (f"{CIFAR10_NAMES[label]}/{i:05d}", label) for i, label in enumerate(labels)]
+            (f"{CIFAR10_NAMES[label]}/{i:05d}", label) for i, label in enumerate(labels)
+        ]
         for item, image in zip(items, images, strict=True):
             png = source.read(item)
             assert png[:4] == b"\x89PNG" and np.array_equal(decode(png), image.reshape(3, 32, 32).transpose(1, 2, 0))
@@ -350,16 +373,19 @@ def test_a_harmful_pickle_is_refused_by_name_and_does_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(("value", "message"), [
-    ({"data": np.array([{}], object), "labels": [0]}, "an array of object, not of whole numbers"),
-    ({"data": np.zeros((2, 3072), np.uint8), "labels": [0]}, "holds no labelled 32x32 images"),
-    ({"data": np.zeros((2, 3072), np.float32), "labels": [0, 1]}, "an array of float32"),
-    ({"data": np.zeros((2, 30), np.uint8), "labels": [0, 1]}, "holds no labelled 32x32 images"),
-    ({"data": np.zeros((1, 3072), np.uint8), "labels": [10]}, "has the label 10"),
-    ({"data": np.zeros((1, 3072), np.uint8), "labels": ["a"]}, "labels that are no class numbers"),
-    ([1, 2], "holds no dict"),
-    (None, "holds no dict"),
-])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"data": np.array([{}], object), "labels": [0]}, "an array of object, not of whole numbers"),
+        ({"data": np.zeros((2, 3072), np.uint8), "labels": [0]}, "holds no labelled 32x32 images"),
+        ({"data": np.zeros((2, 3072), np.float32), "labels": [0, 1]}, "an array of float32"),
+        ({"data": np.zeros((2, 30), np.uint8), "labels": [0, 1]}, "holds no labelled 32x32 images"),
+        ({"data": np.zeros((1, 3072), np.uint8), "labels": [10]}, "has the label 10"),
+        ({"data": np.zeros((1, 3072), np.uint8), "labels": ["a"]}, "labels that are no class numbers"),
+        ([1, 2], "holds no dict"),
+        (None, "holds no dict"),
+    ],
+)
 def test_pickles_that_are_not_cifar_are_refused(tmp_path, value, message):
     folder = cifar10(tmp_path / "cifar-10-batches-py")
     (folder / "data_batch_2").write_bytes(dump3(value))

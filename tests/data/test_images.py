@@ -62,10 +62,20 @@ def test_a_truncated_jpeg_is_bad(cut):
         decode(data[:cut])
 
 
-@pytest.mark.parametrize(("ext", "mode", "expected"), [
-    ("jpg", "L", (99, 99, 99)), ("png", "L", (99, 99, 99)), ("png", "LA", (99, 99, 99)),
-    ("jpg", "CMYK", (200, 60, 30)), ("jpg", "RGB", (200, 60, 30)), ("png", "RGBA", (200, 60, 30)),
-    ("webp", "RGB", (200, 60, 30)), ("png", "P", (204, 51, 51)), ("png", "1", None)])
+@pytest.mark.parametrize(
+    ("ext", "mode", "expected"),
+    [
+        ("jpg", "L", (99, 99, 99)),
+        ("png", "L", (99, 99, 99)),
+        ("png", "LA", (99, 99, 99)),
+        ("jpg", "CMYK", (200, 60, 30)),
+        ("jpg", "RGB", (200, 60, 30)),
+        ("png", "RGBA", (200, 60, 30)),
+        ("webp", "RGB", (200, 60, 30)),
+        ("png", "P", (204, 51, 51)),
+        ("png", "1", None),
+    ],
+)
 def test_decode_gives_rgb(ext, mode, expected):
     file = io.BytesIO()
     image = Image.new("RGB", (12, 9), (200, 60, 30)).convert(mode, dither=Image.Dither.NONE)

@@ -38,7 +38,8 @@ def image_folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), each: in
         (root / name).mkdir(parents=True)
         for i in range(each):
             (root / name / f"image.{i}.{'JPG' if i % 2 else 'png'}").write_bytes(
-                picture(100 * c + i, "jpg" if i % 2 else "png", size=(300, 300)))
+                picture(100 * c + i, "jpg" if i % 2 else "png", size=(300, 300))
+            )
     return root
 
 
@@ -67,6 +68,7 @@ def test_pack_and_read_back(tmp_path):
 def test_webdataset_reads_packed_shards(tmp_path, monkeypatch):
     monkeypatch.setenv("WDS_SECURE", "1")
     import webdataset
+
     pack(image_folder(tmp_path / "images"), tmp_path / "out", progress=False)
     shard = str(tmp_path / "out" / "train-000000.tar")
     index = ShardIndex.open(shard)
@@ -118,6 +120,7 @@ def test_pack_stopped_in_the_first_shard_resumes(tmp_path, monkeypatch):
 
     def stop(*_):
         raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "fsync", stop)
         pack(tmp_path / "images", tmp_path / "out", 1, progress=False)
@@ -154,6 +157,7 @@ def test_pack_names_what_is_wrong(tmp_path, monkeypatch):
 
     def full(*_):
         raise OSError(28, "No space left on device")
+
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match="out: no room left"):
         patch.setattr(os, "fsync", full)
         pack(images, tmp_path / "full", progress=False)
@@ -224,7 +228,7 @@ def test_record_checksums_and_index(tmp_path):
 def test_images_above_the_limits_are_reported(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "small.png").write_bytes(picture(0))
-    side = int(MAX_PIXELS ** 0.5) + 1
+    side = int(MAX_PIXELS**0.5) + 1
     Image.new("1", (side, side)).save(tmp_path / "images" / "bomb.png")
     summary = pack(tmp_path / "images", tmp_path / "out", progress=False)
     assert summary["bad"] == [{"file": "bomb.png", "problem": f"{side}x{side} pixels, more than {MAX_PIXELS}"}]
@@ -252,11 +256,14 @@ def test_interrupted_packing_goes_on_to_the_same_bytes(tmp_path, project_root, s
     images, out = many_images(tmp_path / "images"), tmp_path / "out"
     pack(images, tmp_path / "whole", 1, progress=False)
     # a shell's background jobs ignore Ctrl-C, and hand that down to the tests' processes
-    code = ("import signal, sys; from bossnas.data.packing.pack import pack\n"
-            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-            "pack(sys.argv[1], sys.argv[2], 1, progress=False, workers=2)")
-    process = subprocess.Popen([sys.executable, "-c", code, str(images), str(out)], cwd=project_root,
-                               stderr=subprocess.PIPE, text=True)
+    code = (
+        "import signal, sys; from bossnas.data.packing.pack import pack\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "pack(sys.argv[1], sys.argv[2], 1, progress=False, workers=2)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(images), str(out)], cwd=project_root, stderr=subprocess.PIPE, text=True
+    )
     until = time.monotonic() + 60
     while len(list(out.glob("*.tar"))) < 5:
         assert process.poll() is None and time.monotonic() < until, process.stderr.read()
@@ -327,8 +334,9 @@ def test_verify_finds_an_index_that_tells_of_other_samples(tmp_path):
         columns = dict(table)
     columns["label"][3] += 1
     np.savez(file, **columns)
-    assert verify(out, progress=False)["problems"] == [{
-        "shard": "train-000000.tar", "problem": "its index tells of other samples", "fix": f"remove {file.name}"}]
+    assert verify(out, progress=False)["problems"] == [
+        {"shard": "train-000000.tar", "problem": "its index tells of other samples", "fix": f"remove {file.name}"}
+    ]
     columns["stamp"][1] += 1  # of another file: out of date, as after copying
     np.savez(file, **columns)
     assert verify(out, progress=False)["problems"] == []
@@ -367,8 +375,13 @@ for arguments in ([images, out, "--workers", "2", "--shard-mb", "1"], ["--verify
         if arguments == ["--verify", out]:
             os.truncate(out + "/train-000000.tar", 5000)
 """
-    lines = subprocess.run([sys.executable, "-c", code, str(tmp_path / "images"), str(out)], cwd=project_root,
-                           capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "kernels"})
+    lines = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "images"), str(out)],
+        cwd=project_root,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": "kernels"},
+    )
     made, summary, end, whole, end_whole, damaged, end_damaged = lines.stdout.splitlines()
     assert made.startswith("train: 12 images in ") and summary.startswith("2 classes, 0 unreadable images left out")
     assert whole.startswith("12 images in ") and whole.endswith(" shards are whole")

@@ -36,8 +36,14 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def shard_of(path: Path, numbers: range) -> Path:
-    return write_tar(path, {name: data for i in numbers for name, data in
-                            ((f"k/{i:03d}.png", picture(i)), (f"k/{i:03d}.cls", str(i % 3).encode()))})
+    return write_tar(
+        path,
+        {
+            name: data
+            for i in numbers
+            for name, data in ((f"k/{i:03d}.png", picture(i)), (f"k/{i:03d}.cls", str(i % 3).encode()))
+        },
+    )
 
 
 def refused(pattern, words: str, field: str = "data.val") -> None:
@@ -80,8 +86,16 @@ def test_compressed_shard_reads_the_same(tmp_path):
 
 
 def test_members_that_are_no_images_are_passed_over(tmp_path):
-    path = write_tar(tmp_path / "a.tar", {"x.json": b"{}", "a.b/y.JPEG": picture(1, "jpg"), "z.pickle": b"?",
-                                          "w.input.png": b"?", "ä" * 120 + ".png": picture(2)})
+    path = write_tar(
+        tmp_path / "a.tar",
+        {
+            "x.json": b"{}",
+            "a.b/y.JPEG": picture(1, "jpg"),
+            "z.pickle": b"?",
+            "w.input.png": b"?",
+            "ä" * 120 + ".png": picture(2),
+        },
+    )
     index = ShardIndex.open(str(path))
     assert [index.read(i) for i in range(2)] == [(picture(1, "jpg"), "jpeg", None), (picture(2), "png", None)]
     assert [index.key(i) for i in range(2)] == ["a.b/y", "ä" * 120]
@@ -120,6 +134,7 @@ def test_index_stays_in_memory_where_it_cannot_be_written(tmp_path, monkeypatch)
 
     def full(*_):
         raise OSError(30, "Read-only file system")
+
     monkeypatch.setattr(os, "replace", full)
     assert ShardIndex.open(str(path)).read(2)[0] == picture(2)
     assert [file.name for file in tmp_path.iterdir()] == ["a.tar"]
@@ -152,15 +167,15 @@ def test_torn_or_damaged_tar_is_named(tmp_path, harm):
     with tarfile.open(path) as tar:
         third = tar.getmembers()[2]
     if harm == "payload":
-        data = data[:third.offset_data + 10]
+        data = data[: third.offset_data + 10]
     elif harm == "header":
-        data = data[:third.offset + 100]
+        data = data[: third.offset + 100]
     elif harm == "boundary":
-        data = data[:third.offset]
+        data = data[: third.offset]
     elif harm == "damaged header":
         data[third.offset + 20] ^= 0xFF
     elif harm == "zeroed header":
-        data[third.offset:third.offset + 512] = bytes(512)
+        data[third.offset : third.offset + 512] = bytes(512)
     else:
         path, data = tmp_path / "a.tar.gz", gzip.compress(bytes(data))[:-200]
     path.write_bytes(bytes(data))

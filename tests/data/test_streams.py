@@ -43,8 +43,11 @@ def shard_bytes(shard: int, size: int = 1000) -> bytes:
     """Nothing here decodes, so any bytes do for images."""
     members = {}
     for i in range(PER_SHARD * shard, PER_SHARD * (shard + 1)):
-        members |= {f"k/{i:03d}.jpg": np.random.default_rng(i).bytes(size + i), f"k/{i:03d}.cls": b"%d\n" % (i % 3),
-                    f"k/{i:03d}.json": b"{}"}
+        members |= {
+            f"k/{i:03d}.jpg": np.random.default_rng(i).bytes(size + i),
+            f"k/{i:03d}.cls": b"%d\n" % (i % 3),
+            f"k/{i:03d}.json": b"{}",
+        }
     return tar_bytes(members)
 
 
@@ -80,8 +83,11 @@ def test_stream_and_index_give_the_same_samples(tmp_path, place):
     files = served()
     expected = plain(files, tmp_path)
     with FaultyServer(dict(files)) as server:
-        pattern = {"local": f"{tmp_path}/s-*.tar", "file": f"file://{tmp_path}/s-*.tar",
-                   "memory": "memory://bucket/s-*.tar"}.get(place, server.url + "/s-{0..3}.tar")
+        pattern = {
+            "local": f"{tmp_path}/s-*.tar",
+            "file": f"file://{tmp_path}/s-*.tar",
+            "memory": "memory://bucket/s-*.tar",
+        }.get(place, server.url + "/s-{0..3}.tar")
         if place == "memory":
             for name, data in files.items():
                 fsspec.filesystem("memory").pipe(f"/bucket/{name}", data)
@@ -103,6 +109,7 @@ def test_order_is_seeded_and_skipping_goes_on_exactly(tmp_path):
     def ids(epoch: int, worker: int = 0, skip: int = 0, buffer: int = 10) -> list[int]:
         shards = share(stream.order(5, epoch), worker, 2)
         return [sample.id for sample in stream.read(shards, [5, epoch, worker], buffer, skip)]
+
     whole = ids(0)
     assert whole == ids(0) and sorted(whole + ids(0, 1)) == sorted(sample.id for sample in in_order(stream))
     assert whole != ids(0, buffer=0) and whole != ids(1) and stream.order(5, 0).tolist() != stream.order(6, 0).tolist()
@@ -184,8 +191,11 @@ def test_busy_server_is_asked_again_and_a_refusing_one_is_not(tmp_path):
         stream = ShardStream.open(server.url + "/s-{0..3}.tar", **FAST)
         server.statuses = [500, 503, 429]
         assert contents(in_order(stream)) == plain(files, tmp_path)
-        for status, words in ((404, "s-0.tar cannot be read at byte 0: not found"), (403, "HTTP 403"),
-                              (410, "HTTP 410")):
+        for status, words in (
+            (404, "s-0.tar cannot be read at byte 0: not found"),
+            (403, "HTTP 403"),
+            (410, "HTTP 410"),
+        ):
             server.requests.clear()
             server.statuses = [status]
             fails(stream, words)
@@ -224,18 +234,24 @@ def test_torn_or_damaged_shard_is_named(tmp_path, place, harm):
     if harm == "damaged header":
         data[member.offset + 20] ^= 0xFF
     elif harm == "zeroed header":
-        data[member.offset:member.offset + 512] = bytes(512)
+        data[member.offset : member.offset + 512] = bytes(512)
     else:
-        data = data[:member.offset + (0 if harm == "boundary" else 700)]
-    words = (f"is damaged .no valid header at byte {member.offset}" if harm.endswith("header") else
-             f"is damaged .it ends before byte {member.offset + 512 + 1536 * (harm == 'payload')}, without an end mark")
+        data = data[: member.offset + (0 if harm == "boundary" else 700)]
+    words = (
+        f"is damaged .no valid header at byte {member.offset}"
+        if harm.endswith("header")
+        else f"is damaged .it ends before byte {member.offset + 512 + 1536 * (harm == 'payload')}, without an end mark"
+    )
     data = gzip.compress(bytes(data)) if place == "gz" else bytes(data)
     name = "s.tar.gz" if place == "gz" else "s.tar"
     (tmp_path / name).write_bytes(data)
     fsspec.filesystem("memory").pipe("/torn/s.tar", data)
     with FaultyServer({name: data}) as server:
-        url = {"local": str(tmp_path / name), "memory": "memory://torn/s.tar",
-               "pipe": f"pipe:cat {tmp_path / name}"}.get(place, f"{server.url}/{name}")
+        url = {
+            "local": str(tmp_path / name),
+            "memory": "memory://torn/s.tar",
+            "pipe": f"pipe:cat {tmp_path / name}",
+        }.get(place, f"{server.url}/{name}")
         fails(ShardStream.open(url, allow_pipe=True, **FAST), words)
 
 
@@ -268,8 +284,9 @@ def test_pipes_run_only_when_allowed(tmp_path):
     broken_once = f"pipe:cd {tmp_path}; test -e ran && exec cat s.tar; touch ran; head -c 5000 s.tar; exit 3"
     assert contents(in_order(ShardStream.open(broken_once, allow_pipe=True, **FAST))) == expected
     fails(ShardStream.open("pipe:exit 3", allow_pipe=True, **FAST), "the command ended with exit code 3")
-    hangs = ShardStream.open(f"pipe:head -c 5000 {tmp_path}/s.tar; sleep 60", allow_pipe=True, retries=1, timeout=0.2,
-                             backoff=0.01)
+    hangs = ShardStream.open(
+        f"pipe:head -c 5000 {tmp_path}/s.tar; sleep 60", allow_pipe=True, retries=1, timeout=0.2, backoff=0.01
+    )
     fails(hangs, "at byte 5000: TimeoutError: no byte for 0.2 s")
 
 
@@ -352,6 +369,7 @@ def test_counts_of_pack_json_are_used_and_checked(tmp_path, caplog):
     def record(text: str) -> ShardStream:
         (tmp_path / "pack.json").write_text(text)
         return ShardStream.open(pattern)
+
     assert ShardStream.open(pattern).samples is None and len(ShardStream.open(pattern, images=9)) == 9
     whole = {f"s-{i}.tar": {"samples": PER_SHARD} for i in range(SHARDS)}
     assert record(json.dumps({"shards": whole})).samples == SHARDS * PER_SHARD
@@ -375,18 +393,30 @@ def test_both_readers_see_repeated_keys_alike(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
-        for name, data in (("a.jpg", b"1"), ("a.cls", b"1"), ("a.jpg", b"2"), ("a.cls", b"2"), ("b.png", b"3"),
-                           ("b.jpg", b"4"), ("c.cls", b"5"), ("c.cls", b"6"), ("c.webp", b"7"), ("d.v2.jpg", b"8"),
-                           ("a.jpg", b"")):
+        for name, data in (
+            ("a.jpg", b"1"),
+            ("a.cls", b"1"),
+            ("a.jpg", b"2"),
+            ("a.cls", b"2"),
+            ("b.png", b"3"),
+            ("b.jpg", b"4"),
+            ("c.cls", b"5"),
+            ("c.cls", b"6"),
+            ("c.webp", b"7"),
+            ("d.v2.jpg", b"8"),
+            ("a.jpg", b""),
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     expected = plain({"s.tar": file.getvalue()}, tmp_path)
     assert expected == [(b"1", 1), (b"2", 2), (b"3", None), (b"7", 6), (b"", None)]
     said = [record.getMessage().rsplit("s.tar: ")[1] for record in caplog.records]
-    assert said == ["2 keys come twice in a row; each is a sample of its own",
-                    "1 images are passed over, for another image has their key",
-                    "2 samples have no image and are passed over"]
+    assert said == [
+        "2 keys come twice in a row; each is a sample of its own",
+        "1 images are passed over, for another image has their key",
+        "2 samples have no image and are passed over",
+    ]
     caplog.clear()
     assert contents(in_order(ShardStream.open(str(tmp_path / "s.tar")))) == expected
     assert len(caplog.records) == 3

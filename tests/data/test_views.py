@@ -33,8 +33,9 @@ def photo(width: int, height: int) -> Image.Image:
 
 def looks(augmentation: int, count: int = 4000, width: int = 640, height: int = 480) -> views.Looks:
     """Of one view of so many images: [1, count, ...]."""
-    return views.recipe("imagenet", 32).draw(np.tile([height, width], (count, 1)), range(count), [augmentation], 1,
-                                             seed=3, epoch=0)
+    return views.recipe("imagenet", 32).draw(
+        np.tile([height, width], (count, 1)), range(count), [augmentation], 1, seed=3, epoch=0
+    )
 
 
 def rows(drawn: views.Looks):
@@ -146,7 +147,7 @@ def test_painting_is_the_reference_within_its_tolerance(with_opencv, monkeypatch
 def test_each_colour_operation_of_painting_is_nearly_pillows(which):
     pytest.importorskip("cv2")
     picture = Image.fromarray(rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8))  # all colours
-    for factor in ((-0.1, -0.003, 0.05, 0.1) if which == 3 else (0.6, 0.93, 1.0, 1.4)):
+    for factor in (-0.1, -0.003, 0.05, 0.1) if which == 3 else (0.6, 0.93, 1.0, 1.4):
         ints, floats = [0, 0, 64, 64, 0, 0, 0, which, -1, -1, -1, 0, 0], [1, 1, 1, 0, 0]
         floats[which] = factor
         assert off(views.paint(np.array(picture), ints, floats), views.reference(picture, ints, floats, 64)) <= 0.05
@@ -165,8 +166,10 @@ def test_crops_are_the_references(with_opencv, monkeypatch):
         monkeypatch.setattr(views, "cv2", None)
     image = photo(320, 240)
     boxes = [ints[:7] for ints, _ in rows(looks(0, 30, 320, 240))]
-    boxes += [[*box[:4], down, right, box[6]] for box, down, right in zip(
-        boxes[:8], (1, -1, 3, -5, 0, 0, 47, -47), (0, 2, -4, -1, 7, -7, 0, 9), strict=True)]
+    boxes += [
+        [*box[:4], down, right, box[6]]
+        for box, down, right in zip(boxes[:8], (1, -1, 3, -5, 0, 0, 47, -47), (0, 2, -4, -1, 7, -7, 0, 9), strict=True)
+    ]
     drawn = views.Looks(torch.zeros(1, len(boxes), 13, dtype=torch.int32), torch.zeros(1, len(boxes), 5))
     drawn.ints[0, :, :7] = torch.tensor(boxes)
     pixels = torch.from_numpy(np.array(image)).flatten()
@@ -184,6 +187,7 @@ def test_a_look_depends_on_seed_epoch_sample_and_view_alone(name):
     def draw(samples=(7, 2**40, 0), numbers=(0, 1, 2, 3), seed=1, epoch=2, of=slice(None)) -> torch.Tensor:
         drawn = recipe.draw(sizes[of], samples[of], numbers, 2, seed=seed, epoch=epoch)
         return torch.cat([drawn.ints.double(), drawn.floats.double()], -1)
+
     every = draw()
     for generator in (np.random.seed, torch.manual_seed, random.seed):
         generator(99)
@@ -194,15 +198,19 @@ def test_a_look_depends_on_seed_epoch_sample_and_view_alone(name):
     assert not torch.equal(draw(seed=2), every) and not torch.equal(draw(epoch=3), every)
     flat = recipe.draw(np.tile([32, 32], (500, 1)), range(500), range(4), 2, seed=0, epoch=0)
     assert len(torch.cat([flat.ints.double(), flat.floats.double()], -1).flatten(0, 1).unique(dim=0)) > (
-        1990 if name == "imagenet" else 160)
+        1990 if name == "imagenet" else 160
+    )
 
 
 def test_cifar_views_are_the_crops_and_flips_of_the_padded_image():
     image, recipe = photo(32, 32), views.recipe("cifar", 32)
     padded = T.Pad(4)(image)
-    crops = {np.asarray(side.crop((left, top, left + 32, top + 32))).tobytes(): (flip, top, left)
-             for flip, side in enumerate((padded, padded.transpose(Image.Transpose.FLIP_LEFT_RIGHT)))
-             for top in range(9) for left in range(9)}
+    crops = {
+        np.asarray(side.crop((left, top, left + 32, top + 32))).tobytes(): (flip, top, left)
+        for flip, side in enumerate((padded, padded.transpose(Image.Transpose.FLIP_LEFT_RIGHT)))
+        for top in range(9)
+        for left in range(9)
+    }
     drawn = recipe.draw(np.tile([32, 32], (600, 1)), range(600), [0], 1, seed=0, epoch=0)
     places = []
     for ints, floats in rows(drawn):
@@ -216,8 +224,10 @@ def test_cifar_views_are_the_crops_and_flips_of_the_padded_image():
 def test_cifar_resizes_other_images_first():
     recipe = views.recipe("cifar", 16)
     small = photo(28, 28).resize((16, 16), Image.Resampling.BICUBIC)
-    made = [crop(image, recipe.draw(np.array([image.size]), [5], [0], 1, seed=0, epoch=0).ints[0, 0].tolist(), 16)
-            for image in (photo(28, 28), small)]
+    made = [
+        crop(image, recipe.draw(np.array([image.size]), [5], [0], 1, seed=0, epoch=0).ints[0, 0].tolist(), 16)
+        for image in (photo(28, 28), small)
+    ]
     assert off(*made) <= 0.05
 
 

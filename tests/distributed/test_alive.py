@@ -32,8 +32,9 @@ def test_a_signal_is_heard_by_the_next_question(number, request):
             os.kill(os.getpid(), number)
             assert guard.should_stop() and guard.should_stop(), "it stays so"
             raise guard.stopped()
-    assert str(caught.value) == (f"stopped on {number.name} at block 0 step 12; everything is saved; go on with "
-                                 "--resume auto")
+    assert str(caught.value) == (
+        f"stopped on {number.name} at block 0 step 12; everything is saved; go on with --resume auto"
+    )
     assert {n: signal.getsignal(n) for n in alive.SIGNALS} == before
 
 
@@ -58,8 +59,10 @@ def test_dist_run_turns_it_into_an_exit_code(capfd):
 
 
 def test_an_error_says_where_and_a_users_mistake_does_not(capfd):
-    for error, said in ((RuntimeError("no"), "rank 0: RuntimeError at block 1 step 2\n"),
-                        (ConfigError("a", "b", "c"), "")):
+    for error, said in (
+        (RuntimeError("no"), "rank 0: RuntimeError at block 1 step 2\n"),
+        (ConfigError("a", "b", "c"), ""),
+    ):
         with pytest.raises(type(error)), Guard(1) as guard:
             guard.at("block 1 step 2")
             raise error
@@ -71,15 +74,19 @@ def run(how: str, minutes: float, launcher: str = "torchrun") -> tuple[int, str]
 
 
 def test_the_watchdog_ends_a_process_that_does_not_move():
-    program = ("import time\nfrom bossnas.distributed.alive import Guard\n"
-               "with Guard(2 / 60) as guard:\n"
-               "    for step in range(3):\n        guard.at(f'block 0 step {step}')\n        time.sleep(0.1)\n"
-               "    time.sleep(60)\n")
-    done = subprocess.run([sys.executable, "-c", program], env=ranks.environment(), capture_output=True, text=True,
-                          timeout=50)
+    program = (
+        "import time\nfrom bossnas.distributed.alive import Guard\n"
+        "with Guard(2 / 60) as guard:\n"
+        "    for step in range(3):\n        guard.at(f'block 0 step {step}')\n        time.sleep(0.1)\n"
+        "    time.sleep(60)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=ranks.environment(), capture_output=True, text=True, timeout=50
+    )
     assert done.returncode == 1
-    assert re.search(r"^rank 0 has not moved for \d\.\d s: it is at block 0 step 2, <module> \(<string>:7\)",
-                     done.stderr), done.stderr
+    assert re.search(
+        r"^rank 0 has not moved for \d\.\d s: it is at block 0 step 2, <module> \(<string>:7\)", done.stderr
+    ), done.stderr
 
 
 def test_a_guard_that_was_left_watches_no_more(monkeypatch):
@@ -127,8 +134,9 @@ def test_who_waits_says_for_whom(how, silent):
     """A rank that is frozen gives no sign of life, one that is stuck says where itself."""
     program = [sys.executable, str(ranks.WORKERS / "alive_worker.py"), how, str(3 / 60)]
     env = ranks.environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.free_port())}
-    started = [subprocess.Popen(program, env=env | {"RANK": str(r)}, stderr=subprocess.PIPE, text=True)
-               for r in range(2)]
+    started = [
+        subprocess.Popen(program, env=env | {"RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in range(2)
+    ]
     try:
         errors = {r: p.communicate(timeout=60)[1] for r, p in enumerate(started) if r != silent}
     finally:
@@ -152,8 +160,20 @@ def test_who_waits_says_for_whom(how, silent):
 def test_torchrun_starts_dead_ranks_again():
     """Rank 0 is killed in the first start, rank 1 in the second; the third finds nothing of them in the store."""
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in ranks.environment()
-    program = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "2",
-               "--master_port", str(ranks.free_port()), str(ranks.WORKERS / "alive_worker.py"), "survive", "-"]
+    program = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--max-restarts",
+        "2",
+        "--master_port",
+        str(ranks.free_port()),
+        str(ranks.WORKERS / "alive_worker.py"),
+        "survive",
+        "-",
+    ]
     done = subprocess.run(program, env=ranks.environment(), capture_output=True, text=True, timeout=90)
     assert done.returncode == 0 and done.stdout.count("got through in start 2") == 2, done.stdout + done.stderr
 
@@ -201,8 +221,18 @@ def test_no_loader_process_outlives_the_run_or_holds_it_up(kind, end):
 
 
 def test_ranks_whose_launcher_was_killed_save_and_stop(tmp_path):
-    program = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-               str(ranks.free_port()), str(ranks.WORKERS / "alive_worker.py"), "orphan", "1"]
+    program = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(ranks.free_port()),
+        str(ranks.WORKERS / "alive_worker.py"),
+        "orphan",
+        "1",
+    ]
     with open(tmp_path / "errors", "w") as errors:  # a pipe would end with the launcher
         launcher = subprocess.Popen(program, env=ranks.environment(), stderr=errors, start_new_session=True)
     try:
@@ -223,9 +253,12 @@ def test_a_rank_that_fails_says_where():
 
 
 def test_all_groups_get_the_timeout():
-    program = ("import torch.distributed as d\nfrom bossnas import dist\nfrom bossnas.distributed.alive import Guard\n"
-               "dist.ensure_group()\ngroups = [d.group.WORLD, d.new_group([0])]\ndist.set_timeout(2)\n"
-               "print([g._get_backend(dist.device('cpu')).options._timeout.total_seconds() for g in groups])\n")
-    done = subprocess.run([sys.executable, "-c", program], env=ranks.environment(), capture_output=True, text=True,
-                          timeout=50)
+    program = (
+        "import torch.distributed as d\nfrom bossnas import dist\nfrom bossnas.distributed.alive import Guard\n"
+        "dist.ensure_group()\ngroups = [d.group.WORLD, d.new_group([0])]\ndist.set_timeout(2)\n"
+        "print([g._get_backend(dist.device('cpu')).options._timeout.total_seconds() for g in groups])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=ranks.environment(), capture_output=True, text=True, timeout=50
+    )
     assert done.stdout == "[120.0, 120.0]\n", done.stdout + done.stderr

@@ -26,9 +26,14 @@ from bossnas.supernet.supernet import Supernet
 LIMIT = 3e-7  # float32 sums in another order, three updates
 HALF = 0.01  # forward passes in fp16, whose steps are 2**-10
 OVERFLOW = {"step": 3, "factor": "1e4"}
-KINDS = {"ddp": {"engine": "ddp"}, "fsdp2": {"engine": "fsdp2"},
-         **{f"zero{stage}": {"engine": "deepspeed", "section": {"zero_optimization": {"stage": stage}}}
-            for stage in (0, 1, 2)}}
+KINDS = {
+    "ddp": {"engine": "ddp"},
+    "fsdp2": {"engine": "fsdp2"},
+    **{
+        f"zero{stage}": {"engine": "deepspeed", "section": {"zero_optimization": {"stage": stage}}}
+        for stage in (0, 1, 2)
+    },
+}
 WORLDS = (1, 2)
 GOES_ON = {"fsdp2": "zero1", "ddp": "fsdp2", "zero1": "zero2", "zero2": "ddp", "zero0": "fsdp2"}  # after this kind
 
@@ -60,9 +65,11 @@ def plain_training(steps, clip=0.0):
                 w.sub_(buffers[group["name"]])
             for t, w in zip(target.parameters(), module.layers.parameters(), strict=True):
                 t.mul_(worker.EMA).add_((1 - worker.EMA) * w)
-    return {**{f"online.{name}": p.detach() for name, p in module.named_parameters()},
-            **{f"target.{name}": p.detach() for name, p in target.named_parameters()},
-            **{f"momentum.{name}": buffer for name, buffer in buffers.items()}}
+    return {
+        **{f"online.{name}": p.detach() for name, p in module.named_parameters()},
+        **{f"target.{name}": p.detach() for name, p in target.named_parameters()},
+        **{f"momentum.{name}": buffer for name, buffer in buffers.items()},
+    }
 
 
 def single_training(steps, split=False, bad=None, **spec):
@@ -87,9 +94,7 @@ def test_single_is_the_plain_training():
     moved = {name for name in start if not torch.equal(start[name], trained[f"online.{name}"])}
     # both layers have sampled their choices 0..3, never 4; choice 0 began with a zero gamma
     names = ("0.weight", "0.bias", "2.weight", "3.weight", "3.bias", "4.weight")
-    assert moved == {
-        f"layers.{layer}.{choice}.{name}" for layer in (0, 1) for choice in range(4) for name in names
-    }
+    assert moved == {f"layers.{layer}.{choice}.{name}" for layer in (0, 1) for choice in range(4) for name in names}
     assert difference(single_training(range(3), clip=0.05), plain_training(range(3), clip=0.05)) <= LIMIT
     assert difference(single_training(range(3), clip=0.05), trained) > 1e-3
 
@@ -176,8 +181,11 @@ def test_an_engine_is_the_single_process(result):
     for block in (0, 1):
         after = result("three", block)
         assert difference(after, plain_training(range(3))) <= LIMIT
-        assert all(torch.equal(after[f"online.{name}"], p) for name, p in start.items()
-                   if name.startswith(("layers.0.4.", "layers.1.4.")))
+        assert all(
+            torch.equal(after[f"online.{name}"], p)
+            for name, p in start.items()
+            if name.startswith(("layers.0.4.", "layers.1.4."))
+        )
     for what in ("split", *(["variant"] if result.kind in ("zero1", "zero2") else [])):
         assert difference(result(what), plain_training(range(3))) <= LIMIT
     assert difference(result("clip"), plain_training(range(3), clip=0.05)) <= LIMIT
@@ -193,8 +201,13 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(result
 
 def test_an_overflow_halves_the_loss_scale_on_all_ranks(result):
     after = result("fp16")
-    seen = [("overflow", 2.0**15, True), ("overflow", 2.0**14, True), ("applied", 2.0**14, False),
-            ("overflow", 2.0**13, True), ("applied", 2.0**13, False)]  # the first two overflow by themselves
+    seen = [
+        ("overflow", 2.0**15, True),
+        ("overflow", 2.0**14, True),
+        ("applied", 2.0**14, False),
+        ("overflow", 2.0**13, True),
+        ("applied", 2.0**13, False),
+    ]  # the first two overflow by themselves
     assert after["seen"] == [seen] * result.world
     assert difference(after, plain_training([2, 4])) <= HALF
     assert difference(plain_training([2, 4]), plain_training([2, 3, 4])) > 4 * HALF
@@ -251,12 +264,34 @@ class OwnLayer(nn.Module):
         return self.candidates[choice](self.before(x))
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("hytra", {"stem": 1, "block.0.stem_adapters.#": 4, **{f"block.{i}.candidates.#": 6 for i in range(4)},
-               "projector.adapter.scales.#": 3, "projector.mlp": 1, "predictor": 1}),
-    ("mbconv", {"stem": 1, "block.0.candidates.#": 4, "block.1.candidates.#": 4, "block.#": 1, "projector.mlp": 1,
-                "predictor": 1}),  # the first layer with its shortcut
-    ("nats", {"block.#": 2, "projector.adapter.fixes.#": 8, "projector.mlp": 1, "predictor": 1})])
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        (
+            "hytra",
+            {
+                "stem": 1,
+                "block.0.stem_adapters.#": 4,
+                **{f"block.{i}.candidates.#": 6 for i in range(4)},
+                "projector.adapter.scales.#": 3,
+                "projector.mlp": 1,
+                "predictor": 1,
+            },
+        ),
+        (
+            "mbconv",
+            {
+                "stem": 1,
+                "block.0.candidates.#": 4,
+                "block.1.candidates.#": 4,
+                "block.#": 1,
+                "projector.mlp": 1,
+                "predictor": 1,
+            },
+        ),  # the first layer with its shortcut
+        ("nats", {"block.#": 2, "projector.adapter.fixes.#": 8, "projector.mlp": 1, "predictor": 1}),
+    ],
+)
 def test_units_are_candidates_heads_and_the_rest_of_layers(name, expected):
     from bossnas.distributed.engines.fsdp2 import units
 
@@ -306,9 +341,7 @@ def config(section, precision="fp32"):
 
 
 def test_section_is_filled_from_our_config():
-    filled = config(
-        {"zero_optimization": {"stage": 2, "overlap_comm": False}, "steps_per_print": 10, "_comment": "x"}
-    )
+    filled = config({"zero_optimization": {"stage": 2, "overlap_comm": False}, "steps_per_print": 10, "_comment": "x"})
     assert filled == {
         "zero_optimization": {"stage": 2, "overlap_comm": False},
         "steps_per_print": 10,

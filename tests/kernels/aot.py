@@ -101,18 +101,32 @@ def compile_all(target: str, cases) -> list[Resources]:
 
 
 def measure(case: str, kernel, target: str, grid: tuple[int, ...], constants: dict) -> Resources:
-    about = dict(case=case, kernel=kernel.metadata.name, target=target, shared=kernel.metadata.shared, grid=grid,
-                 warps=kernel.metadata.num_warps, constants=constants)
+    about = dict(
+        case=case,
+        kernel=kernel.metadata.name,
+        target=target,
+        shared=kernel.metadata.shared,
+        grid=grid,
+        warps=kernel.metadata.num_warps,
+        constants=constants,
+    )
     if target.startswith("gfx"):
         text = kernel.asm["amdgcn"]
 
         def value(key: str) -> int:
             return int(re.search(rf"^\s*\.{key}:\s*(\d+)", text, re.M)[1])
 
-        loads = [128 if "x4" in m else 64 if "x2" in m else 32
-                 for m in re.findall(r"(?:global|buffer)_load_dword\w*", text)]
-        return Resources(**about, registers=value("vgpr_count"), stack=value("private_segment_fixed_size"),
-                         spills=value("vgpr_spill_count"), widest_load=max(loads, default=0), wgmma=0)
+        loads = [
+            128 if "x4" in m else 64 if "x2" in m else 32 for m in re.findall(r"(?:global|buffer)_load_dword\w*", text)
+        ]
+        return Resources(
+            **about,
+            registers=value("vgpr_count"),
+            stack=value("private_segment_fixed_size"),
+            spills=value("vgpr_spill_count"),
+            widest_load=max(loads, default=0),
+            wgmma=0,
+        )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -121,10 +135,14 @@ def measure(case: str, kernel, target: str, grid: tuple[int, ...], constants: di
     loads = [int(m or 32) for m in re.findall(r"\bLDG\.E(?:\.\w+)*?(?:\.(64|128))?(?:\.\w+)*\s", sass)]
     # cp.async copies (LDGSTS) are loads too
     loads += [int(m or 32) for m in re.findall(r"\bLDGSTS\.E(?:\.\w+)*?(?:\.(64|128))?(?:\.\w+)*\s", sass)]
-    return Resources(**about, registers=int(re.search(r"REG:(\d+)", usage)[1]),
-                     stack=int(re.search(r"STACK:(\d+)", usage)[1]),
-                     spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)), widest_load=max(loads, default=0),
-                     wgmma=len(re.findall(r"\b[HI]GMMA\b", sass)))
+    return Resources(
+        **about,
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        widest_load=max(loads, default=0),
+        wgmma=len(re.findall(r"\b[HI]GMMA\b", sass)),
+    )
 
 
 def tool(name: str, *arguments: str) -> str:
@@ -133,10 +151,14 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def table(resources: list[Resources]) -> str:
-    head = (f"{'case':<44} {'kernel':<20} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>7} {'load':>4} {'wgmma':>5} "
-            "grid")
-    rows = [f"{r.case:<44} {r.kernel:<20} {r.registers:>4} {r.stack:>5} {r.spills:>5} {r.shared:>7} {r.widest_load:>4} "
-            f"{r.wgmma:>5} {'x'.join(map(str, r.grid))}" for r in resources]
+    head = (
+        f"{'case':<44} {'kernel':<20} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>7} {'load':>4} {'wgmma':>5} grid"
+    )
+    rows = [
+        f"{r.case:<44} {r.kernel:<20} {r.registers:>4} {r.stack:>5} {r.spills:>5} {r.shared:>7} {r.widest_load:>4} "
+        f"{r.wgmma:>5} {'x'.join(map(str, r.grid))}"
+        for r in resources
+    ]
     return "\n".join([head, *rows])
 
 

@@ -35,8 +35,11 @@ def gbn_act_cases():
         c = shape[1]
         x, res = meta(*shape, dtype=dtype), meta(*shape, dtype=dtype) if residual else None
         affine = [meta(c, dtype=torch.float32) for _ in range(2)]
-        running = {} if training else {k: meta(groups, c, dtype=torch.float32, grad=False)
-                                       for k in ("running_mean", "running_var")}
+        running = (
+            {}
+            if training
+            else {k: meta(groups, c, dtype=torch.float32, grad=False) for k in ("running_mean", "running_var")}
+        )
         y, _, _ = grouped_norm.gbn_act(x, *affine, groups=groups, residual=res, act=act, training=training, **running)
         train(y)
 
@@ -133,8 +136,14 @@ def lars_ema_step_cases():
 
     def run(tensors, elements):
         chunks = tensors * triton.cdiv(elements, common.config(lars.TABLE, torch.device("meta"))["chunk"])
-        tables = [torch.empty(*shape, dtype=dtype, device="meta") for shape, dtype in (
-            ((tensors, lars._COLUMNS), torch.int64), ((chunks, 2), torch.int32), ((tensors,), torch.int64))]
+        tables = [
+            torch.empty(*shape, dtype=dtype, device="meta")
+            for shape, dtype in (
+                ((tensors, lars._COLUMNS), torch.int64),
+                ((chunks, 2), torch.int32),
+                ((tensors,), torch.int64),
+            )
+        ]
         lars._launch(*tables, lr=0.1, momentum=0.9, weight_decay=1e-6, trust=1e-3, ema=0.99)
 
     for tensors, elements in ((400, 100_000), (400, 4_000_000), (1, 3_000_000_000)):
@@ -149,8 +158,13 @@ def byol_ensemble_loss_cases():
         train(ensemble_loss.byol_ensemble_loss(q, k))
 
     brain, single = torch.bfloat16, torch.float32
-    for width, q_dtype, k_dtype in ((256, brain, brain), (256, single, single), (4096, brain, brain),
-                                    (4096, single, single), (4096, single, brain)):
+    for width, q_dtype, k_dtype in (
+        (256, brain, brain),
+        (256, single, single),
+        (4096, brain, brain),
+        (4096, single, single),
+        (4096, single, brain),
+    ):
         name = f"byol_ensemble_loss P=T=4 N=256 D={width} {str(q_dtype)[6:]} {str(k_dtype)[6:]}"
         yield name, lambda a=(width, q_dtype, k_dtype): run(*a)
 
@@ -167,7 +181,9 @@ def augment_views_cases():
         looks, colours = Looks(ints, floats), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), dtype)
         augment_colours.finish_views(augment_crops.crop_views(pixels, table, looks, size), looks, *colours)
 
-    for views, images, height, width, size, dtype, jitter in ((8, 256, 375, 500, 224, torch.float32, True),
-                                                              (2, 4096, 32, 32, 32, torch.bfloat16, False)):
+    for views, images, height, width, size, dtype, jitter in (
+        (8, 256, 375, 500, 224, torch.float32, True),
+        (2, 4096, 32, 32, 32, torch.bfloat16, False),
+    ):
         name = f"augment_views {views}x{images} of {height}x{width} to {size} {str(dtype)[6:]}" + " jitter" * jitter
         yield name, lambda a=(views, images, height, width, size, dtype, jitter): run(*a)

@@ -29,11 +29,11 @@ def strided_gradients(like: Tensor):
     """Gradients of every kind of stride that autograd may hand on: (name, tensor)."""
     noise = torch.linspace(-2, 2, 2 * like.numel(), dtype=torch.float64).cos().to(like.device, like.dtype)
     yield "expanded", torch.full((1,) * like.dim(), 0.3, dtype=like.dtype, device=like.device).expand(like.shape)
-    yield "row expanded", noise[:like[0].numel()].reshape(like[:1].shape).expand(like.shape)
+    yield "row expanded", noise[: like[0].numel()].reshape(like[:1].shape).expand(like.shape)
     yield "every second", noise.reshape(*like.shape, 2)[..., 0]
-    yield "transposed", noise[:like.numel()].reshape(like.transpose(0, 1).shape).transpose(0, 1)
+    yield "transposed", noise[: like.numel()].reshape(like.transpose(0, 1).shape).transpose(0, 1)
     if like.dim() == 4:
-        nhwc = noise[:like.numel()].reshape(like.permute(0, 2, 3, 1).shape)
+        nhwc = noise[: like.numel()].reshape(like.permute(0, 2, 3, 1).shape)
         yield "channels last", nhwc.permute(0, 3, 1, 2)
         halves = noise.reshape(like.shape[0], 2 * like.shape[1], *like.shape[2:])
-        yield "slice of a concatenation", halves[:, like.shape[1]:]
+        yield "slice of a concatenation", halves[:, like.shape[1] :]

@@ -39,8 +39,12 @@ def compilers(request, tmp_path_factory):
     running = {}
     for target in ("sm_80", "sm_90", "gfx942"):
         with open(folder / f"{target}.txt", "w") as log:
-            running[target] = subprocess.Popen([sys.executable, script, target, "--json", folder / f"{target}.json"],
-                                               env=environment, stdout=log, stderr=subprocess.STDOUT)
+            running[target] = subprocess.Popen(
+                [sys.executable, script, target, "--json", folder / f"{target}.json"],
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
     yield folder, running
     for process in running.values():
         process.kill()

@@ -32,35 +32,63 @@ def cases(dtype):
     """Name, function of (module with the kernels or the reference, tensors), tensors that have a gradient."""
     norm = [draw(6, 48, 9, 7, dtype=dtype), draw(48), draw(48), draw(6, 48, 9, 7, dtype=dtype)]
     for act in ("none", "relu", "silu"):
-        yield f"gbn_act {act}", lambda m, x, w, b, r, act=act: m.gbn_act(
-            x, w, b, groups=3, residual=r, act=act)[0], norm, grouped_norm
+        yield (
+            f"gbn_act {act}",
+            lambda m, x, w, b, r, act=act: m.gbn_act(x, w, b, groups=3, residual=r, act=act)[0],
+            norm,
+            grouped_norm,
+        )
     for k, stride in ((3, 1), (3, 2), (5, 1), (5, 2), (4, 4)):
-        yield f"dwconv2d {k}x{k} stride {stride}", lambda m, x, w, b, stride=stride: m.dwconv2d(
-            x, w, b, stride=stride), [draw(3, 40, 13, 12, dtype=dtype), draw(40, 1, k, k), draw(40)], depthwise
+        yield (
+            f"dwconv2d {k}x{k} stride {stride}",
+            lambda m, x, w, b, stride=stride: m.dwconv2d(x, w, b, stride=stride),
+            [draw(3, 40, 13, 12, dtype=dtype), draw(40, 1, k, k), draw(40)],
+            depthwise,
+        )
     for side in (7, 14):
-        yield f"mhsa2d {side * side} positions", lambda m, qkv: m.mhsa2d(qkv, 1), [
-            draw(2, 192, side, side, dtype=dtype)], attention
+        yield (
+            f"mhsa2d {side * side} positions",
+            lambda m, qkv: m.mhsa2d(qkv, 1),
+            [draw(2, 192, side, side, dtype=dtype)],
+            attention,
+        )
     k = draw(4, 9, 200, dtype=dtype).detach()
-    yield "byol_ensemble_loss", lambda m, q: m.byol_ensemble_loss(q, k.to(q.dtype)), [
-        draw(4, 9, 200, dtype=dtype)], ensemble_loss
+    yield (
+        "byol_ensemble_loss",
+        lambda m, q: m.byol_ensemble_loss(q, k.to(q.dtype)),
+        [draw(4, 9, 200, dtype=dtype)],
+        ensemble_loss,
+    )
 
 
 def lars_errors():
     shapes = ((64, 32, 3, 3), (1000,), (17,), (4096, 3))
-    values = [[torch.randn(s, generator=torch.Generator().manual_seed(i + 10 * k)) for i, s in enumerate(shapes)]
-              for k in range(4)]
+    values = [
+        [torch.randn(s, generator=torch.Generator().manual_seed(i + 10 * k)) for i, s in enumerate(shapes)]
+        for k in range(4)
+    ]
     given = [[t.to(DEVICE) for t in column] for column in values]
     truth = [[t.double() for t in column] for column in values]
     for step, lists in ((lars.lars_ema_step, given), (reference.lars_ema_step, truth)):
         for _ in range(5):
-            step(*lists[:3], [False, True, True, False], lists[3], lr=0.5, momentum=0.9, weight_decay=1e-2, trust=0.1,
-                 ema=0.9)
+            step(
+                *lists[:3],
+                [False, True, True, False],
+                lists[3],
+                lr=0.5,
+                momentum=0.9,
+                weight_decay=1e-2,
+                trust=0.1,
+                ema=0.9,
+            )
     return [max(error(g, t) for g, t in zip(a, b, strict=True)) for a, b in zip(given, truth, strict=True)]
 
 
 def main():
-    print(f"{DEVICE}, triton {triton.__version__}, torch {torch.__version__}, "
-          f"{'interpreter' if grouped_norm.common.INTERPRET else 'native'}\n")
+    print(
+        f"{DEVICE}, triton {triton.__version__}, torch {torch.__version__}, "
+        f"{'interpreter' if grouped_norm.common.INTERPRET else 'native'}\n"
+    )
     print("| kernel | dtype | result | gradients, in the order of the arguments |\n|---|---|---|---|")
     for dtype in DTYPES:
         for name, function, leaves, module in cases(dtype):

@@ -52,8 +52,11 @@ def test_nothing_spills(compiled):
 
 def test_shared_memory_and_grids_fit(compiled):
     target, resources = compiled
-    bad = [r for r in resources if r["shared"] > SHARED_MEMORY[target] or any(g > 65535 for g in r["grid"][1:])
-           or r["grid"][0] >= 2**31]
+    bad = [
+        r
+        for r in resources
+        if r["shared"] > SHARED_MEMORY[target] or any(g > 65535 for g in r["grid"][1:]) or r["grid"][0] >= 2**31
+    ]
     assert not bad, names(bad)
 
 

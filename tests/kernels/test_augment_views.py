@@ -42,8 +42,8 @@ def picture(height, width, seed=0):
     y, x = np.mgrid[:height, :width][..., None] / 20
     waves = np.sin(y * draw.uniform(0.2, 2, 3) + x * draw.uniform(0.2, 2, 3) + draw.uniform(0, 6, 3))
     levels = 128 + 90 * waves + 60 * ((x + 2 * y) % 3 < 1) * draw.uniform(-1, 1, 3) + draw.normal(0, 12, waves.shape)
-    levels[: height // 5, : width // 5], levels[-height // 6:, -width // 6:] = 0, 255
-    levels[: height // 6, -width // 6:] = levels[: height // 6, -width // 6:, :1]
+    levels[: height // 5, : width // 5], levels[-height // 6 :, -width // 6 :] = 0, 255
+    levels[: height // 6, -width // 6 :] = levels[: height // 6, -width // 6 :, :1]
     return np.clip(levels, 0, 255).astype(np.uint8)
 
 
@@ -114,13 +114,30 @@ def check_finish(name, crops, given):
     for v, n in itertools.product(*(range(k) for k in got.shape[:2])):
         want = pillow_finish(crops[v, n].cpu().numpy(), given.ints[v, n], given.floats[v, n])
         # (p / 255) / (1 / 255) is rounded
-        np.testing.assert_array_equal(np.rint(levels(got[v, n])), want, err_msg=f"{given.ints[v, n]} "
-                                                                                f"{given.floats[v, n]}")
+        np.testing.assert_array_equal(
+            np.rint(levels(got[v, n])), want, err_msg=f"{given.ints[v, n]} {given.floats[v, n]}"
+        )
         assert np.abs(levels(got[v, n]) - want).max() < 1e-3
 
 
-SIZES = [(1, 40), (40, 1), (1, 1), (3, 2), (24, 24), (24, 50), (23, 24), (25, 23), (40, 37), (60, 30), (61, 43),
-         (90, 61), (150, 90), (97, 150), (400, 20), (20, 400)]
+SIZES = [
+    (1, 40),
+    (40, 1),
+    (1, 1),
+    (3, 2),
+    (24, 24),
+    (24, 50),
+    (23, 24),
+    (25, 23),
+    (40, 37),
+    (60, 30),
+    (61, 43),
+    (90, 61),
+    (150, 90),
+    (97, 150),
+    (400, 20),
+    (20, 400),
+]
 
 
 @exact_pillow
@@ -247,8 +264,12 @@ def test_the_kernel_gives_the_references_numbers(device, dtype):
         assert ((got.float() - want.float()).abs() <= ulp).all()
     plain = crops[1, 2].float().permute(2, 0, 1) / 255
     bare = FINISH["reference"](crops, no_looks(2, 3), MEAN, STD)[1, 2]
-    torch.testing.assert_close(bare, (plain - torch.tensor(MEAN, device=device)[:, None, None])
-                               / torch.tensor(STD, device=device)[:, None, None], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        bare,
+        (plain - torch.tensor(MEAN, device=device)[:, None, None]) / torch.tensor(STD, device=device)[:, None, None],
+        rtol=0,
+        atol=1e-6,
+    )
 
 
 def test_a_view_does_not_depend_on_the_batch(device, name):
@@ -258,8 +279,8 @@ def test_a_view_does_not_depend_on_the_batch(device, name):
     crops = CROPS[name](pixels, table, given, 16)
     views = FINISH[name](crops, given, MEAN, STD)
     for n in (0, 2):
-        alone = Looks(given.ints[1:, n:n + 1], given.floats[1:, n:n + 1])
-        own, own_table = pack(arrays[n:n + 1], device, gap=3)
+        alone = Looks(given.ints[1:, n : n + 1], given.floats[1:, n : n + 1])
+        own, own_table = pack(arrays[n : n + 1], device, gap=3)
         crop = CROPS[name](own, own_table, alone, 16)
         assert torch.equal(crop[0, 0], crops[1, n])
         assert torch.equal(FINISH[name](crop, alone, MEAN, STD)[0, 0], views[1, n])
@@ -290,10 +311,14 @@ def test_inputs_are_not_changed(device, name):
     assert all(torch.equal(a, b) for a, b in zip(kept, (pixels, table, *given, crops), strict=True))
 
 
-@pytest.mark.parametrize("module, row", [
-    pytest.param(module, row, id=f"{module.__name__.rpartition('_')[2]}-{'-'.join(map(str, row.values()))}")
-    for module in (augment_crops, augment_colours)
-    for row in [dict(r) for r in sorted({tuple(r.items()) for r in module.TABLE.values()})]])
+@pytest.mark.parametrize(
+    "module, row",
+    [
+        pytest.param(module, row, id=f"{module.__name__.rpartition('_')[2]}-{'-'.join(map(str, row.values()))}")
+        for module in (augment_crops, augment_colours)
+        for row in [dict(r) for r in sorted({tuple(r.items()) for r in module.TABLE.values()})]
+    ],
+)
 def test_every_config(device, module, row, monkeypatch):
     monkeypatch.setitem(module.TABLE, common.architecture(device), row)
     pixels, table = pack([picture(40, 33)], device)
@@ -335,8 +360,16 @@ def good():
     """Arguments of crop_views and finish_views that fit."""
     given = no_looks(2, 1)
     given.ints[..., 2:4] = 4
-    return {"pixels": torch.zeros(48, dtype=torch.uint8), "table": torch.tensor([[0, 4, 4]]), "looks": given, "size": 3,
-            "crops": torch.zeros(2, 1, 3, 3, 3, dtype=torch.uint8), "mean": MEAN, "std": STD, "dtype": torch.float32}
+    return {
+        "pixels": torch.zeros(48, dtype=torch.uint8),
+        "table": torch.tensor([[0, 4, 4]]),
+        "looks": given,
+        "size": 3,
+        "crops": torch.zeros(2, 1, 3, 3, 3, dtype=torch.uint8),
+        "mean": MEAN,
+        "std": STD,
+        "dtype": torch.float32,
+    }
 
 
 def put(given, part, column, value):
@@ -346,25 +379,34 @@ def put(given, part, column, value):
     return given
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"pixels": torch.zeros(48)}, r"pixels: expected uint8 \[bytes\], got torch.float32 of shape \(48,\)"),
-    ({"table": torch.tensor([[0, 4]])}, r"table: expected int64 \[N, 3\] on the CPU"),
-    ({"table": torch.tensor([[1, 4, 4]])}, r"table: expected pictures .* within the 48 bytes .*got \[1, 4, 4\] at \[0"),
-    ({"table": torch.tensor([[0, 4, 4], [0, 4, 4]])}, r"looks.ints: expected torch.int32 \[V, 2, 13\] on the CPU"),
-    ({"size": 0}, "size: expected a positive number of pixels, got 0"),
-    ({"part": ("ints", 0, 1)}, r"looks.ints: expected crops .* within their pictures, got \[1, 0, 4, 4.*at \[1, 0\]"),
-    ({"part": ("ints", 3, 0)}, "looks.ints: expected crops of at least one pixel"),
-    ({"crops": torch.zeros(2, 1, 3, 4, 3, dtype=torch.uint8)}, r"crops: expected uint8 \[V, N, S, S, 3\]"),
-    ({"crops": torch.zeros(3, 1, 3, 3, 3, dtype=torch.uint8)}, r"looks.ints: expected torch.int32 \[3, 1, 13\]"),
-    ({"crops": torch.zeros(2, 1, 0, 0, 3, dtype=torch.uint8)}, "crops: expected at least one view"),
-    ({"part": ("ints", slice(7, 9), 2)}, "looks.ints: expected an order .* none of them twice"),
-    ({"part": ("ints", 7, 4)}, r"looks.ints: expected an order \(columns 7..10\) of colour operations 0..3"),
-    ({"part": ("floats", 1, float("nan"))}, "looks.floats: expected finite factors"),
-    ({"part": ("floats", 4, 2.5)}, r"looks.floats: expected finite factors, and 0 to 2.4 for sigma \(column 4\)"),
-    ({"mean": (0.0,)}, "mean: expected three numbers, one a channel, got 1"),
-    ({"std": (0.0, 1.0, 1.0)}, "std: expected positive numbers"),
-    ({"dtype": torch.float64}, "dtype: expected float32, bfloat16 or float16, got torch.float64"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"pixels": torch.zeros(48)}, r"pixels: expected uint8 \[bytes\], got torch.float32 of shape \(48,\)"),
+        ({"table": torch.tensor([[0, 4]])}, r"table: expected int64 \[N, 3\] on the CPU"),
+        (
+            {"table": torch.tensor([[1, 4, 4]])},
+            r"table: expected pictures .* within the 48 bytes .*got \[1, 4, 4\] at \[0",
+        ),
+        ({"table": torch.tensor([[0, 4, 4], [0, 4, 4]])}, r"looks.ints: expected torch.int32 \[V, 2, 13\] on the CPU"),
+        ({"size": 0}, "size: expected a positive number of pixels, got 0"),
+        (
+            {"part": ("ints", 0, 1)},
+            r"looks.ints: expected crops .* within their pictures, got \[1, 0, 4, 4.*at \[1, 0\]",
+        ),
+        ({"part": ("ints", 3, 0)}, "looks.ints: expected crops of at least one pixel"),
+        ({"crops": torch.zeros(2, 1, 3, 4, 3, dtype=torch.uint8)}, r"crops: expected uint8 \[V, N, S, S, 3\]"),
+        ({"crops": torch.zeros(3, 1, 3, 3, 3, dtype=torch.uint8)}, r"looks.ints: expected torch.int32 \[3, 1, 13\]"),
+        ({"crops": torch.zeros(2, 1, 0, 0, 3, dtype=torch.uint8)}, "crops: expected at least one view"),
+        ({"part": ("ints", slice(7, 9), 2)}, "looks.ints: expected an order .* none of them twice"),
+        ({"part": ("ints", 7, 4)}, r"looks.ints: expected an order \(columns 7..10\) of colour operations 0..3"),
+        ({"part": ("floats", 1, float("nan"))}, "looks.floats: expected finite factors"),
+        ({"part": ("floats", 4, 2.5)}, r"looks.floats: expected finite factors, and 0 to 2.4 for sigma \(column 4\)"),
+        ({"mean": (0.0,)}, "mean: expected three numbers, one a channel, got 1"),
+        ({"std": (0.0, 1.0, 1.0)}, "std: expected positive numbers"),
+        ({"dtype": torch.float64}, "dtype: expected float32, bfloat16 or float16, got torch.float64"),
+    ],
+)
 def test_errors(name, change, message):
     arguments = good()
     if "part" in change:

@@ -45,16 +45,22 @@ def test_triton_without_a_gpu_is_refused(monkeypatch):
 
 
 def test_without_triton_the_reference_runs():
-    code = ("import sys; sys.modules['triton'] = None\n"
-            "import importlib.util as u; find = u.find_spec\n"
-            "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
-            "import torch, bossnas_kernels as k\n"
-            "assert k.implementation('cuda') == 'reference'\n"
-            "y, _, _ = k.gbn_act(torch.randn(4, 3), torch.ones(3), torch.zeros(3), groups=2)\n"
-            "try: k.use('triton')\n"
-            "except ValueError as e: assert 'triton is not installed' in str(e); print('said so')\n")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          cwd=common.__file__.rpartition("/bossnas_kernels/")[0])
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
+        "import torch, bossnas_kernels as k\n"
+        "assert k.implementation('cuda') == 'reference'\n"
+        "y, _, _ = k.gbn_act(torch.randn(4, 3), torch.ones(3), torch.zeros(3), groups=2)\n"
+        "try: k.use('triton')\n"
+        "except ValueError as e: assert 'triton is not installed' in str(e); print('said so')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=common.__file__.rpartition("/bossnas_kernels/")[0],
+    )
     assert done.stdout == "said so\n", done.stderr
 
 

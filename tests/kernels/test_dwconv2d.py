@@ -85,8 +85,20 @@ def test_values_and_gradients(device, kernel, stride, dtype, weights, bias):
     kernels(leaves((2, 24, 8, 9), kernel, device, dtype=dtype, weights=weights or dtype, bias=bias), stride)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 17, 1, 9), (2, 33, 9, 1), (5, 70, 2, 3), (1, 130, 2, 2),
-                                   (40, 8, 2, 2), (1, 8, 3, 70), (1, 8, 16, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 1),
+        (3, 17, 1, 9),
+        (2, 33, 9, 1),
+        (5, 70, 2, 3),
+        (1, 130, 2, 2),
+        (40, 8, 2, 2),
+        (1, 8, 3, 70),
+        (1, 8, 16, 3),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kernel, stride", [(3, 1), (3, 2), (5, 1), (5, 2)])
 def test_shapes(device, shape, kernel, stride):
     kernels(leaves(shape, kernel, device), stride)
@@ -104,8 +116,9 @@ def test_what_fills_no_patch_gets_no_gradient(device, kernel):
     assert not dx[:, :, kernel:].any() and not dx[..., kernel:].any() and dx[:, :, :kernel, :kernel].all()
 
 
-@pytest.mark.parametrize("name", ["expanded", "row expanded", "every second", "transposed", "channels last",
-                                  "slice of a concatenation"])
+@pytest.mark.parametrize(
+    "name", ["expanded", "row expanded", "every second", "transposed", "channels last", "slice of a concatenation"]
+)
 @pytest.mark.parametrize("kernel, stride", [(3, 1), (5, 2)])
 def test_gradients_of_any_strides(device, name, kernel, stride):
     given = leaves((3, 6, 5, 4), kernel, device)
@@ -116,8 +129,12 @@ def test_gradients_of_any_strides(device, name, kernel, stride):
 @pytest.mark.parametrize("view", ["nchw", "channel slice", "every second column", "expanded"])
 def test_inputs_of_any_strides(device, view, caplog):
     wide = draw(6, 8, 5, 6, device=device)
-    x = {"nchw": wide[:, :4].contiguous(), "channel slice": wide[:, 2:6], "every second column": wide[:, :4, :, ::2],
-         "expanded": wide[:, :4, :1].expand(6, 4, 5, 6)}[view]
+    x = {
+        "nchw": wide[:, :4].contiguous(),
+        "channel slice": wide[:, 2:6],
+        "every second column": wide[:, :4, :, ::2],
+        "expanded": wide[:, :4, :1].expand(6, 4, 5, 6),
+    }[view]
     _, weight, bias = leaves((6, 4, 5, 6), 3, device)
     common._told.clear()
     with caplog.at_level(logging.INFO, "bossnas_kernels"):
@@ -140,8 +157,11 @@ def test_inputs_without_gradient(device, wanted, kernel, stride):
 
 def test_several_strips_and_runs(device, monkeypatch):
     """More than one program, run of rows and strip of a program everywhere, of unequal lengths."""
-    monkeypatch.setitem(depthwise.TABLE, common.architecture(device), {
-        "elements": 1024, "weight_elements": 512, "programs": 20, "weight_programs": 4, "num_warps": 4})
+    monkeypatch.setitem(
+        depthwise.TABLE,
+        common.architecture(device),
+        {"elements": 1024, "weight_elements": 512, "programs": 20, "weight_programs": 4, "num_warps": 4},
+    )
     given = leaves((3, 66, 23, 9), 3, device, dtype=torch.bfloat16)
     plan = depthwise._Strips(given[0], 23, 9, True)
     assert plan.walk[1] == 3 and plan.walk[2] == 8
@@ -189,8 +209,9 @@ def test_gbn_act_takes_the_statistics(device, dtype, groups):
 
     def both(with_statistics):
         y, stats = depthwise.dwconv2d_stats(*given, groups=groups)
-        z, mean, var = grouped_norm.gbn_act(y, *affine, groups=groups, act="silu",
-                                            partial_stats=stats if with_statistics else None)
+        z, mean, var = grouped_norm.gbn_act(
+            y, *affine, groups=groups, act="silu", partial_stats=stats if with_statistics else None
+        )
         return z, mean, var, *torch.autograd.grad(z, [*given, *affine], grad_y)
 
     names = ("z", "mean", "var", "dx", "dweight", "dbias", "daffine", "dshift")
@@ -236,8 +257,10 @@ def test_opcheck(device, kernel, stride, groups, bias):
     torch.library.opcheck(torch.ops.bossnas.dwconv2d.default, given)
     y, _ = torch.ops.bossnas.dwconv2d(*given)
     for wants in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(torch.ops.bossnas.dwconv2d_backward.default,
-                              (torch.ones_like(y), x.detach(), weight.detach(), stride, bias, *wants))
+        torch.library.opcheck(
+            torch.ops.bossnas.dwconv2d_backward.default,
+            (torch.ones_like(y), x.detach(), weight.detach(), stride, bias, *wants),
+        )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -256,8 +279,9 @@ def test_compiled(device, backend, kernel, stride, groups):
     assert y.stride() == want.stride() and y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close((y, stats), (want, want_stats), rtol=0, atol=1e-6)
     grad_y = draw(*y.shape, seed=5, device=device)
-    for got, wanted in zip(torch.autograd.grad(y, given, grad_y), torch.autograd.grad(want, given, grad_y),
-                           strict=True):
+    for got, wanted in zip(
+        torch.autograd.grad(y, given, grad_y), torch.autograd.grad(want, given, grad_y), strict=True
+    ):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
 
 
@@ -308,12 +332,23 @@ def test_groups_divide_the_batch(module):
         module.dwconv2d_stats(torch.ones(4, 3, 4, 4), torch.ones(3, 1, 3, 3), groups=3)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"x": torch.ones(2, 3, 4, 4, dtype=torch.float64)}, "x: the kernel takes float32, bfloat16 or float16, got .*64"),
-    ({"weight": torch.ones(3, 1, 3, 3, device="meta")}, "weight: expected a tensor on cpu.*, got meta"),
-    ({"x": torch.ones(1, 1, 1, 1).expand(1, 2**11, 2**10, 2**10),
-      "weight": torch.ones(1, 1, 1, 1).expand(2**11, 1, 3, 3)}, r"x: the kernel takes images of less than 2\^31"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"x": torch.ones(2, 3, 4, 4, dtype=torch.float64)},
+            "x: the kernel takes float32, bfloat16 or float16, got .*64",
+        ),
+        ({"weight": torch.ones(3, 1, 3, 3, device="meta")}, "weight: expected a tensor on cpu.*, got meta"),
+        (
+            {
+                "x": torch.ones(1, 1, 1, 1).expand(1, 2**11, 2**10, 2**10),
+                "weight": torch.ones(1, 1, 1, 1).expand(2**11, 1, 3, 3),
+            },
+            r"x: the kernel takes images of less than 2\^31",
+        ),
+    ],
+)
 def test_what_the_kernels_do_not_take(changes, message):
     given = {"x": torch.ones(2, 3, 4, 4), "weight": torch.ones(3, 1, 3, 3)} | changes
     with pytest.raises(ValueError, match=message):

@@ -49,10 +49,20 @@ def test_values_and_gradients(device, loss, q_dtype, k_dtype):
     both(loss, q, draw(3, 5, 48, seed=1, dtype=k_dtype, device=device))
 
 
-@pytest.mark.parametrize("paths, targets, images, width", [
-    (1, 1, 1, 1), (8, 8, 3, 7), (3, 1, 17, 130), (1, 5, 2, 4096), (2, 3, 33, 256), (2, 2, 9, 1000), (7, 2, 1, 3001),
-    (1, 2, 300, 16), (2, 2, 2, 5000),
-])
+@pytest.mark.parametrize(
+    "paths, targets, images, width",
+    [
+        (1, 1, 1, 1),
+        (8, 8, 3, 7),
+        (3, 1, 17, 130),
+        (1, 5, 2, 4096),
+        (2, 3, 33, 256),
+        (2, 2, 9, 1000),
+        (7, 2, 1, 3001),
+        (1, 2, 300, 16),
+        (2, 2, 2, 5000),
+    ],
+)
 def test_shapes(device, loss, paths, targets, images, width):
     q = draw(paths, images, width, device=device).requires_grad_()
     both(loss, q, draw(targets, images, width, seed=1, device=device))
@@ -69,17 +79,23 @@ def test_gradients_of_any_strides(device, loss, name):
     check("dq", q.grad, exact.grad, FP32)
 
 
-@pytest.mark.parametrize("view", ["one path for all", "one image for all", "one number for all", "slice", "unaligned",
-                                  "transposed", "every second"])
+@pytest.mark.parametrize(
+    "view",
+    ["one path for all", "one image for all", "one number for all", "slice", "unaligned", "transposed", "every second"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inputs_of_any_strides(device, loss, view, dtype):
     def look(seed):
         wide = draw(6, 8, 40, seed=seed, dtype=dtype, device=device)
-        return {"one path for all": wide[:1, :4, :24].expand(3, -1, -1),
-                "one image for all": wide[:3, :1].expand(-1, 4, -1),
-                "one number for all": wide[:3, :4, :1].expand(-1, -1, 24), "slice": wide[2:5, 3:7, 8:32],
-                "unaligned": wide[2:5, 3:7, 3:28], "transposed": wide.transpose(0, 2)[:3, :4],
-                "every second": wide[::2, ::2, ::2]}[view]
+        return {
+            "one path for all": wide[:1, :4, :24].expand(3, -1, -1),
+            "one image for all": wide[:3, :1].expand(-1, 4, -1),
+            "one number for all": wide[:3, :4, :1].expand(-1, -1, 24),
+            "slice": wide[2:5, 3:7, 8:32],
+            "unaligned": wide[2:5, 3:7, 3:28],
+            "transposed": wide.transpose(0, 2)[:3, :4],
+            "every second": wide[::2, ::2, ::2],
+        }[view]
 
     both(loss, look(0).detach().requires_grad_(), look(1))
 
@@ -174,8 +190,10 @@ def test_repeats_to_the_bit(device):
 def test_opcheck(device, k_dtype):
     q, k = draw(2, 3, 8, device=device).requires_grad_(), draw(2, 3, 8, seed=1, dtype=k_dtype, device=device)
     torch.library.opcheck(torch.ops.bossnas.byol_ensemble_loss.default, (q, k))
-    torch.library.opcheck(torch.ops.bossnas.byol_ensemble_loss_backward.default,
-                          (torch.ones(2, device=device), q.detach(), draw(3, 8, device=device)))
+    torch.library.opcheck(
+        torch.ops.bossnas.byol_ensemble_loss_backward.default,
+        (torch.ones(2, device=device), q.detach(), draw(3, 8, device=device)),
+    )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -207,16 +225,27 @@ def test_more_than_two_to_the_31_elements(device):
     check("dq", dq[6:, -50:] * 1e5, part.grad * 1e5, TOLERANCE[torch.bfloat16])
 
 
-@pytest.mark.parametrize("q, k, message", [
-    (torch.ones(3, 4), torch.ones(2, 3, 4), r"q: expected \[P, N, D\], got shape \(3, 4\)"),
-    (torch.ones(2, 3, 4), torch.ones(3, 4), r"k: expected \[T, N, D\], got shape \(3, 4\)"),
-    (torch.ones(2, 3, 4), torch.ones(2, 3, 5), r"k: expected \[T, 3, 4\], images and dimensions of q, got \(2, 3, 5\)"),
-    (torch.ones(2, 3, 4), torch.ones(1, 2, 4), r"k: expected \[T, 3, 4\]"),
-    (torch.ones(2, 0, 4), torch.ones(2, 0, 4), "q: expected at least one path, image and dimension"),
-    (torch.ones(2, 3, 4), torch.ones(0, 3, 4), "k: expected at least one path"),
-    (torch.ones(2, 3, 4), torch.ones(2, 3, 4, dtype=torch.long), "k: expected a floating-point tensor, got torch.int"),
-    (torch.ones(2, 3, 4), torch.ones(2, 3, 4, device="meta"), "k: expected a tensor on cpu"),
-])
+@pytest.mark.parametrize(
+    "q, k, message",
+    [
+        (torch.ones(3, 4), torch.ones(2, 3, 4), r"q: expected \[P, N, D\], got shape \(3, 4\)"),
+        (torch.ones(2, 3, 4), torch.ones(3, 4), r"k: expected \[T, N, D\], got shape \(3, 4\)"),
+        (
+            torch.ones(2, 3, 4),
+            torch.ones(2, 3, 5),
+            r"k: expected \[T, 3, 4\], images and dimensions of q, got \(2, 3, 5\)",
+        ),
+        (torch.ones(2, 3, 4), torch.ones(1, 2, 4), r"k: expected \[T, 3, 4\]"),
+        (torch.ones(2, 0, 4), torch.ones(2, 0, 4), "q: expected at least one path, image and dimension"),
+        (torch.ones(2, 3, 4), torch.ones(0, 3, 4), "k: expected at least one path"),
+        (
+            torch.ones(2, 3, 4),
+            torch.ones(2, 3, 4, dtype=torch.long),
+            "k: expected a floating-point tensor, got torch.int",
+        ),
+        (torch.ones(2, 3, 4), torch.ones(2, 3, 4, device="meta"), "k: expected a tensor on cpu"),
+    ],
+)
 def test_errors(loss, q, k, message):
     with pytest.raises(ValueError, match=message):
         loss(q, k)

@@ -128,8 +128,9 @@ def test_compiled(shape, training):
     y, want = (f(x, weight, bias, residual) for f in (torch.compile(function, fullgraph=True), function))
     torch.testing.assert_close(y, want, rtol=0, atol=1e-5)
     leaves, grad_y = (x, weight, bias, residual), torch.linspace(-1, 1, y.numel()).view(y.shape)
-    for got, wanted in zip(torch.autograd.grad(y, leaves, grad_y), torch.autograd.grad(want, leaves, grad_y),
-                           strict=True):
+    for got, wanted in zip(
+        torch.autograd.grad(y, leaves, grad_y), torch.autograd.grad(want, leaves, grad_y), strict=True
+    ):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5 * max(1, wanted.abs().max().item()))
 
 

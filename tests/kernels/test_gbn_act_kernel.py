@@ -60,13 +60,29 @@ def both(leaves, groups, grad_y=None, tolerance=None, **options):
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
 def test_values_and_gradients(device, dtype, act, residual, training):
     leaves = tensors((2, 24, 5, 3), 3, device, dtype=dtype, residual=residual)
-    running = {} if training else {"running_mean": draw(24, device=device),
-                                   "running_var": draw(3, 24, device=device).square() + 0.1}
+    running = (
+        {}
+        if training
+        else {"running_mean": draw(24, device=device), "running_var": draw(3, 24, device=device).square() + 0.1}
+    )
     both(leaves, 3, act=act, training=training, **running)
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 2, 2), (1, 17, 7, 7), (9, 130, 1, 1), (1, 16, 1, 50), (1, 16, 50, 1), (2, 7),
-                                   (33, 200), (3, 8, 1, 1), (1, 4, 70, 30)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 1, 2, 2),
+        (1, 17, 7, 7),
+        (9, 130, 1, 1),
+        (1, 16, 1, 50),
+        (1, 16, 50, 1),
+        (2, 7),
+        (33, 200),
+        (3, 8, 1, 1),
+        (1, 4, 70, 30),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("groups", [1, 5])
 def test_shapes(device, shape, groups):
     both(tensors(shape, groups, device, residual=True), groups, act="silu")
@@ -80,8 +96,9 @@ def test_affine_of_every_group(device, affine, training):
     both(leaves, 3, act="relu", training=training, tolerance=TOLERANCE[torch.bfloat16], **running)
 
 
-@pytest.mark.parametrize("name", ["expanded", "row expanded", "every second", "transposed", "channels last",
-                                  "slice of a concatenation"])
+@pytest.mark.parametrize(
+    "name", ["expanded", "row expanded", "every second", "transposed", "channels last", "slice of a concatenation"]
+)
 @pytest.mark.parametrize("act", ["none", "relu"])
 def test_gradients_of_any_strides(device, name, act):
     leaves = tensors((2, 6, 5, 3), 2, device, residual=True)
@@ -91,8 +108,13 @@ def test_gradients_of_any_strides(device, name, act):
 @pytest.mark.parametrize("view", ["nchw", "channel slice", "every second column", "expanded", "rows"])
 def test_inputs_of_any_strides(device, view, caplog):
     wide = draw(6, 8, 5, 6, device=device)
-    x = {"nchw": wide[:, :4].contiguous(), "channel slice": wide[:, 2:6], "every second column": wide[:, :4, :, ::2],
-         "expanded": wide[:, :4, :1].expand(6, 4, 5, 6), "rows": draw(8, 18, device=device).T}[view]
+    x = {
+        "nchw": wide[:, :4].contiguous(),
+        "channel slice": wide[:, 2:6],
+        "every second column": wide[:, :4, :, ::2],
+        "expanded": wide[:, :4, :1].expand(6, 4, 5, 6),
+        "rows": draw(8, 18, device=device).T,
+    }[view]
     _, weight, bias = tensors((2, x.shape[1], 5, 3), 3, device)
     common._told.clear()
     with caplog.at_level(logging.INFO, "bossnas_kernels"):
@@ -109,9 +131,11 @@ def test_large_mean_keeps_the_variance(device):
 
 
 def test_many_chunks_are_combined(device, monkeypatch):
-    monkeypatch.setitem(grouped_norm.TABLE, common.architecture(device),
-                        {"elements": 64, "channels": 16, "programs": 80, "parts": 16, "part_elements": 256,
-                         "num_warps": 4})
+    monkeypatch.setitem(
+        grouped_norm.TABLE,
+        common.architecture(device),
+        {"elements": 64, "channels": 16, "programs": 80, "parts": 16, "part_elements": 256, "num_warps": 4},
+    )
     leaves = tensors((1, 16, 9, 32), 2, device)
     assert grouped_norm._Plan(leaves[0], 2).chunks > 32  # more than one tile of partial sums
     both([(leaves[0].detach() + 100).requires_grad_(), *leaves[1:]], 2, act="silu", tolerance=5e-5)
@@ -170,16 +194,20 @@ def arguments(device, act="relu", residual=True, training=True):
     return x, weight, bias, res if residual else None, *running, None, 2, act, 1e-5
 
 
-@pytest.mark.parametrize("act, residual, training", [("relu", True, True), ("silu", False, True), ("none", True, False),
-                                                     ("silu", True, False)])
+@pytest.mark.parametrize(
+    "act, residual, training",
+    [("relu", True, True), ("silu", False, True), ("none", True, False), ("silu", True, False)],
+)
 def test_opcheck(device, act, residual, training):
     inputs = arguments(device, act, residual, training)
     torch.library.opcheck(torch.ops.bossnas.gbn_act.default, inputs)
     y, statistics = torch.ops.bossnas.gbn_act(*inputs)
     x, weight, bias, res = (None if t is None else t.detach() for t in inputs[:4])
     extra = None if res is None or act == "none" else y.detach() if act == "relu" else res
-    torch.library.opcheck(torch.ops.bossnas.gbn_act_backward.default,
-                          (torch.ones_like(x), x, extra, statistics, weight, bias, 2, act, training))
+    torch.library.opcheck(
+        torch.ops.bossnas.gbn_act_backward.default,
+        (torch.ones_like(x), x, extra, statistics, weight, bias, 2, act, training),
+    )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -197,8 +225,9 @@ def test_compiled(device, backend, act, residual):
     assert y.stride() == want.stride() and y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close((y, mean), (want, want_mean), rtol=0, atol=1e-6)
     grad_y = draw(*y.shape, seed=5, device=device)
-    for got, wanted in zip(torch.autograd.grad(y, leaves, grad_y), torch.autograd.grad(want, leaves, grad_y),
-                           strict=True):
+    for got, wanted in zip(
+        torch.autograd.grad(y, leaves, grad_y), torch.autograd.grad(want, leaves, grad_y), strict=True
+    ):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
 
 
@@ -208,18 +237,27 @@ def test_more_than_two_to_the_31_elements(device):
     assert x.numel() > 2**31
     y, mean, var = grouped_norm.gbn_act(x, torch.ones(64, device=device), torch.zeros(64, device=device), groups=7)
     for g in (0, 6):
-        part = x[100 * g:100 * (g + 1)].float()
+        part = x[100 * g : 100 * (g + 1)].float()
         check("mean", mean[g], part.mean((0, 2, 3)).double(), 1e-4)
         check("y", y[100 * g], torch.nn.functional.batch_norm(part, None, None, training=True)[0].double(), 2e-2)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"x": torch.ones(4, 3, dtype=torch.float64)}, "x: the kernel takes float32, bfloat16 or float16, got .*float64"),
-    ({"weight": torch.ones(3, device="meta")}, "weight: expected a tensor on .*, got meta"),
-    ({"partial_stats": torch.ones(3, 1, 5, 3)}, r"partial_stats: expected \[3, 2, parts, 3\] .* got \(3, 1, 5, 3\)"),
-    ({"groups": 3}, "groups: expected a positive divisor of the 4 rows of x, got 3"),
-    ({"x": torch.ones(4, 3, 0, 2)}, r"x: expected at least one channel and one position, got shape \(4, 3, 0, 2\)"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"x": torch.ones(4, 3, dtype=torch.float64)},
+            "x: the kernel takes float32, bfloat16 or float16, got .*float64",
+        ),
+        ({"weight": torch.ones(3, device="meta")}, "weight: expected a tensor on .*, got meta"),
+        (
+            {"partial_stats": torch.ones(3, 1, 5, 3)},
+            r"partial_stats: expected \[3, 2, parts, 3\] .* got \(3, 1, 5, 3\)",
+        ),
+        ({"groups": 3}, "groups: expected a positive divisor of the 4 rows of x, got 3"),
+        ({"x": torch.ones(4, 3, 0, 2)}, r"x: expected at least one channel and one position, got shape \(4, 3, 0, 2\)"),
+    ],
+)
 def test_errors(changes, message):
     given = {"x": torch.ones(4, 3), "weight": torch.ones(3), "bias": torch.ones(3), "groups": 2} | changes
     with pytest.raises(ValueError, match=message):

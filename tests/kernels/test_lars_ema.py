@@ -57,9 +57,14 @@ class Network:
         return torch.randn(shape, generator=self.gen)
 
     def gradients(self, scale=1.0):
-        return [None if "none" in kind else torch.zeros_like(w) if "zero" in kind else
-                torch.empty_like(w).copy_(self.draw(w.shape) * scale)
-                for kind, w in zip(self.kinds, self.weights, strict=True)]
+        return [
+            None
+            if "none" in kind
+            else torch.zeros_like(w)
+            if "zero" in kind
+            else torch.empty_like(w).copy_(self.draw(w.shape) * scale)
+            for kind, w in zip(self.kinds, self.weights, strict=True)
+        ]
 
     def step(self, function, gradients, **changes):
         settings = SETTINGS | changes
@@ -68,8 +73,9 @@ class Network:
         truth(weights, exact(gradients), momenta, self.excluded, targets, **settings)
 
     def check(self, tolerance=FP32):
-        for name, got, want in zip(("weight", "momentum", "target"), (self.weights, self.momenta, self.targets),
-                                   self.exact, strict=True):
+        for name, got, want in zip(
+            ("weight", "momentum", "target"), (self.weights, self.momenta, self.targets), self.exact, strict=True
+        ):
             for i, kind in enumerate(self.kinds):
                 if got is None or got[i] is None:
                     continue
@@ -93,7 +99,7 @@ def test_five_steps(device, step, targets):
     network = Network(shapes, KINDS * len(sizes), device, targets)
     for turn in range(5):
         network.kinds = (KINDS[turn:] + KINDS[:turn]) * len(sizes)
-        network.step(step, network.gradients(10.0 ** -turn))
+        network.step(step, network.gradients(10.0**-turn))
         network.check()
 
 
@@ -116,8 +122,9 @@ def test_some_weights_have_no_target(device, step):
     network.check()
 
 
-@pytest.mark.parametrize("changes", [{"lr": 0.0}, {"momentum": 0.0}, {"weight_decay": 0.0}, {"lr": 1, "momentum": 1}],
-                         ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"lr": 0.0}, {"momentum": 0.0}, {"weight_decay": 0.0}, {"lr": 1, "momentum": 1}], ids=str
+)
 def test_settings(device, step, changes):
     network = Network([(37,)] * len(KINDS), KINDS, device)
     for _ in range(2):
@@ -145,8 +152,11 @@ def test_a_zero_weight_moves_by_its_momentum(device, step):
 
 
 # the squares of 1e-30 and 1e30 do not fit into fp32, in which the reference takes norms
-@pytest.mark.parametrize("name, scale", [*((name, scale) for name in STEPS for scale in (1e-20, 1e-12, 1e15)),
-                                         ("kernel", 1e-30), ("kernel", 1e30)], ids=str)
+@pytest.mark.parametrize(
+    "name, scale",
+    [*((name, scale) for name in STEPS for scale in (1e-20, 1e-12, 1e15)), ("kernel", 1e-30), ("kernel", 1e30)],
+    ids=str,
+)
 @pytest.mark.parametrize("weight_decay", [0.0, 1e-6])
 def test_the_size_of_gradients_does_not_matter(device, name, scale, weight_decay):
     network = Network([(5,), (3000,)], ("scaled", "scaled"), device)
@@ -160,7 +170,7 @@ def test_the_smallest_numbers(device, weight_decay):
     """Nearly as small as fp32 gets, where the scale of the step has no number: still finite, and still a step."""
     network = Network([(50,)], ("scaled",), device)
     gradient = torch.zeros(50, device=device)
-    gradient[3] = 2.0 ** -149
+    gradient[3] = 2.0**-149
     before = network.weights[0].clone()
     network.step(lars.lars_ema_step, [gradient], weight_decay=weight_decay)
     assert network.weights[0].isfinite().all() and network.weights[0].ne(before).all()
@@ -199,10 +209,12 @@ def test_channels_last(device, step, caplog):
 def test_gradients_laid_out_otherwise(device, step, name, caplog):
     network = Network([(8, 6, 3, 3), (40,)], ("scaled", "scaled"), device, layout=torch.channels_last)
     noise = network.draw((2 * 8 * 6 * 9 + 1,)).to(device)
-    four, one = {"contiguous": (noise[:432].reshape(8, 6, 3, 3), noise[:40]),
-                 "expanded": (noise[:9].reshape(1, 1, 3, 3).expand(8, 6, 3, 3), noise[:1].expand(40)),
-                 "every second": (noise[:864:2].reshape(8, 6, 3, 3), noise[:80:2]),
-                 "unaligned": (noise[1:433].view(8, 3, 3, 6).permute(0, 3, 1, 2), noise[1:41])}[name]
+    four, one = {
+        "contiguous": (noise[:432].reshape(8, 6, 3, 3), noise[:40]),
+        "expanded": (noise[:9].reshape(1, 1, 3, 3).expand(8, 6, 3, 3), noise[:1].expand(40)),
+        "every second": (noise[:864:2].reshape(8, 6, 3, 3), noise[:80:2]),
+        "unaligned": (noise[1:433].view(8, 3, 3, 6).permute(0, 3, 1, 2), noise[1:41]),
+    }[name]
     common._told.clear()
     with caplog.at_level(logging.INFO, "bossnas_kernels"):
         for _ in range(2):
@@ -212,20 +224,24 @@ def test_gradients_laid_out_otherwise(device, step, name, caplog):
     assert len(caplog.messages) == (step is lars.lars_ema_step)
 
 
-@pytest.mark.parametrize("refused, reason", [
-    ("dtype", "tensors that are not all float32"),
-    ("gradient dtype", "tensors that are not all float32"),
-    ("transposed", "weights that are neither contiguous nor channels_last"),
-    ("momentum", "momenta or targets laid out unlike the weights"),
-    ("target", "momenta or targets laid out unlike the weights"),
-    ("unaligned", "tensors that do not start at a multiple of 16 bytes"),
-])
+@pytest.mark.parametrize(
+    "refused, reason",
+    [
+        ("dtype", "tensors that are not all float32"),
+        ("gradient dtype", "tensors that are not all float32"),
+        ("transposed", "weights that are neither contiguous nor channels_last"),
+        ("momentum", "momenta or targets laid out unlike the weights"),
+        ("target", "momenta or targets laid out unlike the weights"),
+        ("unaligned", "tensors that do not start at a multiple of 16 bytes"),
+    ],
+)
 def test_the_rest_goes_to_the_reference(device, refused, reason, caplog):
     network = Network([(6, 8), (7,)], ("scaled", "excluded"), device)
     gradients, tolerance = network.gradients(), FP32
     if refused == "dtype":
         network.weights, network.momenta, network.targets, gradients = (
-            [t.double() for t in ts] for ts in (network.weights, network.momenta, network.targets, gradients))
+            [t.double() for t in ts] for ts in (network.weights, network.momenta, network.targets, gradients)
+        )
         tolerance = TOLERANCE[torch.float64]
     elif refused == "gradient dtype":
         gradients[0] = gradients[0].half()
@@ -323,8 +339,9 @@ def test_nothing_waits_for_the_gpu(device):
     torch.cuda.set_sync_debug_mode("error")
     try:
         for gradients in steps:
-            lars.lars_ema_step(network.weights, gradients, network.momenta, network.excluded, network.targets,
-                               **SETTINGS)
+            lars.lars_ema_step(
+                network.weights, gradients, network.momenta, network.excluded, network.targets, **SETTINGS
+            )
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(w.isfinite().all() for w in network.weights)
@@ -341,24 +358,38 @@ def test_more_than_two_to_the_31_elements(device):
     check("last weight", weight[-1:], torch.tensor([1 - 1e-3 * count**0.5], dtype=torch.float64), FP32)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"gradients": [None]}, "gradients: expected 2 entries, one for each weight, got 1"),
-    ({"momenta": []}, "momenta: expected 2 entries, one for each weight, got 0"),
-    ({"excluded": [True] * 3}, "excluded: expected 2 entries"),
-    ({"targets": [torch.ones(3)]}, "targets: expected 2 entries"),
-    ({"gradients": [None, torch.ones(3)]}, r"gradients\[1\]: expected the shape of weights\[1\], \(2, 2\), got \(3,\)"),
-    ({"momenta": [torch.ones(3, 1), torch.ones(2, 2)]}, r"momenta\[0\]: expected the shape of weights\[0\], \(3,\)"),
-    ({"targets": [torch.ones(3), torch.ones(4)]}, r"targets\[1\]: expected the shape"),
-    ({"gradients": [torch.ones(3, device="meta"), None]}, r"gradients\[0\]: expected a tensor on cpu, .* got meta"),
-    ({"momenta": [torch.ones(3), torch.ones(2, 2, device="meta")]}, r"momenta\[1\]: expected a tensor on cpu"),
-    ({"weights": [torch.ones(3), torch.ones(2, 2, device="meta")]}, r"weights\[1\]: expected a tensor on cpu"),
-    ({"targets": [torch.ones(3), torch.ones(2, 2, device="meta")]}, r"targets\[1\]: expected a tensor on cpu"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"gradients": [None]}, "gradients: expected 2 entries, one for each weight, got 1"),
+        ({"momenta": []}, "momenta: expected 2 entries, one for each weight, got 0"),
+        ({"excluded": [True] * 3}, "excluded: expected 2 entries"),
+        ({"targets": [torch.ones(3)]}, "targets: expected 2 entries"),
+        (
+            {"gradients": [None, torch.ones(3)]},
+            r"gradients\[1\]: expected the shape of weights\[1\], \(2, 2\), got \(3,\)",
+        ),
+        (
+            {"momenta": [torch.ones(3, 1), torch.ones(2, 2)]},
+            r"momenta\[0\]: expected the shape of weights\[0\], \(3,\)",
+        ),
+        ({"targets": [torch.ones(3), torch.ones(4)]}, r"targets\[1\]: expected the shape"),
+        ({"gradients": [torch.ones(3, device="meta"), None]}, r"gradients\[0\]: expected a tensor on cpu, .* got meta"),
+        ({"momenta": [torch.ones(3), torch.ones(2, 2, device="meta")]}, r"momenta\[1\]: expected a tensor on cpu"),
+        ({"weights": [torch.ones(3), torch.ones(2, 2, device="meta")]}, r"weights\[1\]: expected a tensor on cpu"),
+        ({"targets": [torch.ones(3), torch.ones(2, 2, device="meta")]}, r"targets\[1\]: expected a tensor on cpu"),
+    ],
+)
 @pytest.mark.parametrize("choice", ["triton", "reference"])
 def test_errors(changes, message, choice):
     tensors = [torch.ones(3), torch.ones(2, 2)]
-    given = {"weights": tensors, "gradients": [None, None], "momenta": tensors, "excluded": [False, False],
-             "targets": tensors} | changes
+    given = {
+        "weights": tensors,
+        "gradients": [None, None],
+        "momenta": tensors,
+        "excluded": [False, False],
+        "targets": tensors,
+    } | changes
     bossnas_kernels.use(choice)
     try:
         with pytest.raises(ValueError, match=message):

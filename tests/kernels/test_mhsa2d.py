@@ -14,8 +14,19 @@ ON_GPU = torch.cuda.is_available() and not common.INTERPRET
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 # N, heads, d, H, W. 1, 4, 16, 49, 64, 100, 196 and 256 positions; one, several and ragged tiles; H or W of 1.
-SHAPES = [(2, 1, 16, 1, 1), (1, 3, 16, 2, 2), (2, 1, 32, 4, 4), (2, 2, 64, 7, 7), (1, 1, 64, 8, 8), (1, 2, 32, 10, 10),
-          (1, 1, 64, 14, 14), (1, 1, 16, 16, 16), (1, 1, 128, 5, 13), (3, 1, 16, 1, 7), (1, 1, 32, 70, 1)]
+SHAPES = [
+    (2, 1, 16, 1, 1),
+    (1, 3, 16, 2, 2),
+    (2, 1, 32, 4, 4),
+    (2, 2, 64, 7, 7),
+    (1, 1, 64, 8, 8),
+    (1, 2, 32, 10, 10),
+    (1, 1, 64, 14, 14),
+    (1, 1, 16, 16, 16),
+    (1, 1, 128, 5, 13),
+    (3, 1, 16, 1, 7),
+    (1, 1, 32, 70, 1),
+]
 
 
 def truth(qkv, heads):
@@ -59,13 +70,16 @@ def compare(function, qkv, heads, gradients=None, tolerance=None):
 # The reference
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 4, 1, 1), (2, 1, 8, 3, 2), (3, 2, 16, 5, 3), (2, 3, 5, 1, 7),
-                                   (1, 2, 64, 7, 7), (1, 1, 64, 9, 9)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 4, 1, 1), (2, 1, 8, 3, 2), (3, 2, 16, 5, 3), (2, 3, 5, 1, 7), (1, 2, 64, 7, 7), (1, 1, 64, 9, 9)],
+    ids=str,
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_reference(shape, layout, dtype):
     qkv = make(shape, layout=layout, dtype=dtype)
-    out = compare(reference.mhsa2d, qkv, shape[1], strided_gradients(qkv.detach()[:, :qkv.shape[1] // 3]))
+    out = compare(reference.mhsa2d, qkv, shape[1], strided_gradients(qkv.detach()[:, : qkv.shape[1] // 3]))
     assert out.is_contiguous(memory_format=LAYOUTS[layout])
 
 
@@ -118,8 +132,13 @@ def test_gradients_of_any_strides(device):
 @pytest.mark.parametrize("case", ["channel slice", "every second column", "transposed", "expanded", "nchw"])
 def test_maps_of_any_strides(device, case):
     wide = make((2, 2, 32, 6, 8), device, "nchw", torch.float32).detach()
-    view = {"channel slice": wide[:, 5:5 + 96], "every second column": wide[..., ::2],
-            "transposed": wide.transpose(2, 3), "expanded": wide[:1].expand(3, -1, -1, -1), "nchw": wide}[case]
+    view = {
+        "channel slice": wide[:, 5 : 5 + 96],
+        "every second column": wide[..., ::2],
+        "transposed": wide.transpose(2, 3),
+        "expanded": wide[:1].expand(3, -1, -1, -1),
+        "nchw": wide,
+    }[case]
     compare(attention.mhsa2d, view.requires_grad_(), 1 if case == "channel slice" else 2)
 
 
@@ -190,8 +209,9 @@ def test_batch_norm_by_the_statistics(device, dtype, groups):
     results = []
     for given in (False, True):
         out, partial = attention.mhsa2d_stats(qkv, 2, groups=groups)
-        y, mean, var = grouped_norm.gbn_act(out, weight, bias, groups=groups, act="silu",
-                                            partial_stats=partial if given else None)
+        y, mean, var = grouped_norm.gbn_act(
+            out, weight, bias, groups=groups, act="silu", partial_stats=partial if given else None
+        )
         dy = torch.linspace(-1, 1, y.numel(), device=device).sin().reshape(y.shape).to(dtype)
         results.append((y, mean, var, *torch.autograd.grad(y, [qkv, weight, bias], dy)))
     # statistics differ in their last bits, times 1 / std = 10 in fp32; 16-bit results are moved by a rounding at most
@@ -209,28 +229,35 @@ def test_what_the_kernels_take(caplog, monkeypatch):
             assert not attention.takes(torch.empty(1, 3 * 48, 7, 7, device="meta"), 1)
     assert [r.getMessage() for r in caplog.records] == [
         "mhsa2d: heads of 64 channels over 784 positions are computed by the reference",
-        "mhsa2d: heads of 48 channels over 49 positions are computed by the reference"]
+        "mhsa2d: heads of 48 channels over 49 positions are computed by the reference",
+    ]
 
 
-@pytest.mark.parametrize(("qkv", "heads", "message"), [
-    (torch.ones(2, 12), 1, r"qkv: expected \[N, 3\*heads\*d, H, W\], got shape \(2, 12\)"),
-    (torch.ones(2, 12, 1, 1), 3, r"heads: expected 3\*heads to divide the 12 channels of qkv, got 3"),
-    (torch.ones(2, 12, 1, 1), 0, "heads: expected"),
-    (torch.ones(2, 0, 1, 1), 1, "heads: expected"),
-    (torch.ones(2, 48, 1, 1, dtype=torch.int32), 1, "qkv: expected a floating-point tensor, got torch.int32"),
-    (torch.ones(0, 48, 1, 1), 1, r"qkv: expected at least one image and one position, got shape \(0, 48, 1, 1\)"),
-])
+@pytest.mark.parametrize(
+    ("qkv", "heads", "message"),
+    [
+        (torch.ones(2, 12), 1, r"qkv: expected \[N, 3\*heads\*d, H, W\], got shape \(2, 12\)"),
+        (torch.ones(2, 12, 1, 1), 3, r"heads: expected 3\*heads to divide the 12 channels of qkv, got 3"),
+        (torch.ones(2, 12, 1, 1), 0, "heads: expected"),
+        (torch.ones(2, 0, 1, 1), 1, "heads: expected"),
+        (torch.ones(2, 48, 1, 1, dtype=torch.int32), 1, "qkv: expected a floating-point tensor, got torch.int32"),
+        (torch.ones(0, 48, 1, 1), 1, r"qkv: expected at least one image and one position, got shape \(0, 48, 1, 1\)"),
+    ],
+)
 def test_errors_say_what_was_expected(qkv, heads, message):
     for function in (reference.mhsa2d, attention.mhsa2d, attention.takes):
         with pytest.raises(ValueError, match=message):
             function(qkv, heads)
 
 
-@pytest.mark.parametrize(("qkv", "message"), [
-    (torch.ones(1, 48, 2, 2).double(), "qkv: the kernel takes float32, bfloat16 or float16, got torch.float64"),
-    (torch.ones(1, 60, 2, 2), "heads of 16, 32, 64, 128 channels and at most 256 positions, got 20 channels and 4"),
-    (torch.ones(1, 48, 17, 16), "at most 256 positions, got 16 channels and 272 positions"),
-])
+@pytest.mark.parametrize(
+    ("qkv", "message"),
+    [
+        (torch.ones(1, 48, 2, 2).double(), "qkv: the kernel takes float32, bfloat16 or float16, got torch.float64"),
+        (torch.ones(1, 60, 2, 2), "heads of 16, 32, 64, 128 channels and at most 256 positions, got 20 channels and 4"),
+        (torch.ones(1, 48, 17, 16), "at most 256 positions, got 16 channels and 272 positions"),
+    ],
+)
 def test_what_the_kernels_refuse(qkv, message):
     with pytest.raises(ValueError, match=message):
         attention.mhsa2d(qkv, 1)
@@ -261,7 +288,7 @@ def test_compiled(device, backend, dynamic):
 
     torch._dynamo.reset()
     compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
-    for shape in [(2, 1, 16, 3, 3), (4, 1, 16, 5, 5)][:1 + dynamic]:
+    for shape in [(2, 1, 16, 3, 3), (4, 1, 16, 5, 5)][: 1 + dynamic]:
         qkv = make(shape, device, dtype=torch.float32)
         eager, fast = function(qkv), compiled(qkv)
         for a, b in zip(eager, fast, strict=True):
@@ -309,8 +336,9 @@ def test_every_row_of_the_tables(device, monkeypatch, table, row, width, side):
 
 @pytest.mark.skipif(not ON_GPU, reason="takes 15 GB of memory, and minutes in the interpreter")
 def test_more_than_two_to_the_31_elements(device):
-    qkv = torch.empty(2**31 // (192 * 196) + 3, 192, 14, 14, dtype=torch.bfloat16, device=device,
-                      memory_format=torch.channels_last).normal_()
+    qkv = torch.empty(
+        2**31 // (192 * 196) + 3, 192, 14, 14, dtype=torch.bfloat16, device=device, memory_format=torch.channels_last
+    ).normal_()
     whole, last = qkv.requires_grad_(), qkv.detach()[-2:].clone().requires_grad_()
     results = []
     for t in (whole, last):

@@ -63,8 +63,9 @@ def released():
 
 def test_names_and_shapes_are_the_releases(shared, released):
     manifest = json.loads((shared / "golden/bossnet_T0_manifest.json").read_text())["state_dict"]
-    assert [[name, list(tensor.shape)] for name, tensor in released.state_dict().items()] \
-        == [[name, list(shape)] for name, shape, *_ in manifest]
+    assert [[name, list(tensor.shape)] for name, tensor in released.state_dict().items()] == [
+        [name, list(shape)] for name, shape, *_ in manifest
+    ]
     assert len(manifest) == 380 and sum(p.numel() for p in released.parameters()) == 38_415_960
 
 
@@ -94,10 +95,16 @@ def test_golden_logits_gradients_and_buffers(shared, released):
         np.testing.assert_allclose(net.get_buffer(name).numpy(), value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name, size, params, gmacs", [
-    ("bossnet_t0_nose", 224, 37_319_080, 3.4419), ("bossnet_t0", 224, 38_415_960, 3.4430),
-    ("bossnet_t0_288", 288, 38_415_960, 5.7319), ("bossnet_t1", 224, 38_415_960, 7.9444),
-    ("bossnet_t1_256", 256, 38_415_960, 10.5091)])
+@pytest.mark.parametrize(
+    "name, size, params, gmacs",
+    [
+        ("bossnet_t0_nose", 224, 37_319_080, 3.4419),
+        ("bossnet_t0", 224, 38_415_960, 3.4430),
+        ("bossnet_t0_288", 288, 38_415_960, 5.7319),
+        ("bossnet_t1", 224, 38_415_960, 7.9444),
+        ("bossnet_t1_256", 256, 38_415_960, 10.5091),
+    ],
+)
 def test_cost_of_the_released_networks(name, size, params, gmacs):
     with torch.device("meta"):
         net = timm.create_model(name).eval()
@@ -256,10 +263,17 @@ def test_classifiers_channels_and_pooling():
     assert not torch.equal(dropped(x), dropped(x)) and torch.equal(dropped.eval()(x), dropped(x))
 
 
-@pytest.mark.parametrize("options, names", [
-    ({"encoding": ((1,), (1,), (1,))}, "encoding"), ({"encoding": ((1,), (2,), (1,), (0,))}, "encoding"),
-    ({"act": "gelu"}, "act"), ({"last_stride": 3}, "last_stride"), ({"global_pool": "max"}, "global_pool"),
-    ({"global_pool": "", "num_classes": 5}, "global_pool")])
+@pytest.mark.parametrize(
+    "options, names",
+    [
+        ({"encoding": ((1,), (1,), (1,))}, "encoding"),
+        ({"encoding": ((1,), (2,), (1,), (0,))}, "encoding"),
+        ({"act": "gelu"}, "act"),
+        ({"last_stride": 3}, "last_stride"),
+        ({"global_pool": "max"}, "global_pool"),
+        ({"global_pool": "", "num_classes": 5}, "global_pool"),
+    ],
+)
 def test_impossible_values_are_named(options, names):
     with pytest.raises(ValueError, match=f"^{names}: expected"):
         BossNet(**{"encoding": SMALL, "width": 4, "num_classes": 2, **options})

@@ -115,12 +115,14 @@ def test_programs_take_batches_that_the_export_did_not_see(exported):
 def test_the_standalone_file_runs_where_bossnas_is_not(exported, tmp_path):
     out, given, _ = exported
     torch.save(images(4), tmp_path / "images")
-    code = (f"import sys\nfor name in ('bossnas', 'bossnas_kernels', 'timm'): sys.modules[name] = None\n"
-            f"sys.path.insert(0, {str(out)!r})\nimport torch, bossnet\n"
-            f"model = bossnet.load()\nassert not model.training\n"
-            f"with torch.no_grad(): torch.save(model(torch.load({str(tmp_path / 'images')!r})), "
-            f"{str(tmp_path / 'logits')!r})\n"
-            f"import runpy; runpy.run_path({str(out / 'bossnet.py')!r}, run_name='__main__')\n")
+    code = (
+        f"import sys\nfor name in ('bossnas', 'bossnas_kernels', 'timm'): sys.modules[name] = None\n"
+        f"sys.path.insert(0, {str(out)!r})\nimport torch, bossnet\n"
+        f"model = bossnet.load()\nassert not model.training\n"
+        f"with torch.no_grad(): torch.save(model(torch.load({str(tmp_path / 'images')!r})), "
+        f"{str(tmp_path / 'logits')!r})\n"
+        f"import runpy; runpy.run_path({str(out / 'bossnet.py')!r}, run_name='__main__')\n"
+    )
     done = subprocess.run([sys.executable, "-I", "-B", "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert near(torch.load(tmp_path / "logits"), logits(given, images(4)))
@@ -131,7 +133,7 @@ def test_batch_norms_fold_in_programs_alone(tmp_path):
     given = network(NATS)
     formats = ["safetensors", "torchscript", *(["onnx"] if HAS_ONNX else [])]
     result = export.export_network(given, tmp_path / "out", formats, fuse=True, batch=2)
-    assert [row["fused"] for row in result["files"]] == [False, True, True][:len(formats)]
+    assert [row["fused"] for row in result["files"]] == [False, True, True][: len(formats)]
     assert load_network(tmp_path / "out" / "bossnas_nats.safetensors").weights.keys() == given.weights.keys()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -160,8 +162,10 @@ def test_mbconv_and_networks_of_timm(tmp_path):
 def test_other_logits_fail_and_leave_nothing(tmp_path, monkeypatch):
     write = export._torchscript
     monkeypatch.setattr(export, "_torchscript", lambda *a: [x + 1e-3 for x in write(*a)])
-    with pytest.raises(ConfigError, match="torchscript: gives other logits than the network: the largest difference is "
-                                          "1.00e-03, allowed is"):
+    with pytest.raises(
+        ConfigError,
+        match="torchscript: gives other logits than the network: the largest difference is 1.00e-03, allowed is",
+    ):
         export.export_network(network(NATS), tmp_path / "out", ["safetensors", "torchscript"])
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(export, "_torchscript", lambda *a: [x * float("nan") for x in write(*a)])
@@ -182,8 +186,13 @@ def test_a_folder_with_files_needs_force(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "_standalone", lambda *a: [torch.zeros(1, 10)] * 2)
     with pytest.raises(ConfigError, match="standalone: gives other logits"):
         export.export_network(given, out, ["safetensors", "standalone"], force=True)
-    assert sorted(file.name for file in out.iterdir()) == ["README.md", "bossnas_nats.safetensors", "card.json", "hub",
-                                                           "notes.txt"]
+    assert sorted(file.name for file in out.iterdir()) == [
+        "README.md",
+        "bossnas_nats.safetensors",
+        "card.json",
+        "hub",
+        "notes.txt",
+    ]
     assert (out / "bossnas_nats.safetensors").read_bytes() == before
     other = Network(NATS, {name: tensor + 1 for name, tensor in given.weights.items()}, {})
     export.export_network(other, out, ["safetensors"], force=True)
@@ -247,8 +256,14 @@ def test_a_file_is_opened_and_exported(tmp_path):
     result = export.export(tmp_path / "best.safetensors", tmp_path / "out", ["safetensors"])
     assert result["network"] == given.spec.to_json() and result["files"][0]["difference"] == 0
     torch.save({"model": given.weights}, tmp_path / "other.pth")
-    result = export.export(tmp_path / "other.pth", tmp_path / "again", ["safetensors"], model="bossnas_nats",
-                           options={"widths": [8] * 5}, image_size=16)
+    result = export.export(
+        tmp_path / "other.pth",
+        tmp_path / "again",
+        ["safetensors"],
+        model="bossnas_nats",
+        options={"widths": [8] * 5},
+        image_size=16,
+    )
     assert (result["network"]["image_size"], result["network"]["classes"]) == (16, 10)
     vit = network(Spec("vit_tiny_patch16_224", {"depth": 1, "embed_dim": 48, "num_heads": 1}, 10, 96))
     with pytest.raises(ConfigError, match=r"model.image_size: vit_.* does not take images of 96 pixels \(Input height"):
@@ -256,8 +271,13 @@ def test_a_file_is_opened_and_exported(tmp_path):
     given.weights.pop("fc.bias")
     torch.save(given.weights, tmp_path / "short.pth")
     with pytest.raises(ConfigError, match="fc.bias"):
-        export.export(tmp_path / "short.pth", tmp_path / "short", ["safetensors"], model="bossnas_nats",
-                      options={"widths": [8] * 5})
+        export.export(
+            tmp_path / "short.pth",
+            tmp_path / "short",
+            ["safetensors"],
+            model="bossnas_nats",
+            options={"widths": [8] * 5},
+        )
     assert not (tmp_path / "short").exists()
 
 

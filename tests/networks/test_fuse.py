@@ -22,8 +22,12 @@ def lively(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in ((module.weight, 0.5, 1.5), (module.bias, -0.3, 0.3),
-                                      (module.running_mean, -0.3, 0.3), (module.running_var, 0.5, 2.0)):
+            for tensor, low, high in (
+                (module.weight, 0.5, 1.5),
+                (module.bias, -0.3, 0.3),
+                (module.running_mean, -0.3, 0.3),
+                (module.running_var, 0.5, 2.0),
+            ):
                 tensor.data.uniform_(low, high, generator=generator)
     return model
 
@@ -38,8 +42,9 @@ def largest(model: nn.Module, other: nn.Module, images: torch.Tensor) -> float:
         return float((logits - other(images)).abs().max() / logits.abs().max())
 
 
-@pytest.mark.parametrize("options", [{}, {"act": "relu", "se": False, "last_stride": 1},
-                                     {"encoding": ((), (0, 0), (1,), (0,))}])
+@pytest.mark.parametrize(
+    "options", [{}, {"act": "relu", "se": False, "last_stride": 1}, {"encoding": ((), (0, 0), (1,), (0,))}]
+)
 def test_every_norm_of_a_bossnet_folds(options):
     torch.manual_seed(0)
     model = lively(BossNet(**TINY, **options, drop_path_rate=0.1)).train()

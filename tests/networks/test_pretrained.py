@@ -101,8 +101,13 @@ def test_files_without_weights_say_what_they_hold(tmp_path):
     deep = {"weight": torch.zeros(1)}  # a pickle can hold itself, so looking into it has to end somewhere
     for _ in range(9):
         deep = {"model": deep}
-    for content, found in (({"net": {"w": torch.zeros(1)}, "epoch": 3}, "only net, epoch"), ([1, 2], "a list"),
-                           ({}, "only nothing"), ({"model": {"w": 1.0}}, "only model"), (deep, "only model")):
+    for content, found in (
+        ({"net": {"w": torch.zeros(1)}, "epoch": 3}, "only net, epoch"),
+        ([1, 2], "a list"),
+        ({}, "only nothing"),
+        ({"model": {"w": 1.0}}, "only model"),
+        (deep, "only model"),
+    ):
         torch.save(content, tmp_path / "odd.pth")
         assert found in problem(lambda: pretrained.read(tmp_path / "odd.pth"))
 
@@ -130,11 +135,19 @@ def test_wrappers_prefixes_and_the_average_are_found(tmp_path):
     lightning = {"state_dict": with_prefix(state, "model."), "global_step": 3}
     compiled = {"model": with_prefix(with_prefix(state, "_orig_mod."), "module.")}
     averaged = {"n_averaged": torch.tensor(9), **with_prefix(state, "module.")}
-    for content, ema, expected in ((deit, True, average), (deit, False, state), (timm_like, True, average),
-                                   (timm_like, False, state), (lightning, True, state), (compiled, True, state),
-                                   (averaged, True, state), ({"module": state}, True, state), (state, True, state),
-                                   ({"model_ema": average}, False, average), ({"model_ema": None, "model": state}, True,
-                                                                              state)):
+    for content, ema, expected in (
+        (deit, True, average),
+        (deit, False, state),
+        (timm_like, True, average),
+        (timm_like, False, state),
+        (lightning, True, state),
+        (compiled, True, state),
+        (averaged, True, state),
+        ({"module": state}, True, state),
+        (state, True, state),
+        ({"model_ema": average}, False, average),
+        ({"model_ema": None, "model": state}, True, state),
+    ):
         torch.save(content, tmp_path / "some.pth")
         assert same(pretrained.read(tmp_path / "some.pth", ema), expected)
     inner = {"model.weight": torch.ones(1), "head.weight": torch.ones(1)}  # a prefix of some names only
@@ -143,8 +156,12 @@ def test_wrappers_prefixes_and_the_average_are_found(tmp_path):
 
 
 def test_half_precision_is_read_as_float32(tmp_path):
-    state = {"a": torch.rand(3).half(), "b": torch.rand(3).bfloat16(), "c": nn.Parameter(torch.rand(3)),
-             "n": torch.tensor(3)}
+    state = {
+        "a": torch.rand(3).half(),
+        "b": torch.rand(3).bfloat16(),
+        "c": nn.Parameter(torch.rand(3)),
+        "n": torch.tensor(3),
+    }
     torch.save(state, tmp_path / "half.pth")
     read = pretrained.read(tmp_path / "half.pth")
     assert [t.dtype for t in read.values()] == [torch.float32] * 3 + [torch.int64]
@@ -157,7 +174,8 @@ def test_tensors_that_no_weight_can_be_a_copy_of_are_not_taken_for_weights(tmp_p
     for odd in (weight.to_sparse(), weight.to("meta"), weight.to(torch.complex64)):
         torch.save(model.state_dict() | {"fc.weight": odd}, tmp_path / "odd.pth")
         assert "1 are missing (fc.weight)" in problem(
-            lambda: pretrained.fit(model, pretrained.read(tmp_path / "odd.pth"), "it"))
+            lambda: pretrained.fit(model, pretrained.read(tmp_path / "odd.pth"), "it")
+        )
 
 
 def test_fitting_is_strict_and_lists_what_does_not_fit():
@@ -168,20 +186,23 @@ def test_fitting_is_strict_and_lists_what_does_not_fit():
 
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = {name: torch.zeros_like(value) for name, value in before.items()}
-    assert "a.pth has 7 classes, the network 5; set model.classes=7" in \
-        problem(lambda: pretrained.fit(model, small(7).state_dict(), "a.pth"))
+    assert "a.pth has 7 classes, the network 5; set model.classes=7" in problem(
+        lambda: pretrained.fit(model, small(7).state_dict(), "a.pth")
+    )
     lacking = {name: value for name, value in state.items() if name not in ("conv1.weight", "bn1.bias")}
     text = problem(lambda: pretrained.fit(model, lacking | {"head.weight": torch.zeros(1)}, "a.pth"))
     assert "2 are missing (conv1.weight, bn1.bias)" in text and "1 are not the network's (head.weight)" in text
     assert f"of its {len(before)} weights" in text
     wrong = state | {"conv1.weight": torch.zeros(9, 3, 7, 7), "fc.weight": small(7).state_dict()["fc.weight"]}
     shape = "x".join(map(str, before["conv1.weight"].shape))
-    assert f"2 have another shape (conv1.weight 9x3x7x7 in place of {shape}, fc.weight" in \
-        problem(lambda: pretrained.fit(model, wrong, "a.pth"))
+    assert f"2 have another shape (conv1.weight 9x3x7x7 in place of {shape}, fc.weight" in problem(
+        lambda: pretrained.fit(model, wrong, "a.pth")
+    )
     columns = state | {"fc.weight": torch.zeros(5, 9)}  # of as many classes
     assert "1 have another shape (fc.weight 5x9 in place of" in problem(lambda: pretrained.fit(model, columns, "a.pth"))
     assert "fc.bias () in place of 5" in problem(
-        lambda: pretrained.fit(model, state | {"fc.bias": torch.tensor(1.0)}, "a.pth"))
+        lambda: pretrained.fit(model, state | {"fc.bias": torch.tensor(1.0)}, "a.pth")
+    )
     assert same(model.state_dict(), before)  # all or none
     many = problem(lambda: pretrained.fit(model, {}, "a.pth"))
     assert f"{len(before)} are missing (conv1.weight, bn1.weight, bn1.bias, ...)" in many and len(many) < 300
@@ -237,20 +258,25 @@ def test_a_foreign_checkpoint_with_its_name_in_timm(tmp_path):
         torch.save(odd, tmp_path / "odd.pth")
         opened = pretrained.open_network(tmp_path / "odd.pth", model="bossnet", options=SMALL.model_args)
         assert "fc.weight () in place of" in problem(
-            lambda opened=opened: pretrained.fit(build_network(opened.spec), opened.weights, "it"))
+            lambda opened=opened: pretrained.fit(build_network(opened.spec), opened.weights, "it")
+        )
         other = pretrained.open_network(file, model="resnet10t", classes=7)
         assert (other.spec.classes, other.spec.image_size, other.spec.crop) == (7, 176, 0.875)
         assert "are missing" in problem(
-            lambda other=other: pretrained.fit(build_network(other.spec), other.weights, "it"))
+            lambda other=other: pretrained.fit(build_network(other.spec), other.weights, "it")
+        )
 
 
 def test_a_release_like_checkpoint_of_bossnet_t0_loads_strictly(tmp_path, shared):
     manifest = json.loads((shared / "golden" / "bossnet_T0_manifest.json").read_text())
-    state = {name: torch.zeros(shape, dtype=torch.float16 if kind == "float32" else torch.int64)
-             for name, shape, kind in manifest["state_dict"]}
+    state = {
+        name: torch.zeros(shape, dtype=torch.float16 if kind == "float32" else torch.int64)
+        for name, shape, kind in manifest["state_dict"]
+    }
     average = {name: value + 1 for name, value in state.items()}
-    torch.save({"model": state, "model_ema": average, "args": argparse.Namespace(lr=5e-4), "epoch": 299},
-               tmp_path / "T0.pth")
+    torch.save(
+        {"model": state, "model_ema": average, "args": argparse.Namespace(lr=5e-4), "epoch": 299}, tmp_path / "T0.pth"
+    )
     network = pretrained.open_network(tmp_path / "T0.pth", model="bossnet_t0")
     assert network.spec == Spec("bossnet_t0")
     model = build_network(network.spec)
@@ -259,18 +285,37 @@ def test_a_release_like_checkpoint_of_bossnet_t0_loads_strictly(tmp_path, shared
 
 
 def test_a_hub_folder_is_opened(tmp_path):
-    spec = Spec("bossnet", {"encoding": [[1], [], [0], [1]], "width": 8}, 7, 48, (.4, .5, .6), (.1, .2, .3),
-                         "bilinear", 1.0)
+    spec = Spec(
+        "bossnet",
+        {"encoding": [[1], [], [0], [1]], "width": 8},
+        7,
+        48,
+        (0.4, 0.5, 0.6),
+        (0.1, 0.2, 0.3),
+        "bilinear",
+        1.0,
+    )
     model = build_network(spec)
-    about = {"input_size": (3, 48, 48), "mean": spec.mean, "std": spec.std, "interpolation": "bilinear",
-             "crop_pct": 1.0}
-    timm.models.save_for_hf(model, tmp_path / "hub", safe_serialization=True,
-                            model_config={"pretrained_cfg": about, "model_args": spec.model_args})
+    about = {
+        "input_size": (3, 48, 48),
+        "mean": spec.mean,
+        "std": spec.std,
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+    }
+    timm.models.save_for_hf(
+        model,
+        tmp_path / "hub",
+        safe_serialization=True,
+        model_config={"pretrained_cfg": about, "model_args": spec.model_args},
+    )
     opened = pretrained.open_network(tmp_path / "hub")
     pretrained.fit(build_network(opened.spec), opened.weights, "hub")
     assert opened.spec.model_args == {**spec.model_args, "in_chans": 3}
-    assert all(getattr(opened.spec, key) == getattr(spec, key) for key in (
-        "architecture", "classes", "image_size", "mean", "std", "interpolation", "crop"))
+    assert all(
+        getattr(opened.spec, key) == getattr(spec, key)
+        for key in ("architecture", "classes", "image_size", "mean", "std", "interpolation", "crop")
+    )
     (tmp_path / "hub/config.json").write_text('{"architecture": "bossnet"}')
     with pytest.raises(ConfigError, match="does not describe a network as timm does"):
         pretrained.open_network(tmp_path / "hub")

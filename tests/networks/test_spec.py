@@ -24,9 +24,11 @@ from bossnas.spaces.paths import decode
 PATHS = ["21", "1023", "3210", "0123", "1132"]
 WIDTHS = [24, 40, 40, 16, 24]
 OWN = "tests/workers/hop_space.py:Hop"
-MODELS = {"mbconv": ("bossnas_mbconv", {"paths": PATHS, "width": 0.125}),
-          "nats": ("bossnas_nats", {"widths": WIDTHS}),
-          "own": ("bossnas_own", {"space": OWN, "paths": ["01", "20", "12"]})}
+MODELS = {
+    "mbconv": ("bossnas_mbconv", {"paths": PATHS, "width": 0.125}),
+    "nats": ("bossnas_nats", {"widths": WIDTHS}),
+    "own": ("bossnas_own", {"space": OWN, "paths": ["01", "20", "12"]}),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -80,10 +82,19 @@ def test_mbconv_ends_as_efficientnets_do():
 
 def test_mbconvs_shortcuts():
     """Always there: pooled where the size halves, convolved where the width changes, both, or the map itself."""
-    kinds = [[type(part).__name__ for part in layer.shortcut] for block in ("block1", "block3", "block4")
-             for layer in getattr(MBConvNet(PATHS), block)[:2]]
-    assert kinds == [["AvgPool2d", "Conv2d", "BatchNorm2d"], [], ["AvgPool2d", "Conv2d", "BatchNorm2d"], [],
-                     ["Conv2d", "BatchNorm2d"], []]
+    kinds = [
+        [type(part).__name__ for part in layer.shortcut]
+        for block in ("block1", "block3", "block4")
+        for layer in getattr(MBConvNet(PATHS), block)[:2]
+    ]
+    assert kinds == [
+        ["AvgPool2d", "Conv2d", "BatchNorm2d"],
+        [],
+        ["AvgPool2d", "Conv2d", "BatchNorm2d"],
+        [],
+        ["Conv2d", "BatchNorm2d"],
+        [],
+    ]
     block = opened(InvertedResidual(8, 8, 3, 3, 1, 0.0)).eval()
     x = torch.randn(2, 8, 5, 5)
     nn.init.zeros_(block.bn3.weight)
@@ -94,6 +105,7 @@ def test_mbconvs_shortcuts():
 @pytest.mark.parametrize("widths", [[64, 40, 32, 32, 24], [8, 8, 8, 8, 8], [64] * 5])
 def test_nats_has_the_benchmarks_parameters(widths):
     """By hand, from the definition of the cells: 3x3 and 1x1 convolutions and norms of two numbers each."""
+
     def cell(kind, c_in, c):
         if kind == "N":
             skip = 0 if c_in == c else c_in * c + 2 * c
@@ -164,8 +176,11 @@ def test_features_only(name):
     features = timm.create_model(model, features_only=True, **own).eval()
     maps = features(torch.randn(2, 3, 64, 64))
     assert [m.shape[1] for m in maps] == features.feature_info.channels()
-    assert [64 // m.shape[2] for m in maps] == features.feature_info.reduction() \
+    assert (
+        [64 // m.shape[2] for m in maps]
+        == features.feature_info.reduction()
         == ([2, 4, 8, 16, 32] if name == "mbconv" else [1, 2, 4])
+    )
     hooked = timm.create_model(model, features_only=True, feature_cls="hook", **own).eval()
     assert [m.shape for m in hooked(torch.randn(2, 3, 64, 64))] == [m.shape for m in maps]
 
@@ -195,8 +210,7 @@ def test_gradient_checkpointing_changes_nothing(name):
 
 
 def test_stochastic_depth_leaves_the_shortcut():
-    for net in (MBConvNet(PATHS, 0.125, num_classes=2, drop_path_rate=0.4),
-                NatsNet([8] * 5, drop_path_rate=0.4)):
+    for net in (MBConvNet(PATHS, 0.125, num_classes=2, drop_path_rate=0.4), NatsNet([8] * 5, drop_path_rate=0.4)):
         rates = [m.rate for m in net.modules() if type(m).__name__ == "DropPath"]
         assert rates == sorted(rates) and rates[-1] == pytest.approx(0.4)
         assert len(rates) == (18 if isinstance(net, MBConvNet) else 4)
@@ -210,19 +224,26 @@ def test_stochastic_depth_leaves_the_shortcut():
     assert 16 < kept.sum() < 48
 
 
-@pytest.mark.parametrize("name, options, text", [
-    ("bossnas_mbconv", {}, "paths: is needed"), ("bossnas_mbconv", {"paths": PATHS[:4]}, "blocks of 2, 4, 4, 4, 4"),
-    ("bossnas_mbconv", {"paths": ["24", *PATHS[1:]]}, "0 to 3"), ("bossnas_mbconv", {"paths": ["2x", *PATHS[1:]]},
-                                                                 "0 to 3"),
-    ("bossnas_nats", {}, "widths: is needed"), ("bossnas_nats", {"widths": [8, 8]}, "five channel numbers"),
-    ("bossnas_nats", {"widths": [8, 8, 0, 8, 8]}, "five channel numbers"),
-    ("bossnas_own", {"paths": ["01"]}, "space: is needed"), ("bossnas_own", {"space": OWN}, "paths: is needed"),
-    ("bossnas_own", {"space": OWN, "paths": ["01", "20"]}, "no architecture"),
-    ("bossnas_own", {"space": OWN, "paths": ["22", "22", "00"]}, "no architecture"),
-    ("bossnas_own", {"space": "missing.py:A", "paths": ["01"]}, "there is no file"),
-    ("bossnas_own", {"space": OWN, "paths": ["01", "20", "12"], "drop_path_rate": 0.1}, "stochastic depth"),
-    ("bossnas_own", {"space": OWN, "paths": ["01", "20", "12"], "in_chans": 1}, "in_chans"),
-    ("bossnas_own", {"space": OWN, "paths": ["01", "20", "12"], "features_only": True}, "features_only")])
+@pytest.mark.parametrize(
+    "name, options, text",
+    [
+        ("bossnas_mbconv", {}, "paths: is needed"),
+        ("bossnas_mbconv", {"paths": PATHS[:4]}, "blocks of 2, 4, 4, 4, 4"),
+        ("bossnas_mbconv", {"paths": ["24", *PATHS[1:]]}, "0 to 3"),
+        ("bossnas_mbconv", {"paths": ["2x", *PATHS[1:]]}, "0 to 3"),
+        ("bossnas_nats", {}, "widths: is needed"),
+        ("bossnas_nats", {"widths": [8, 8]}, "five channel numbers"),
+        ("bossnas_nats", {"widths": [8, 8, 0, 8, 8]}, "five channel numbers"),
+        ("bossnas_own", {"paths": ["01"]}, "space: is needed"),
+        ("bossnas_own", {"space": OWN}, "paths: is needed"),
+        ("bossnas_own", {"space": OWN, "paths": ["01", "20"]}, "no architecture"),
+        ("bossnas_own", {"space": OWN, "paths": ["22", "22", "00"]}, "no architecture"),
+        ("bossnas_own", {"space": "missing.py:A", "paths": ["01"]}, "there is no file"),
+        ("bossnas_own", {"space": OWN, "paths": ["01", "20", "12"], "drop_path_rate": 0.1}, "stochastic depth"),
+        ("bossnas_own", {"space": OWN, "paths": ["01", "20", "12"], "in_chans": 1}, "in_chans"),
+        ("bossnas_own", {"space": OWN, "paths": ["01", "20", "12"], "features_only": True}, "features_only"),
+    ],
+)
 def test_impossible_arguments_are_named(name, options, text):
     with pytest.raises(ValueError, match=text):
         timm.create_model(name, **options)
@@ -295,8 +316,11 @@ def test_an_own_network_trains():
     with torch.no_grad():
         assert (net.eval()(x).argmax(1) == y).all(), "the running statistics fit"
     space = spaces.make(OWN, width=1.0, image_size=32, restricted=True, split="cifar10")
-    assert all(m.momentum is None for m in standalone(space, [(0, 1), (2, 0), (1, 2)], 2).modules()
-               if isinstance(m, GroupedBatchNorm))
+    assert all(
+        m.momentum is None
+        for m in standalone(space, [(0, 1), (2, 0), (1, 2)], 2).modules()
+        if isinstance(m, GroupedBatchNorm)
+    )
 
 
 # ---- networks by description
@@ -320,19 +344,26 @@ def test_weights_that_share_memory_are_saved_each(tmp_path):
     weight = torch.arange(6.0)
     save_network(tmp_path / "a.safetensors", Spec("any"), {"a": weight, "b": weight, "c": weight[1:]}, {})
     assert {name: t.tolist() for name, t in load_network(tmp_path / "a.safetensors").weights.items()} == {
-        "a": [0, 1, 2, 3, 4, 5], "b": [0, 1, 2, 3, 4, 5], "c": [1, 2, 3, 4, 5]}
+        "a": [0, 1, 2, 3, 4, 5],
+        "b": [0, 1, 2, 3, 4, 5],
+        "c": [1, 2, 3, 4, 5],
+    }
 
 
-@pytest.mark.parametrize("spec, training, text", [
-    (Spec("bossnet_t9"), {}, "model.name: timm knows no 'bossnet_t9'"),
-    (Spec("bossnas_nats", {"widths": [8]}), {}, "model.options: bossnas_nats does not take"),
-    (Spec("bossnet_t0", {"depth": 3}), {}, "model.options: bossnet_t0 does not take .*depth"),
-    (Spec(*MODELS["own"]), {"drop_path_rate": 0.1}, "no stochastic depth"),
-    (Spec("vgg11"), {"drop_path_rate": 0.1}, "vgg11 does not take .*or set model.drop_path to 0"),
-    (Spec("bossnet_t0", {"width": -8}), {}, "model.options: bossnet_t0 does not take"),
-    (Spec("resnet18", {"norm_layer": "nope"}), {}, "model.options: .*KeyError: 'nope'"),
-    (Spec("bossnet_t0.none"), {}, "Invalid pretrained tag"),
-    (Spec("bossnet_t0", {"features_only": True}), {}, "features_only is no argument")])
+@pytest.mark.parametrize(
+    "spec, training, text",
+    [
+        (Spec("bossnet_t9"), {}, "model.name: timm knows no 'bossnet_t9'"),
+        (Spec("bossnas_nats", {"widths": [8]}), {}, "model.options: bossnas_nats does not take"),
+        (Spec("bossnet_t0", {"depth": 3}), {}, "model.options: bossnet_t0 does not take .*depth"),
+        (Spec(*MODELS["own"]), {"drop_path_rate": 0.1}, "no stochastic depth"),
+        (Spec("vgg11"), {"drop_path_rate": 0.1}, "vgg11 does not take .*or set model.drop_path to 0"),
+        (Spec("bossnet_t0", {"width": -8}), {}, "model.options: bossnet_t0 does not take"),
+        (Spec("resnet18", {"norm_layer": "nope"}), {}, "model.options: .*KeyError: 'nope'"),
+        (Spec("bossnet_t0.none"), {}, "Invalid pretrained tag"),
+        (Spec("bossnet_t0", {"features_only": True}), {}, "features_only is no argument"),
+    ],
+)
 def test_a_description_of_no_network(spec, training, text):
     with pytest.raises(ConfigError, match=text):
         build_network(spec, **training)
@@ -341,15 +372,30 @@ def test_a_description_of_no_network(spec, training, text):
 def test_a_file_of_something_else(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "plain.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "plain.safetensors").read_bytes()[:-3])
-    good, names = Spec("bossnet").to_json(), {"plain": "does not say which network", "cut": "cannot read",
-                                                       "none": "cannot read"}
-    for key, value in {"image_size": "large", "classes": None, "mean": [0.5], "model_args": [1], "architecture": 3,
-                       "crop": "x", "colour": 1}.items():
-        save_file({"a": torch.zeros(2)}, tmp_path / f"{key}.safetensors",
-                  {"format": FORMAT, "spec": json.dumps(good | {key: value}), "about": "{}"})
+    good, names = (
+        Spec("bossnet").to_json(),
+        {"plain": "does not say which network", "cut": "cannot read", "none": "cannot read"},
+    )
+    for key, value in {
+        "image_size": "large",
+        "classes": None,
+        "mean": [0.5],
+        "model_args": [1],
+        "architecture": 3,
+        "crop": "x",
+        "colour": 1,
+    }.items():
+        save_file(
+            {"a": torch.zeros(2)},
+            tmp_path / f"{key}.safetensors",
+            {"format": FORMAT, "spec": json.dumps(good | {key: value}), "about": "{}"},
+        )
         names[key] = rf"not the description of a network \({key}"
-    save_file({"a": torch.zeros(2)}, tmp_path / "about.safetensors",
-              {"format": FORMAT, "spec": json.dumps(good), "about": "3"})
+    save_file(
+        {"a": torch.zeros(2)},
+        tmp_path / "about.safetensors",
+        {"format": FORMAT, "spec": json.dumps(good), "about": "3"},
+    )
     names["about"] = "cannot read"
     for name, text in names.items():
         with pytest.raises(ConfigError, match=text):

@@ -194,9 +194,7 @@ def test_sharded_step_is_the_plain_step():
     reference = LARS(parameter_groups(plain), **settings)
     sharded = LARS(parameter_groups(flat), sharded=True, **settings)
     parts = [p for group in parameter_groups(flat) for p in group["params"]]
-    share = torch.cat(
-        [p.detach().flatten() for p in parts] + [torch.zeros(3)]
-    ).requires_grad_()  # padded at the end
+    share = torch.cat([p.detach().flatten() for p in parts] + [torch.zeros(3)]).requires_grad_()  # padded at the end
     sharded.param_groups[0]["params"] = [share]
     sharded.create_state()
     generator = torch.Generator().manual_seed(0)
@@ -235,8 +233,6 @@ def test_ema():
     assert ema_momentum(100, 100) == pytest.approx(1.0)
     target, online = [torch.zeros(3), torch.ones(2)], [torch.ones(3), torch.full((2,), 3.0)]
     ema_update(target, online, 0.75)
-    assert torch.allclose(target[0], torch.full((3,), 0.25)) and torch.allclose(
-        target[1], torch.full((2,), 1.5)
-    )
+    assert torch.allclose(target[0], torch.full((3,), 0.25)) and torch.allclose(target[1], torch.full((2,), 1.5))
     with pytest.raises(ValueError, match="differ"):
         ema_update(target, online[:1], 0.9)

@@ -21,9 +21,14 @@ from bossnas.optim.library import _algorithm, check_optimizer, choose_optimizer
 
 LIMIT = 3e-6  # float32 sums in another order; Adam divides by small numbers
 CPU = torch.device("cpu")
-KINDS = {"ddp": {"engine": "ddp"}, "fsdp2": {"engine": "fsdp2"},
-         **{f"zero{stage}": {"engine": "deepspeed", "section": {"zero_optimization": {"stage": stage}}}
-            for stage in (0, 1, 2)}}
+KINDS = {
+    "ddp": {"engine": "ddp"},
+    "fsdp2": {"engine": "fsdp2"},
+    **{
+        f"zero{stage}": {"engine": "deepspeed", "section": {"zero_optimization": {"stage": stage}}}
+        for stage in (0, 1, 2)
+    },
+}
 GOES_ON = {"ddp": "fsdp2", "fsdp2": "zero1", "zero0": "ddp", "zero1": "zero2", "zero2": "fsdp2"}  # from this kind
 
 
@@ -32,12 +37,19 @@ def reference(kind, steps, clip=0.0):
     module = worker.build()
     target = worker.target_of(module)
     found = parameter_groups(module)
-    groups = [{"params": [g["params"][0] for g in found if g["excluded"] == excluded],
-               "weight_decay": 0.0 if excluded else 0.1} for excluded in (False, True)]
+    groups = [
+        {
+            "params": [g["params"][0] for g in found if g["excluded"] == excluded],
+            "weight_decay": 0.0 if excluded else 0.1,
+        }
+        for excluded in (False, True)
+    ]
     settings = {"lr": 1.0, "eps": 1e-3, "betas": (0.9, 0.95)}
-    optimizer = {"adamw": lambda: torch.optim.AdamW(groups, foreach=False, **settings),
-                 "lamb": lambda: timm.optim.Lamb(groups, max_grad_norm=None, foreach=False, **settings),
-                 "sgd": lambda: torch.optim.SGD(groups, lr=1.0, momentum=0.9, nesterov=True, foreach=False)}[kind]()
+    optimizer = {
+        "adamw": lambda: torch.optim.AdamW(groups, foreach=False, **settings),
+        "lamb": lambda: timm.optim.Lamb(groups, max_grad_norm=None, foreach=False, **settings),
+        "sgd": lambda: torch.optim.SGD(groups, lr=1.0, momentum=0.9, nesterov=True, foreach=False),
+    }[kind]()
     for step in steps:
         for micro in range(worker.ACCUMULATE):
             (module.loss(worker.batch(step, micro), worker.ALL[0]) / worker.ACCUMULATE).backward()
@@ -50,8 +62,9 @@ def reference(kind, steps, clip=0.0):
         with torch.no_grad():
             for t, w in zip(target.parameters(), module.layers.parameters(), strict=True):
                 t.mul_(worker.EMA).add_((1 - worker.EMA) * w)
-    return ({f"online.{name}": p.detach() for name, p in module.named_parameters()}
-            | {f"target.{name}": p.detach() for name, p in target.named_parameters()})
+    return {f"online.{name}": p.detach() for name, p in module.named_parameters()} | {
+        f"target.{name}": p.detach() for name, p in target.named_parameters()
+    }
 
 
 def alone(kind, steps, fused="auto", clip=0.0, **more):
@@ -102,16 +115,25 @@ def test_a_frozen_parameter_may_have_a_follower():
     module.bias.requires_grad_(False)
     was = follower.bias.detach().clone()
     optimizer = choose_optimizer("adamw", "auto", CPU, weight_decay=0.0, momentum=0.9, beta2=0.99, eps=1e-8)[0](
-        module, follower, False)
+        module, follower, False
+    )
     module.weight.grad = torch.ones(2, 2)
     optimizer.prepare(0.1, ema=0.0)
     optimizer.step()
     assert torch.allclose(follower.weight, module.weight) and torch.equal(follower.bias, was)
 
 
-@pytest.mark.parametrize("kind, fused, name", [
-    ("adamw", "auto", "torch fused AdamW"), ("adamw", "torch", "torch fused AdamW"), ("adamw", "none", "torch AdamW"),
-    ("lamb", "auto", "timm LAMB"), ("sgd", "auto", "torch fused SGD"), ("sgd", "none", "torch SGD")])
+@pytest.mark.parametrize(
+    "kind, fused, name",
+    [
+        ("adamw", "auto", "torch fused AdamW"),
+        ("adamw", "torch", "torch fused AdamW"),
+        ("adamw", "none", "torch AdamW"),
+        ("lamb", "auto", "timm LAMB"),
+        ("sgd", "auto", "torch fused SGD"),
+        ("sgd", "none", "torch SGD"),
+    ],
+)
 def test_the_name_says_what_runs(kind, fused, name):
     assert worker.library({"optimizer": kind, "fused": fused})[1] == name
 
@@ -120,8 +142,19 @@ class FusedStub(torch.optim.Optimizer):
     """What apex's FusedAdam and FusedLAMB look like from outside: the step count in the group, made at the first step
     as an int, and lazy state."""
 
-    def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True,
-                 weight_decay=0.0, amsgrad=False, set_grad_none=True, max_grad_norm=1.0):
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        bias_correction=True,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        adam_w_mode=True,
+        weight_decay=0.0,
+        amsgrad=False,
+        set_grad_none=True,
+        max_grad_norm=1.0,
+    ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.adam_w_mode, self.max_grad_norm = adam_w_mode, max_grad_norm
 
@@ -193,8 +226,10 @@ def test_lamb_refuses_engines_that_share_parameters_out():
     check_optimizer("lamb", make("single", accumulate=1, micro_batch=1).sharded)
     check_optimizer("adamw", make("fsdp2", accumulate=1, micro_batch=1).sharded)
     section = {"zero_optimization": {"stage": 1}}
-    for engine in (make("fsdp2", accumulate=1, micro_batch=1),
-                   make("deepspeed", accumulate=1, micro_batch=1, section=section)):
+    for engine in (
+        make("fsdp2", accumulate=1, micro_batch=1),
+        make("deepspeed", accumulate=1, micro_batch=1, section=section),
+    ):
         with pytest.raises(ConfigError, match="^train.optimizer: is lamb.*set engine.name to ddp"):
             check_optimizer("lamb", engine.sharded)
 

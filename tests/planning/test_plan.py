@@ -25,10 +25,23 @@ from bossnas.supernet import heads, losses
 from bossnas.supernet.supernet import Item, Supernet
 from bossnas.supernet.train_block import sample_paths
 
-TINY = ["space.width=0.0625", "space.image_size=32", "heads.hidden=16", "heads.out=8", "data.workers=0",
-        "train.batch=64", "train.micro_batch=8", "train.epochs=2", "train.steps_per_epoch=4", "train.warmup_epochs=0",
-        "data.val_images=24", "rating.batch=16", "rating.calibration_images=16", "rating.every_epochs=1",
-        "checkpoint.every_steps=4"]
+TINY = [
+    "space.width=0.0625",
+    "space.image_size=32",
+    "heads.hidden=16",
+    "heads.out=8",
+    "data.workers=0",
+    "train.batch=64",
+    "train.micro_batch=8",
+    "train.epochs=2",
+    "train.steps_per_epoch=4",
+    "train.warmup_epochs=0",
+    "data.val_images=24",
+    "rating.batch=16",
+    "rating.calibration_images=16",
+    "rating.every_epochs=1",
+    "checkpoint.every_steps=4",
+]
 NATS = ["space.name=nats", "space.width=0.25", "data.recipe=cifar"]
 BF16 = 0.04  # fake tensors have a batch norm of a small map save its statistics in 16 bits, real ones in fp32
 WINNERS = {"hytra": ["5433", "3230", "0010", "0000"], "nats": ["77", "77", "7"]}
@@ -41,8 +54,13 @@ def config(*more):
 @cache
 def counts(*more):
     settings = config(*more)
-    space = spaces.make(settings.space.name, width=settings.space.width, image_size=settings.space.image_size,
-                        restricted=True, split="cifar10")
+    space = spaces.make(
+        settings.space.name,
+        width=settings.space.width,
+        image_size=settings.space.image_size,
+        restricted=True,
+        split="cifar10",
+    )
     return Workload(settings, space, [tuple(map(int, path)) for path in WINNERS[settings.space.name]])
 
 
@@ -71,8 +89,10 @@ def test_parameters_are_those_of_real_modules(tiny):
     assert tiny.weights == size(online) + size(target) + 4 * size(predictor)
 
 
-@pytest.mark.parametrize(("more", "block"), [
-    ([], 0), (["train.precision=bf16"], 2), (["train.paths_per_pass=2", "train.activation_checkpointing=true"], 1)])
+@pytest.mark.parametrize(
+    ("more", "block"),
+    [([], 0), (["train.precision=bf16"], 2), (["train.paths_per_pass=2", "train.activation_checkpointing=true"], 1)],
+)
 def test_tensors_without_data_are_counted_like_real_ones(more, block):
     settings = config(*more)
     work = counts(*more)
@@ -98,8 +118,12 @@ def test_activations_are_what_autograd_saves(more, block):
     online, target, predictor = networks(work, settings)
     online.train(), target.train()
     paths = sample_paths(work.space, block, winners, 0, 6)
-    views = [torch.zeros(8, *work.input_shape(block, winners)).contiguous(memory_format=torch.channels_last)
-             .to(torch.bfloat16 if block and precision == "bf16" else torch.float32) for _ in range(2 * pairs)]
+    views = [
+        torch.zeros(8, *work.input_shape(block, winners))
+        .contiguous(memory_format=torch.channels_last)
+        .to(torch.bfloat16 if block and precision == "bf16" else torch.float32)
+        for _ in range(2 * pairs)
+    ]
     items = [Item(path, views[v]) for j, path in enumerate(paths) for v in (j % pairs, j % pairs + pairs)]
     held, alive = {}, []
 
@@ -115,12 +139,16 @@ def test_activations_are_what_autograd_saves(more, block):
     with saved_tensors_hooks(hold, lambda tensor: tensor), autocast("cpu", precision):
         projections = online.embed(block, items)
         predicted = predictor(torch.cat(projections), len(projections)).split([len(x) for x in projections])
-        loss = (losses.ensemble_loss(predicted[0::2], of_target[1::2])
-                + losses.ensemble_loss(predicted[1::2], of_target[0::2])).sum()
+        loss = (
+            losses.ensemble_loss(predicted[0::2], of_target[1::2])
+            + losses.ensemble_loss(predicted[1::2], of_target[0::2])
+        ).sum()
     for tensor in [*projections, loss]:
         hold(tensor)
-    given = {t.untyped_storage()._cdata for t in [*views, *online.parameters(), *predictor.parameters(),
-                                                  *online.buffers(), *predictor.buffers()]}
+    given = {
+        t.untyped_storage()._cdata
+        for t in [*views, *online.parameters(), *predictor.parameters(), *online.buffers(), *predictor.buffers()]
+    }
     sums = 2 * 4  # loss_sum and spread_sum of the loop
     found = work.micro(block, winners, 3, 8)
     expected = sum(size for storage, size in held.items() if storage not in given) + sums
@@ -152,8 +180,9 @@ def test_multiply_adds_are_those_of_the_networks(tiny):
 
 
 def test_instance_discrimination_needs_no_target_network_and_fewer_paths_are_less_work(tiny):
-    whole, instance, few = (counts(*more).micro(0, [], 3, 8).phases for more in (
-        (), ("train.objective=instance",), ("train.paths=2",)))
+    whole, instance, few = (
+        counts(*more).micro(0, [], 3, 8).phases for more in ((), ("train.objective=instance",), ("train.paths=2",))
+    )
     assert not len(instance["target"]) and few["target"][:, :2].sum() < whole["target"][:, :2].sum()
     assert few["online"][:, :2].sum() < whole["online"][:, :2].sum()
     both = counts("train.objective=both").micro(0, [], 3, 8).phases
@@ -247,15 +276,19 @@ def test_memory_of_the_engines(tiny):
     assert held("ddp", peak=1)["activations"] == trained
 
 
-@pytest.mark.parametrize(("gpus", "schedule", "expected"), [
-    (1, "sequential", {"shards": 1, "micro_batch": 8, "accumulate": 8, "change": None}),
-    (8, "sequential", {"shards": 8, "micro_batch": 8, "accumulate": 1, "change": None}),
-    (16, "sequential", {"shards": 16, "micro_batch": 4, "accumulate": 1, "change": "train.micro_batch=4"}),
-    (3, "sequential", {"reason": "64 images cannot be divided over 3 ranks"}),
-    (64, "sequential", {"reason": "64 images over 64 ranks leave 1 a rank; batch norm needs two"}),
-    (2, "block_parallel", {"shards": 1, "rows": [range(0, 2), range(2, 4)], "accumulate": 8}),
-    (16, "block_parallel", {"shards": 4, "rows": [range(b, b + 1) for b in range(4)], "accumulate": 2}),
-    (6, "block_parallel", {"reason": "6 ranks cannot be divided over 4 blocks; start 4 or 8"})])
+@pytest.mark.parametrize(
+    ("gpus", "schedule", "expected"),
+    [
+        (1, "sequential", {"shards": 1, "micro_batch": 8, "accumulate": 8, "change": None}),
+        (8, "sequential", {"shards": 8, "micro_batch": 8, "accumulate": 1, "change": None}),
+        (16, "sequential", {"shards": 16, "micro_batch": 4, "accumulate": 1, "change": "train.micro_batch=4"}),
+        (3, "sequential", {"reason": "64 images cannot be divided over 3 ranks"}),
+        (64, "sequential", {"reason": "64 images over 64 ranks leave 1 a rank; batch norm needs two"}),
+        (2, "block_parallel", {"shards": 1, "rows": [range(0, 2), range(2, 4)], "accumulate": 8}),
+        (16, "block_parallel", {"shards": 4, "rows": [range(b, b + 1) for b in range(4)], "accumulate": 2}),
+        (6, "block_parallel", {"reason": "6 ranks cannot be divided over 4 blocks; start 4 or 8"}),
+    ],
+)
 def test_which_numbers_of_gpus_can_run(gpus, schedule, expected):
     cut = split(config(), 4, gpus, schedule, "ddp")
     assert {key: cut.get(key) for key in expected} == expected
@@ -275,8 +308,10 @@ def test_hours_halve_but_for_communication(tiny):
         assert one["shuffle"] == one["gradients"] == 0
         for fewer, more in ((one, two), (two, four)):
             assert more["work"] == pytest.approx(fewer["work"] / 2)
-            assert more["total"] <= fewer["total"] / 2 + more["shuffle"] + more["gradients"] + more["update"] + more[
-                "rating"]
+            assert (
+                more["total"]
+                <= fewer["total"] / 2 + more["shuffle"] + more["gradients"] + more["update"] + more["rating"]
+            )
         assert two["total"] == pytest.approx(sum(v for name, v in two.items() if name != "total"))
     assert search.row(2, "sequential", "ddp")["hours"]["shuffle"] > 0
 
@@ -313,8 +348,16 @@ def test_ratings_are_divided_by_batches(tiny):
 def test_a_measured_step_scales_the_work(tiny, tmp_path):
     search = search_of(tiny, gpu_rates("h100"))
     before = [search.work_seconds(b, 8, "sequential") for b in range(4)]
-    step = {"space": "hytra", "width": 0.0625, "image_size": 32, "precision": "fp32", "block": 1,
-            "batch": 16, "micro_batch": 8, "median_step_s": 2 * 3 * before[1]}
+    step = {
+        "space": "hytra",
+        "width": 0.0625,
+        "image_size": 32,
+        "precision": "fp32",
+        "block": 1,
+        "batch": 16,
+        "micro_batch": 8,
+        "median_step_s": 2 * 3 * before[1],
+    }
     file = tmp_path / "step.json"
     file.write_text(json.dumps(step))
     search.measure([plan._read_step(file, config(), 4)])
@@ -347,8 +390,20 @@ def options(tmp_path, *more):
 def test_the_command(tiny, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "Workload", lambda config, space, winners: tiny if winners == tiny.winners else None)
     out = tmp_path / "plan.json"
-    code, said = run_cli(capsys, *options(tmp_path, "--gpus", "8,1,3", "--architecture", "5433|3230|0010|0000",
-                                          "--train-images", "256", "--json", str(out)))
+    code, said = run_cli(
+        capsys,
+        *options(
+            tmp_path,
+            "--gpus",
+            "8,1,3",
+            "--architecture",
+            "5433|3230|0010|0000",
+            "--train-images",
+            "256",
+            "--json",
+            str(out),
+        ),
+    )
     assert code == 0
     result = json.loads(out.read_text())
     assert Counter(row["gpus"] for row in result["rows"]) == {1: 7, 3: 7, 8: 7}
@@ -361,19 +416,25 @@ def test_the_command(tiny, capsys, tmp_path, monkeypatch):
     assert alone["scaling"] == 1 and alone["fits"] and alone["memory_gib"]["total"] < 3
 
 
-@pytest.mark.parametrize(("more", "line"), [
-    (["--gpu", "gtx480"], "--gpu: there is no 'gtx480'; choose v100, a100-40, a100, h100"),
-    (["--gpus", "0"], "--gpus: '0' is not a list of positive whole numbers"),
-    (["--gpus", "4,-1"], "--gpus: '4,-1' is not a list"),
-    (["--gpus", "many"], "--gpus: 'many' is not a list"),
-    (["--tflops", "-3"], "--tflops: is -3; give a positive number"),
-    (["--kernel-rates", "none.json"], "--kernel-rates: none.json holds no measured step"),
-    (["--architecture", "5433"], "--architecture: '5433' has 1 paths"),
-    (["--train-images", "10"], "--train-images: 10 are fewer than an epoch takes"),
-    (["--gpu", "v100", "--set", "train.precision=bf16"], "train.precision: v100 has no bfloat16"),
-    (["--set", "engine.name=deepspeed", "--set", "engine.deepspeed={zero_optimization: {stage: 3}}"],
-     "engine.deepspeed.zero_optimization.stage: ZeRO 3"),
-    (["--json", "/nowhere/plan.json"], "--json: cannot write")])
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (["--gpu", "gtx480"], "--gpu: there is no 'gtx480'; choose v100, a100-40, a100, h100"),
+        (["--gpus", "0"], "--gpus: '0' is not a list of positive whole numbers"),
+        (["--gpus", "4,-1"], "--gpus: '4,-1' is not a list"),
+        (["--gpus", "many"], "--gpus: 'many' is not a list"),
+        (["--tflops", "-3"], "--tflops: is -3; give a positive number"),
+        (["--kernel-rates", "none.json"], "--kernel-rates: none.json holds no measured step"),
+        (["--architecture", "5433"], "--architecture: '5433' has 1 paths"),
+        (["--train-images", "10"], "--train-images: 10 are fewer than an epoch takes"),
+        (["--gpu", "v100", "--set", "train.precision=bf16"], "train.precision: v100 has no bfloat16"),
+        (
+            ["--set", "engine.name=deepspeed", "--set", "engine.deepspeed={zero_optimization: {stage: 3}}"],
+            "engine.deepspeed.zero_optimization.stage: ZeRO 3",
+        ),
+        (["--json", "/nowhere/plan.json"], "--json: cannot write"),
+    ],
+)
 def test_mistakes_are_one_line(capsys, tmp_path, more, line):
     code, said = run_cli(capsys, *options(tmp_path, *more))
     assert code == 2 and said.err.startswith(f"error: {line}") and said.err.count("\n") == 1

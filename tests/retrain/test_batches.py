@@ -40,8 +40,16 @@ FULL = AugmentConfig(repeats=1, erasing=0.9)  # everything that is random
 SIZE = 16
 
 
-def make(folder: Path, count: int, *, shards: int = 2, classes: int = 5, bad: tuple[int, ...] = (),
-         without: tuple[int, ...] = (), side: int = SIZE) -> ShardIndex:
+def make(
+    folder: Path,
+    count: int,
+    *,
+    shards: int = 2,
+    classes: int = 5,
+    bad: tuple[int, ...] = (),
+    without: tuple[int, ...] = (),
+    side: int = SIZE,
+) -> ShardIndex:
     """Image i is of the one grey level i, and its label i % classes."""
     folder.mkdir(exist_ok=True)
     for shard in range(shards):
@@ -74,8 +82,9 @@ def evaluated(source, size: int = SIZE, crop: float = 1.0, settings: ReaderConfi
 
 
 def same(a, b) -> bool:
-    return len(a) == len(b) and all(torch.equal(x, y) for p, q in zip(a, b, strict=True)
-                                    for x, y in zip(p, q, strict=True))
+    return len(a) == len(b) and all(
+        torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
+    )
 
 
 def levels(images: torch.Tensor, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)) -> list[int]:
@@ -91,8 +100,11 @@ def test_batches_have_shapes_types_and_soft_targets(sample):
         assert torch.allclose(targets.sum(1), torch.ones(8)) and 0.3 < images.std() < 3
 
 
-@pytest.mark.parametrize("augment", [FULL, AugmentConfig(crop="pad", auto=None, repeats=1),
-                                     AugmentConfig(auto="original-mstd0.5", repeats=1)], ids=["rand", "jitter", "auto"])
+@pytest.mark.parametrize(
+    "augment",
+    [FULL, AugmentConfig(crop="pad", auto=None, repeats=1), AugmentConfig(auto="original-mstd0.5", repeats=1)],
+    ids=["rand", "jitter", "auto"],
+)
 def test_batches_do_not_depend_on_workers_or_where_an_epoch_is_taken_up(sample, augment):
     whole = train(sample.train, augment)
     assert same(train(sample.train, augment, workers=2), whole)
@@ -128,8 +140,7 @@ def test_loading_leaves_the_runs_random_numbers_alone(sample):
     seed()
     settings, got = ReaderConfig(workers=0), [numbers()]
     transform = train_transform(AugmentConfig(auto=None, repeats=1, erasing=1), SIZE)  # jitter: torch's
-    for _ in train_batches(sample.train, transform, settings, classes=10, seed=0, epoch=0, start=0, steps=3,
-                                    batch=4):
+    for _ in train_batches(sample.train, transform, settings, classes=10, seed=0, epoch=0, start=0, steps=3, batch=4):
         got.append(numbers())
     assert got == expected
 
@@ -149,8 +160,9 @@ def test_the_transform_can_travel():
 def test_the_random_crop_is_timms():
     augment = AugmentConfig(flip=0, auto=None, jitter=0)
     transform = train_transform(augment, SIZE)
-    theirs = create_transform(SIZE, is_training=True, hflip=0, color_jitter=None, interpolation="bicubic",
-                              use_prefetcher=True)
+    theirs = create_transform(
+        SIZE, is_training=True, hflip=0, color_jitter=None, interpolation="bicubic", use_prefetcher=True
+    )
     for seed in range(20):
         picture = np.random.default_rng(seed).integers(0, 256, (31, 44, 3), dtype=np.uint8)
         _seed((seed,))
@@ -163,8 +175,12 @@ def test_the_crop_from_a_border_moves_by_an_eighth_at_most_and_flips():
     picture = np.arange(1, SIZE * SIZE * 3 + 1).reshape(SIZE, SIZE, 3).astype(np.uint8)
     transform = train_transform(PLAIN.model_copy(update={"flip": 0.5}), SIZE)
     border, framed = SIZE // 8, np.pad(picture, ((2, 2), (2, 2), (0, 0)))
-    possible = {framed[top:top + SIZE, left:left + SIZE][:, ::step].tobytes(): (top, left, step)
-                for top in range(2 * border + 1) for left in range(2 * border + 1) for step in (1, -1)}
+    possible = {
+        framed[top : top + SIZE, left : left + SIZE][:, ::step].tobytes(): (top, left, step)
+        for top in range(2 * border + 1)
+        for left in range(2 * border + 1)
+        for step in (1, -1)
+    }
     found = set()
     for seed in range(600):
         _seed((seed,))
@@ -180,8 +196,8 @@ def test_random_augmentation_outlives_its_highest_level():
     for seed in range(60):  # without a posterisation to at least one bit, some raise
         _seed((seed,))
         assert transform(picture).shape == picture.shape
-    policy, = transform.colours.transforms
-    posterised, = [op for op in policy.ops if op.name.startswith("Posterize")]
+    (policy,) = transform.colours.transforms
+    (posterised,) = [op for op in policy.ops if op.name.startswith("Posterize")]
     assert set(np.unique(np.asarray(posterised(Image.fromarray(picture))))) == {0, 128}
 
 
@@ -198,7 +214,7 @@ def test_labels_belong_to_their_images_and_smoothing_is_spread_over_the_classes(
     index = make(tmp_path, 40)
     for images, targets in train(index, PLAIN, classes=5, steps=5):
         assert torch.equal(targets, F.one_hot(torch.tensor(levels(images)) % 5, 5).float())
-    (_, targets), = train(index, PLAIN.model_copy(update={"smoothing": 0.1}), classes=5, steps=1)
+    ((_, targets),) = train(index, PLAIN.model_copy(update={"smoothing": 0.1}), classes=5, steps=1)
     assert torch.allclose(targets.sort(1).values, torch.tensor([0.02, 0.02, 0.02, 0.02, 0.92]))
 
 
@@ -219,7 +235,7 @@ def test_mixing_pairs_images_and_targets_with_the_same_share(tmp_path):
                 kept = images == whole
                 assert (images == torch.where(kept, whole, whole.flip(0))).all() and (kept == kept[:1]).all()
                 assert abs(kept[0, 0].float().mean().item() - share) < 1e-6
-        smooth, = train(index, plain.model_copy(update={alpha: 1.0, "smoothing": 0.1}), classes=200, steps=1)
+        (smooth,) = train(index, plain.model_copy(update={alpha: 1.0, "smoothing": 0.1}), classes=200, steps=1)
         assert torch.allclose(smooth[1], 0.9 * made[0][1] + 0.1 / 200, atol=1e-6)
         assert len(set(shares)) > 6 and 0 <= min(shares) < max(shares) <= 1
 
@@ -312,8 +328,10 @@ def test_evaluation_batches_are_the_same_for_any_ranks(sample, world):
     assert whole[0][0].is_contiguous(memory_format=torch.channels_last)
     labels = [sample.val.read(i)[2] for i in range(44)]
     assert [label for _, of_batch in whole for label in of_batch.tolist()] == labels
-    ranks = [evaluated(sample.val, count=44, batch=16, rank=rank, world=world, settings=ReaderConfig(workers=rank % 2))
-             for rank in range(world)]
+    ranks = [
+        evaluated(sample.val, count=44, batch=16, rank=rank, world=world, settings=ReaderConfig(workers=rank % 2))
+        for rank in range(world)
+    ]
     assert all(same(ranks[rank], whole[rank::world]) for rank in range(world))
     assert sum(len(labels) for _, labels in evaluated(sample.val, batch=100)) == len(sample.val)
 
@@ -324,7 +342,7 @@ def test_evaluation_resizes_the_shorter_side_and_cuts_out_the_middle(size, resiz
     width = int(resized * 400 / 300)
     whole = Image.fromarray(picture).resize((width, resized), Image.Resampling.BICUBIC)
     top, left = round((resized - size) / 2), round((width - size) / 2)
-    expected = np.asarray(whole)[top:top + size, left:left + size]
+    expected = np.asarray(whole)[top : top + size, left : left + size]
     assert (eval_transform(Spec("any", image_size=size))(picture) == expected).all()
 
 

@@ -49,8 +49,9 @@ def randomise(module):
 
 def found(folder, name, text, *more):
     """The folder of a finished search, without its weights."""
-    config = load(None, [f"space.name={name}", f"space.width={WIDTH[name]}", "space.image_size=64", f"out={folder}",
-                         *more])
+    config = load(
+        None, [f"space.name={name}", f"space.width={WIDTH[name]}", "space.image_size=64", f"out={folder}", *more]
+    )
     prepare_folder(folder, config)
     write_json(folder / "architecture.json", {"architecture": text})
     return config
@@ -63,8 +64,9 @@ def finished(folder, name, text, change=None):
     target = randomise(Supernet(spaces.make(**config.space.model_dump()), 8, 4)).eval()
     if change:
         change(target)
-    tensors = {f"target.{key}": tensor for key, tensor in target.state_dict().items()
-               if not key.startswith("projectors")}
+    tensors = {
+        f"target.{key}": tensor for key, tensor in target.state_dict().items() if not key.startswith("projectors")
+    }
     checkpoint.Saver(folder / "checkpoints", 1, asynchronous=False).save("block4-step000000", tensors, {})
     return target
 
@@ -96,8 +98,9 @@ def paths(text):
 def test_descriptions_of_what_searches_found(tmp_path):
     found(tmp_path / "h", "hytra", HYTRA)
     spec = inherit.spec_of_run(tmp_path / "h", 7)
-    assert spec == Spec("bossnet", {"encoding": [[1], [1], [1, 1, 1, 0, 1], [0, 0, 0, 1, 0, 0, 0, 0, 0]],
-                                             "width": 4}, 7, 64)
+    assert spec == Spec(
+        "bossnet", {"encoding": [[1], [1], [1, 1, 1, 0, 1], [0, 0, 0, 1, 0, 0, 0, 0, 0]], "width": 4}, 7, 64
+    )
     assert inherit.spec_of_run(tmp_path / "h", 7, 96, {"se": False}).model_args["se"] is False
     assert inherit.spec_of_run(tmp_path / "h", 7, 96).image_size == 96
     assert build_network(spec)(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
@@ -110,12 +113,14 @@ def test_descriptions_of_what_searches_found(tmp_path):
     assert inherit.spec_of_run(tmp_path / "m", 10).model_args == {"paths": MBCONV.split("|"), "width": 0.125}
     found(tmp_path / "o", OWN, "01|20|12")
     assert inherit.spec_of_run(tmp_path / "o", 10) == Spec(
-        "bossnas_own", {"space": str(Path(OWN).resolve()), "paths": ["01", "20", "12"], "width": 1.0}, 10, 64)
+        "bossnas_own", {"space": str(Path(OWN).resolve()), "paths": ["01", "20", "12"], "width": 1.0}, 10, 64
+    )
 
 
 def test_descriptions_are_plain_data(tmp_path):
-    for number, (name, text) in enumerate({"hytra": HYTRA, "mbconv": MBCONV, "nats": "74|33|2",
-                                           OWN: "01|20|12"}.items()):
+    for number, (name, text) in enumerate(
+        {"hytra": HYTRA, "mbconv": MBCONV, "nats": "74|33|2", OWN: "01|20|12"}.items()
+    ):
         found(tmp_path / str(number), name, text)
         spec = inherit.spec_of_run(tmp_path / str(number), 3)
         assert Spec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
@@ -124,13 +129,19 @@ def test_descriptions_are_plain_data(tmp_path):
 
 def test_descriptions_of_texts():
     spec = inherit.spec_of_architecture(SpaceConfig(), HYTRA, 1000)
-    assert spec == Spec("bossnet", {"encoding": [[1], [1], [1, 1, 1, 0, 1], [0, 0, 0, 1, 0, 0, 0, 0, 0]],
-                                             "width": 64}, 1000, 224)
+    assert spec == Spec(
+        "bossnet", {"encoding": [[1], [1], [1, 1, 1, 0, 1], [0, 0, 0, 1, 0, 0, 0, 0, 0]], "width": 64}, 1000, 224
+    )
     nats = SpaceConfig(name="nats", image_size=32, split="cifar100")
     assert inherit.spec_of_architecture(nats, "74|3|32", 100, options={"skip_relu": True}).model_args == {
-        "widths": [64, 40, 32, 32, 24], "skip_relu": True}
-    for text, problem in (("5433|3230", "2 paths"), ("5433|3230|0010|000x", "block 3 has no path"),
-                          ("0000|3230|0010|0000", "block 0 has no path")):
+        "widths": [64, 40, 32, 32, 24],
+        "skip_relu": True,
+    }
+    for text, problem in (
+        ("5433|3230", "2 paths"),
+        ("5433|3230|0010|000x", "block 3 has no path"),
+        ("0000|3230|0010|0000", "block 0 has no path"),
+    ):
         with pytest.raises(ConfigError, match=f"^model.architecture: .*{problem}"):
             inherit.spec_of_architecture(SpaceConfig(), text, 10)
 
@@ -157,9 +168,15 @@ def test_folders_of_no_finished_search(tmp_path):
 # ---- weights
 
 
-@pytest.mark.parametrize("name, text, last", [
-    ("mbconv", MBCONV, "block5"), ("nats", "74|33|2", "layer5"), ("nats", "22|22|2", "layer5"),
-    (OWN, "02|20|12", "layers.5")])
+@pytest.mark.parametrize(
+    "name, text, last",
+    [
+        ("mbconv", MBCONV, "block5"),
+        ("nats", "74|33|2", "layer5"),
+        ("nats", "22|22|2", "layer5"),
+        (OWN, "02|20|12", "layers.5"),
+    ],
+)
 def test_the_network_computes_what_the_supernet_does(tmp_path, name, text, last):
     target = finished(tmp_path, name, text)
     net, report = taken_over(tmp_path)
@@ -177,7 +194,13 @@ def test_nats_without_relu_keeps_its_own_skips(tmp_path):
     finished(tmp_path, "nats", "74|33|2")
     net, report = taken_over(tmp_path, skip_relu=False)
     assert {part.rsplit(".", 1)[0] for part in report.fresh} == {
-        "bn", "fc", "layer3.skip.1", "layer3.skip.2", "layer5.skip.1", "layer5.skip.2"}
+        "bn",
+        "fc",
+        "layer3.skip.1",
+        "layer3.skip.2",
+        "layer5.skip.1",
+        "layer5.skip.2",
+    }
 
 
 def silence(*norms):
@@ -212,7 +235,9 @@ def test_a_bossnet_takes_over_all_that_is_the_same_operation(tmp_path):
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     assert (at(net, "layer4.8", x).diff(dim=0).abs() > 0.01).any(), "this test would not see the first layers"
     for block, last in enumerate(("layer3.1", "layer4.0", "layer4.4", "layer4.8")):
-        torch.testing.assert_close(at(net, last, x), target.features(paths(HYTRA)[:block + 1], x), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            at(net, last, x), target.features(paths(HYTRA)[: block + 1], x), rtol=1e-9, atol=1e-9
+        )
     assert all(".downsample." in part or ".shortcut." in part or part.startswith("fc.") for part in report.fresh)
     assert len(report.fresh) == 4 * 5 + 2 and "layer1.0.conv1.weight" in report.taken
 
@@ -239,8 +264,10 @@ def test_a_bossnet_of_another_first_scale(tmp_path):
     assert net.encoding[0] == () and net.encoding[1] == (1,)
     assert "layer2.0.conv1.weight" in report.fresh and "layer2.0.peg.conv.weight" in report.taken
     others = {"layer1.0.weight", *(f"layer1.1.{part}" for part in inherit.NORM), "layer2.0.conv1.weight"}
-    assert all(part in others or any(role in part for role in (".downsample.", ".shortcut.", ".se.", "fc."))
-               for part in report.fresh)
+    assert all(
+        part in others or any(role in part for role in (".downsample.", ".shortcut.", ".se.", "fc."))
+        for part in report.fresh
+    )
     assert others <= set(report.fresh)
 
 
@@ -268,12 +295,29 @@ def test_networks_of_another_architecture_or_shape(tmp_path):
 def test_after_a_real_search(tmp_path):
     """The winners' calibrated statistics lie in the last checkpoint."""
     folder = tmp_path / "run"
-    search.search(load(None, [
-        "space.name=tests/workers/hop_space.py:Hop2", "space.image_size=32", "heads.hidden=16", "heads.out=8",
-        "data.workers=0",
-        "data.val_images=16", "train.batch=16", "train.micro_batch=16", "train.epochs=1", "train.steps_per_epoch=1",
-        "train.warmup_epochs=0", "rating.batch=16", "rating.calibration_images=16", "rating.every_epochs=0",
-        "checkpoint.asynchronous=false", f"out={folder}"]))
+    search.search(
+        load(
+            None,
+            [
+                "space.name=tests/workers/hop_space.py:Hop2",
+                "space.image_size=32",
+                "heads.hidden=16",
+                "heads.out=8",
+                "data.workers=0",
+                "data.val_images=16",
+                "train.batch=16",
+                "train.micro_batch=16",
+                "train.epochs=1",
+                "train.steps_per_epoch=1",
+                "train.warmup_epochs=0",
+                "rating.batch=16",
+                "rating.calibration_images=16",
+                "rating.every_epochs=0",
+                "checkpoint.asynchronous=false",
+                f"out={folder}",
+            ],
+        )
+    )
     net, report = taken_over(folder)
     assert [part.partition(".")[0] for part in report.fresh] == ["head", "head"]
     config = read_config(folder)

@@ -48,7 +48,15 @@ def test_the_run_folder_holds_everything(finished):
     result = json.loads((finished / "result.json").read_text())
     lines = metrics(finished)
     assert [(line["kind"], line["step"]) for line in lines] == [
-        ("train", 1), ("train", 2), ("train", 3), ("eval", 3), ("train", 4), ("train", 5), ("train", 6), ("eval", 6)]
+        ("train", 1),
+        ("train", 2),
+        ("train", 3),
+        ("eval", 3),
+        ("train", 4),
+        ("train", 5),
+        ("train", 6),
+        ("eval", 6),
+    ]
     assert all("block" not in line for line in lines)
     last = lines[-1]
     assert result["top1"] == max(last["top1"], last["ema_top1"]) and last["images"] == last["ema_images"] == 72
@@ -61,12 +69,20 @@ def test_the_run_folder_holds_everything(finished):
     assert result["params"] == sum(p.numel() for p in model.parameters()) and result["macs"] > 1e5
     kept = tensors(finished)
     kind = "ema." if result["ema"] else "model."
-    assert same(load_file(finished / "last.safetensors"),
-                {name.removeprefix(kind): t for name, t in kept.items() if name.startswith(kind)})
+    assert same(
+        load_file(finished / "last.safetensors"),
+        {name.removeprefix(kind): t for name, t in kept.items() if name.startswith(kind)},
+    )
     assert kept["momentum.0.step"] == 6
     text = (finished / "log.txt").read_text()
-    for words in ("DEMONSTRATION", "retraining of bossnet", "72 validation images", "optimizer torch fused AdamW",
-                  "kernels off", "single on 1 cpu rank(s)"):
+    for words in (
+        "DEMONSTRATION",
+        "retraining of bossnet",
+        "72 validation images",
+        "optimizer torch fused AdamW",
+        "kernels off",
+        "single on 1 cpu rank(s)",
+    ):
         assert words in text
     assert (finished / "done").exists()
 
@@ -83,8 +99,9 @@ def test_the_best_network_evaluates_as_it_did_in_training(finished):
 
 def test_top_5_needs_six_classes():
     x, labels = torch.eye(5), torch.tensor([0, 1, 2, 3, 0])
-    result = evaluate.evaluate(torch.nn.Identity(), [(x[:3], labels[:3]), (x[3:], labels[3:])], 5,
-                               device=torch.device("cpu"))
+    result = evaluate.evaluate(
+        torch.nn.Identity(), [(x[:3], labels[:3]), (x[3:], labels[3:])], 5, device=torch.device("cpu")
+    )
     assert (result.images, result.top1, result.top5) == (5, pytest.approx(0.8), None)
     x, labels = torch.arange(7.0).repeat(2, 1), torch.tensor([2, 1])  # two of the five largest
     result = evaluate.evaluate(torch.nn.Identity(), [(x, labels)], 7, device=torch.device("cpu"))
@@ -104,6 +121,7 @@ def stop_after(monkeypatch):
                 os.kill(os.getpid(), signal.SIGTERM)
 
         monkeypatch.setattr(training.Metrics, "write", stopping)
+
     return arrange
 
 
@@ -160,8 +178,9 @@ def test_the_best_weights_are_those_of_the_best_evaluation_that_counts(tmp_path,
 
 
 def test_the_average_follows_weights_and_running_statistics(tmp_path):
-    out = run(tmp_path / "a", "checkpoint.every_steps=1", "checkpoint.keep=10", "train.ema=0.95",
-              "train.ema_warmup=true")
+    out = run(
+        tmp_path / "a", "checkpoint.every_steps=1", "checkpoint.keep=10", "train.ema=0.95", "train.ema_warmup=true"
+    )
     for step in range(1, 6):
         before, after = (tensors(out, f"step{s:08d}") for s in (step, step + 1))
         share = min(0.95, (1 + step) / (10 + step))
@@ -183,14 +202,16 @@ def test_without_average(tmp_path):
 def test_the_best_weights_are_kept(tmp_path, monkeypatch):
     scores = iter([0.1, 0.3, 0.5, 0.2, 0.5, 0.4])  # network and average after each of three epochs
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: evaluate.Result(72, next(scores), 0.9, 1.0, 0.1))
-    out = run(tmp_path / "a", "train.epochs=3", "train.steps_per_epoch=1", "checkpoint.every_steps=1",
-              "checkpoint.keep=9")
+    out = run(
+        tmp_path / "a", "train.epochs=3", "train.steps_per_epoch=1", "checkpoint.every_steps=1", "checkpoint.keep=9"
+    )
     best, last = (load_network(out / f"{name}.safetensors").about for name in ("best", "last"))
     assert (best["step"], best["top1"], best["ema"]) == (2, 0.5, False)
     assert (last["step"], last["top1"], last["ema"]) == (3, 0.5, False)
     kept = tensors(out, "step00000002")
-    assert same(load_file(out / "best.safetensors"),
-                {name[6:]: t for name, t in kept.items() if name.startswith("model.")})
+    assert same(
+        load_file(out / "best.safetensors"), {name[6:]: t for name, t in kept.items() if name.startswith("model.")}
+    )
     assert [line["best"] for line in metrics(out, "eval")] == [0.3, 0.5, 0.5]
 
 
@@ -209,8 +230,10 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
     # the count of batches is for nothing but norms without momentum
     assert all(torch.equal(t, before[name]) for name, t in after.items() if "num_batches" not in name)
     assert all(t.isfinite().all() for t in tensors(out).values())
-    assert metrics(out, "train")[3]["loss"] is None and "step 4: its gradient is not finite" in (
-        out / "log.txt").read_text()
+    assert (
+        metrics(out, "train")[3]["loss"] is None
+        and "step 4: its gradient is not finite" in (out / "log.txt").read_text()
+    )
     with pytest.raises(ConfigError, match="^train.lr: 1 steps had a gradient that is not finite"):
         run(tmp_path / "b", "train.max_bad_steps=0")
 
@@ -272,8 +295,13 @@ def test_a_run_that_goes_on_needs_nothing_of_what_it_began_with(tmp_path, monkey
         return inherit.Report(["conv1.weight"], ["fc.weight", "fc.bias"])
 
     monkeypatch.setattr(inherit, "inherit", from_supernet)
-    search = ["model.name=null", "model.run=runs/gone", "model.inherit=true", "model.options={}",
-              "augment.normalise=cifar"]
+    search = [
+        "model.name=null",
+        "model.run=runs/gone",
+        "model.inherit=true",
+        "model.options={}",
+        "augment.normalise=cifar",
+    ]
     stop_after(1)
     with pytest.raises(Stopped):
         run(tmp_path / "a", *search)
@@ -289,22 +317,30 @@ def test_a_run_that_goes_on_needs_nothing_of_what_it_began_with(tmp_path, monkey
     assert (run(tmp_path / "a", *search, resume="auto") / "done").exists()
 
 
-@pytest.mark.parametrize("sets, words", [
-    (["model.name=bossnet_t9"], "model.name: timm knows no 'bossnet_t9'"),
-    (["train.steps_per_epoch=100"], "train.steps_per_epoch: an epoch takes 3200 images"),
-    (["train.batch=4096", "train.steps_per_epoch=null"], "train.batch: an epoch takes 4096 images"),
-    (["train.micro_batch=1"], "train.micro_batch: 1 is odd"),
-    (["model.classes=3"], "model.classes: 3, but data.train has the label 9"),
-    (["train.sync_batch_norm=true"], "train.sync_batch_norm: is on, but torch has"),
-    (["train.optimizer=lamb", "engine.name=fsdp2"], "train.optimizer: is lamb"),
-    (["train.fused=apex"], "train.fused: is apex, which cannot be used here"),
-    (["model.name=vit_tiny_patch16_224", "model.options={}"], "model.image_size: vit_tiny_patch16_224 does not take"),
-    (["augment.auto=randy"], "augment.auto: timm does not know"),
-    (["model.checkpoint=nowhere.pth"], "model.checkpoint: "),
-    (["kernels=reference", "model.name=resnet18", "model.options={}"], "kernels: are not made for ResNet"),
-    (["engine.name=deepspeed", "engine.deepspeed={optimizer: {type: Lamb}}"],
-     "engine.deepspeed.optimizer: the optimizer is ADAMW"),
-])
+@pytest.mark.parametrize(
+    "sets, words",
+    [
+        (["model.name=bossnet_t9"], "model.name: timm knows no 'bossnet_t9'"),
+        (["train.steps_per_epoch=100"], "train.steps_per_epoch: an epoch takes 3200 images"),
+        (["train.batch=4096", "train.steps_per_epoch=null"], "train.batch: an epoch takes 4096 images"),
+        (["train.micro_batch=1"], "train.micro_batch: 1 is odd"),
+        (["model.classes=3"], "model.classes: 3, but data.train has the label 9"),
+        (["train.sync_batch_norm=true"], "train.sync_batch_norm: is on, but torch has"),
+        (["train.optimizer=lamb", "engine.name=fsdp2"], "train.optimizer: is lamb"),
+        (["train.fused=apex"], "train.fused: is apex, which cannot be used here"),
+        (
+            ["model.name=vit_tiny_patch16_224", "model.options={}"],
+            "model.image_size: vit_tiny_patch16_224 does not take",
+        ),
+        (["augment.auto=randy"], "augment.auto: timm does not know"),
+        (["model.checkpoint=nowhere.pth"], "model.checkpoint: "),
+        (["kernels=reference", "model.name=resnet18", "model.options={}"], "kernels: are not made for ResNet"),
+        (
+            ["engine.name=deepspeed", "engine.deepspeed={optimizer: {type: Lamb}}"],
+            "engine.deepspeed.optimizer: the optimizer is ADAMW",
+        ),
+    ],
+)
 def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, sets, words):
     with pytest.raises(ConfigError, match=f"^{words}"):
         run(tmp_path / "a", *sets)
@@ -314,6 +350,9 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, sets, 
 def test_the_kernels_train_the_same_network(tmp_path):
     more = ("train.epochs=1", "train.lr=0.001")
     plain, other = (tensors(run(tmp_path / k, *more, f"kernels={k}"), "step00000003") for k in ("off", "reference"))
-    close({n: t for n, t in plain.items() if n.startswith("model.") and "num_batches" not in n},
-          {n: t for n, t in other.items() if n.startswith("model.") and "num_batches" not in n}, 2e-3)
+    close(
+        {n: t for n, t in plain.items() if n.startswith("model.") and "num_batches" not in n},
+        {n: t for n, t in other.items() if n.startswith("model.") and "num_batches" not in n},
+        2e-3,
+    )
     assert "kernels reference" in (tmp_path / "reference" / "log.txt").read_text()

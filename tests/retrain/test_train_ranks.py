@@ -16,9 +16,14 @@ from bossnas.config.shared import ReaderConfig
 from bossnas.networks import pretrained
 from bossnas.retrain import evaluate, train
 
-ENGINES = {"ddp": ["engine.name=ddp"], "fsdp2": ["engine.name=fsdp2"],
-           **{f"zero{stage}": ["engine.name=deepspeed", f"engine.deepspeed={{zero_optimization: {{stage: {stage}}}}}"]
-              for stage in (0, 1, 2)}}
+ENGINES = {
+    "ddp": ["engine.name=ddp"],
+    "fsdp2": ["engine.name=fsdp2"],
+    **{
+        f"zero{stage}": ["engine.name=deepspeed", f"engine.deepspeed={{zero_optimization: {{stage: {stage}}}}}"]
+        for stage in (0, 1, 2)
+    },
+}
 GOES_ON = {"ddp": "zero1", "fsdp2": "ddp", "zero1": "zero2", "zero2": "fsdp2"}  # what this one wrote
 MORE = ["checkpoint.every_steps=4", "evaluate.every_epochs=0", "train.clip=0.5", "train.lr=0.003", "train.eps=1e-4"]
 LIMIT = 2e-4  # float32 sums in another order, five updates by Adam
@@ -36,8 +41,12 @@ def trained(tmp_path_factory):
 
     def again(source, to, engine, network, part="step00000004"):
         out = folder / to
-        return {"copy": str(folder / source), "to": str(out), "resume": str(out / "checkpoints" / part),
-                "sets": [*network, *MORE, *ENGINES[engine], f"out={out}"]}
+        return {
+            "copy": str(folder / source),
+            "to": str(out),
+            "resume": str(out / "checkpoints" / part),
+            "sets": [*network, *MORE, *ENGINES[engine], f"out={out}"],
+        }
 
     jobs = [{"sets": [*TINY, *MORE, *ENGINES[name], f"out={folder / name}"]} for name in engines()]
     for name in engines():
@@ -46,8 +55,17 @@ def trained(tmp_path_factory):
         if GOES_ON.get(name) in engines():
             jobs.append(again(GOES_ON[name], f"{name}-other", name, TINY))
     jobs.append({"sets": [*TINY, *VIT, *MORE, *ENGINES["fsdp2"], f"out={folder / 'vit'}"]})
-    jobs.append({"sets": [*TINY, *MORE, *ENGINES["fsdp2"], "train.activation_checkpointing=true",
-                          f"out={folder / 'recomputed'}"]})
+    jobs.append(
+        {
+            "sets": [
+                *TINY,
+                *MORE,
+                *ENGINES["fsdp2"],
+                "train.activation_checkpointing=true",
+                f"out={folder / 'recomputed'}",
+            ]
+        }
+    )
     jobs += [{"evaluate": str(folder / "ddp"), "val_images": n, "out": str(folder / f"eval{n}.json")} for n in VALUES]
     code, output = ranks.start("torchrun", 2, "retrain_worker.py", json.dumps(jobs), timeout=200)
     assert code == 0, output

@@ -22,9 +22,13 @@ BOTH = pytest.mark.parametrize("asynchronous", [False, True])
 
 
 def tensors(step):
-    return {"online.w": torch.full((3, 2), float(step)), "online.n": torch.tensor(step), "target.e": torch.zeros(0, 2),
-            "target.last": torch.arange(24.0).view(1, 2, 3, 4).contiguous(memory_format=torch.channels_last) + step,
-            "target.half": torch.full((5,), step, dtype=torch.bfloat16)}
+    return {
+        "online.w": torch.full((3, 2), float(step)),
+        "online.n": torch.tensor(step),
+        "target.e": torch.zeros(0, 2),
+        "target.last": torch.arange(24.0).view(1, 2, 3, 4).contiguous(memory_format=torch.channels_last) + step,
+        "target.half": torch.full((5,), step, dtype=torch.bfloat16),
+    }
 
 
 def save(root, name, step, keep=2, asynchronous=True):
@@ -85,8 +89,11 @@ def test_training_goes_on_while_the_thread_writes(tmp_path, monkeypatch):
         written.append(folder.name)
 
     monkeypatch.setattr(tensorfiles, "write", slow)
-    saver, values, state = checkpoint.Saver(tmp_path, 2), tensors(1), {"step": 1, "winners": ["12", "3"],
-                                                                       "data": {"readers": None}}
+    saver, values, state = (
+        checkpoint.Saver(tmp_path, 2),
+        tensors(1),
+        {"step": 1, "winners": ["12", "3"], "data": {"readers": None}},
+    )
     saver.save("a", values, state)
     values["online.w"].zero_()
     state["winners"].append("4")
@@ -168,8 +175,10 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
 
 @BOTH
-@pytest.mark.parametrize("number, words", [(errno.ENOSPC, "no room on the disk"), (errno.EDQUOT, "no room"),
-                                           (errno.EACCES, "cannot write to")])
+@pytest.mark.parametrize(
+    "number, words",
+    [(errno.ENOSPC, "no room on the disk"), (errno.EDQUOT, "no room"), (errno.EACCES, "cannot write to")],
+)
 def test_write_errors_keep_the_older_one(tmp_path, monkeypatch, asynchronous, number, words):
     save(tmp_path, "a", 1)
     saver = checkpoint.Saver(tmp_path, 1, asynchronous)
@@ -190,8 +199,11 @@ def test_write_errors_keep_the_older_one(tmp_path, monkeypatch, asynchronous, nu
 
 @BOTH
 def test_a_really_full_disk(tmp_path, asynchronous):
-    mounted = (subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True)
-               if shutil.which("mount") and os.geteuid() == 0 else None)
+    mounted = (
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True)
+        if shutil.which("mount") and os.geteuid() == 0
+        else None
+    )
     if mounted is None or mounted.returncode:
         pytest.skip("needs the right to mount a small tmpfs")
     try:

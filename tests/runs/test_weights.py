@@ -20,8 +20,7 @@ from bossnas.runs.folder import prepare_folder
 from bossnas.search import search
 from bossnas.search.run import build, restore
 
-NATS = [*TINY, "space.name=nats", "data.val_images=8", "checkpoint.keep=20",
-        "checkpoint.every_steps=1"]
+NATS = [*TINY, "space.name=nats", "data.val_images=8", "checkpoint.keep=20", "checkpoint.every_steps=1"]
 
 
 def config(out, *more):
@@ -52,8 +51,12 @@ def same(a, b):
 
 def test_a_run_begins_at_a_checkpoint_of_another(finished, tmp_path):
     before = {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()}
-    cli_words = ["search", *(f"--set={o}" for o in [*NATS, f"out={tmp_path / 'b'}"]), "--resume",
-                 str(finished / "checkpoints/block1-step000003")]
+    cli_words = [
+        "search",
+        *(f"--set={o}" for o in [*NATS, f"out={tmp_path / 'b'}"]),
+        "--resume",
+        str(finished / "checkpoints/block1-step000003"),
+    ]
     (tmp_path / "empty.json").write_text("{}")
     with pytest.raises(SystemExit) as caught:
         cli.main([*cli_words, "--config", str(tmp_path / "empty.json")])
@@ -108,8 +111,17 @@ def test_places_where_no_run_can_begin(finished, tmp_path):
         resume.claim(new, str(file.parent))
     assert not (tmp_path / "new").exists()
     # what does not change the result may be another
-    assert resume.claim(config(tmp_path / "new", "engine.name=ddp", "engine.queue=3", "checkpoint.keep=3",
-                               "checkpoint.asynchronous=false", "train.activation_checkpointing=true"), str(one))
+    assert resume.claim(
+        config(
+            tmp_path / "new",
+            "engine.name=ddp",
+            "engine.queue=3",
+            "checkpoint.keep=3",
+            "checkpoint.asynchronous=false",
+            "train.activation_checkpointing=true",
+        ),
+        str(one),
+    )
 
 
 def test_export(finished, tmp_path, capsys):

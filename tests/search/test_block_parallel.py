@@ -21,11 +21,29 @@ from bossnas.spaces.paths import decode, encode
 from bossnas.supernet.supernet import Item
 
 HOP = f"{ranks.WORKERS / 'hop_space.py'}:Hop"
-TINY = ["seed=10", "space.image_size=32", "heads.hidden=16", "heads.out=8", "data.workers=0", "train.batch=16",
-        "train.micro_batch=8", "train.epochs=3", "train.steps_per_epoch=2", "train.lr=0.5", "train.warmup_epochs=0",
-        "data.val_images=8", "rating.batch=8", "rating.max_gib=0.002", "rating.calibration_images=16",
-        "rating.every_epochs=1", "checkpoint.every_steps=2", "checkpoint.keep=20", "engine.name=ddp",
-        "schedule=block_parallel", "engine.timeout_minutes=1"]
+TINY = [
+    "seed=10",
+    "space.image_size=32",
+    "heads.hidden=16",
+    "heads.out=8",
+    "data.workers=0",
+    "train.batch=16",
+    "train.micro_batch=8",
+    "train.epochs=3",
+    "train.steps_per_epoch=2",
+    "train.lr=0.5",
+    "train.warmup_epochs=0",
+    "data.val_images=8",
+    "rating.batch=8",
+    "rating.max_gib=0.002",
+    "rating.calibration_images=16",
+    "rating.every_epochs=1",
+    "checkpoint.every_steps=2",
+    "checkpoint.keep=20",
+    "engine.name=ddp",
+    "schedule=block_parallel",
+    "engine.timeout_minutes=1",
+]
 OWN = ("images_per_second", "waited_seconds")  # of a run itself, not of its results
 
 
@@ -75,10 +93,14 @@ def two(tmp_path_factory):
     """What two ranks did: an undisturbed run; a stopped one that went on; streams."""
     root = tmp_path_factory.mktemp("two")
     streams = [{"pipe": kind} for kind in ("whole", "step", "shape", "dtype")]
-    output = start(2, *streams, {"set": settings(root / "run")},
-                   {"set": settings(root / "stopped"), "stop": [1, "blocks 1 to 2 step 1"]},
-                   {"set": settings(root / "stopped"), "resume": "auto"},
-                   {"set": settings(root / "three"), "stop": [0, "block 0 step 3"]})
+    output = start(
+        2,
+        *streams,
+        {"set": settings(root / "run")},
+        {"set": settings(root / "stopped"), "stop": [1, "blocks 1 to 2 step 1"]},
+        {"set": settings(root / "stopped"), "resume": "auto"},
+        {"set": settings(root / "three"), "stop": [0, "block 0 step 3"]},
+    )
     return root, output
 
 
@@ -109,9 +131,13 @@ def test_the_run_is_what_its_rules_say(alone):
     assert states(alone)["block3-step000006"]["images_seen"] == 6 * 16
 
 
-@pytest.mark.parametrize("space, leaders, last", [
-    (HOP, ["20", "12", "00"], (8, 4, 4)),  # channels and pixels: two halvings after the stem's
-    ("hytra", ["4432", "2221", "0110", "0110"], (128, 1, 1))])
+@pytest.mark.parametrize(
+    "space, leaders, last",
+    [
+        (HOP, ["20", "12", "00"], (8, 4, 4)),  # channels and pixels: two halvings after the stem's
+        ("hytra", ["4432", "2221", "0110", "0110"], (128, 1, 1)),
+    ],
+)
 def test_features_are_the_target_networks_before_the_update(tmp_path, space, leaders, last):
     """Streamed features against the definition, view by view, over two steps of two micro-batches."""
     run = search.build(load(None, settings(tmp_path, "space.width=0.0625", space=space)))
@@ -154,12 +180,17 @@ def test_three_rows_train_as_one_process(alone, two, tmp_path):
 def test_ranks_of_a_row_share_its_batches(tmp_path):
     """Two rows of two ranks, with batch norm over a row's ranks, train as one process with larger micro-batches; FSDP2
     as DDP."""
+
     def of(name, *more):
         # a small learning rate: biases before a batch norm have a gradient of mere rounding
         return settings(tmp_path / name, "train.sync_batch_norm=true", "train.lr=0.01", *more, space=f"{HOP}2")
 
-    output = start(4, {"set": of("ddp")}, {"set": of("fsdp2", "engine.name=fsdp2"), "stop": [3, "block 1 step 2"]},
-                   {"set": of("fsdp2", "engine.name=fsdp2"), "resume": "auto"})
+    output = start(
+        4,
+        {"set": of("ddp")},
+        {"set": of("fsdp2", "engine.name=fsdp2"), "stop": [3, "block 1 step 2"]},
+        {"set": of("fsdp2", "engine.name=fsdp2"), "resume": "auto"},
+    )
     assert "rank 0: stopped on SIGTERM" in output
     search.search(load(None, of("alone", "train.micro_batch=16")))
     truth = weights(tmp_path / "alone")
@@ -181,8 +212,14 @@ def test_one_process_stops_in_training_and_in_ratings(alone, tmp_path, monkeypat
     """At a step, before and in a mid-stage rating, twice in it, before and in the last ratings: to the same end."""
     monkeypatch.setattr(search, "Guard", schedule_worker.Signalled)
     out, resume = tmp_path / "run", None
-    for place in ("blocks 0 to 2 step 1", "blocks 0 to 2 step 2", "the rating of block 1 epoch 1",
-                  "the rating of block 1 epoch 1", "blocks 0 to 2 step 6", "the rating of block 1"):
+    for place in (
+        "blocks 0 to 2 step 1",
+        "blocks 0 to 2 step 2",
+        "the rating of block 1 epoch 1",
+        "the rating of block 1 epoch 1",
+        "blocks 0 to 2 step 6",
+        "the rating of block 1",
+    ):
         monkeypatch.setattr(schedule_worker.Signalled, "stop", (0, place))
         with pytest.raises(Stopped, match="stopped on SIGTERM at " + place):
             search.search(load(None, settings(out)), resume)
@@ -208,8 +245,10 @@ def test_views_are_packed_without_loss():
     assert pipe.unpack(packed)[1].stride() == views[1].stride()
 
 
-@pytest.mark.parametrize("world, rows", [(1, [range(4)]), (3, [range(1), range(1, 2), range(2, 4)]),
-                                         (8, [range(b, b + 1) for b in range(4)])])
+@pytest.mark.parametrize(
+    "world, rows",
+    [(1, [range(4)]), (3, [range(1), range(1, 2), range(2, 4)]), (8, [range(b, b + 1) for b in range(4)])],
+)
 def test_the_mesh(monkeypatch, world, rows):
     monkeypatch.setattr(dist, "world_size", lambda group=None: world)
     monkeypatch.setattr(dist, "rank", lambda group=None: world - 1)

@@ -193,13 +193,17 @@ def test_an_untrained_supernet_is_rated(tmp_path, space):
         rerate.rate_untrained(load(folder / "config.json"))
 
 
-@pytest.mark.parametrize("words, message", [
-    ([], "RUN: is missing"), (["--untrained"], "--untrained: needs --config"),
-    (["runs/x", "--untrained"], "RUN: and --untrained exclude"),
-    (["runs/x", "--config", "a.json"], "--config: a run has its own config"),
-    (["no/such/run"], "--run: no/such/run holds no config.json"),
-    (["--untrained", "--config", "a.json"], "--config: cannot read a.json"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "RUN: is missing"),
+        (["--untrained"], "--untrained: needs --config"),
+        (["runs/x", "--untrained"], "RUN: and --untrained exclude"),
+        (["runs/x", "--config", "a.json"], "--config: a run has its own config"),
+        (["no/such/run"], "--run: no/such/run holds no config.json"),
+        (["--untrained", "--config", "a.json"], "--config: cannot read a.json"),
+    ],
+)
 def test_mistakes_of_rate_end_with_one_line(words, message, capfd):
     with pytest.raises(SystemExit) as caught:
         cli.main(["rate", *words])
@@ -210,19 +214,28 @@ def test_mistakes_of_rate_end_with_one_line(words, message, capfd):
 @pytest.mark.parametrize("engine", ["single", "deepspeed"])
 def test_kill_9_in_mid_block_then_resume_is_bit_identical(finished, tmp_path, engine, project_root):
     folder = tmp_path / "killed"
-    command = [sys.executable, str(project_root / "launch/train.py"), *arguments(
-        folder, f"engine.name={engine}", file=finished / "config.json")]
+    command = [
+        sys.executable,
+        str(project_root / "launch/train.py"),
+        *arguments(folder, f"engine.name={engine}", file=finished / "config.json"),
+    ]
     # deepspeed in one process trains alike, but not to the bit, so it is compared with itself
     truth = finished
     if engine == "deepspeed":
         truth = tmp_path / "undisturbed"
-        subprocess.run([c.replace(str(folder), str(truth)) for c in command], check=True, env=environment(),
-                       capture_output=True, timeout=300)
+        subprocess.run(
+            [c.replace(str(folder), str(truth)) for c in command],
+            check=True,
+            env=environment(),
+            capture_output=True,
+            timeout=300,
+        )
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 200
-        while not (metrics.exists() and any(
-                '"block": 1, "step": 3' in line for line in metrics.read_text().splitlines())):
+        while not (
+            metrics.exists() and any('"block": 1, "step": 3' in line for line in metrics.read_text().splitlines())
+        ):
             assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()
             time.sleep(0.01)
     finally:
@@ -233,8 +246,10 @@ def test_kill_9_in_mid_block_then_resume_is_bit_identical(finished, tmp_path, en
     assert refused.returncode == 2 and "--resume auto" in refused.stderr
     subprocess.run([*command, "--resume", "auto"], check=True, env=environment(), capture_output=True, timeout=300)
     assert ratings(folder) == ratings(truth)
-    ours, theirs = (checkpoint.read(checkpoint.latest(f / "checkpoints"), ("online", "target", "predictors"))
-                    for f in (folder, truth))
+    ours, theirs = (
+        checkpoint.read(checkpoint.latest(f / "checkpoints"), ("online", "target", "predictors"))
+        for f in (folder, truth)
+    )
     assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     trained = [(line["block"], line["step"]) for line in lines if line["kind"] == "train"]
@@ -243,13 +258,35 @@ def test_kill_9_in_mid_block_then_resume_is_bit_identical(finished, tmp_path, en
 
 def test_two_deepspeed_ranks_run_the_users_line(tmp_path, project_root):
     out = tmp_path / "two"
-    command = ["deepspeed", "--num_accelerators", "2", "launch/train.py", "--config", "configs/hytra_ds.json",
-               *arguments(out, "data.train=null", "data.val=null", "train.warmup_epochs=0", "train.epochs=1",
-                          "train.precision=fp32", "rating.calibration_batches=2", "space.width=0.05",
-                          "data.workers=1")]
+    command = [
+        "deepspeed",
+        "--num_accelerators",
+        "2",
+        "launch/train.py",
+        "--config",
+        "configs/hytra_ds.json",
+        *arguments(
+            out,
+            "data.train=null",
+            "data.val=null",
+            "train.warmup_epochs=0",
+            "train.epochs=1",
+            "train.precision=fp32",
+            "rating.calibration_batches=2",
+            "space.width=0.05",
+            "data.workers=1",
+        ),
+    ]
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
-    done = subprocess.run(command, env={**environment(), "PATH": path}, capture_output=True, text=True, timeout=400,
-                          cwd=project_root, start_new_session=True)
+    done = subprocess.run(
+        command,
+        env={**environment(), "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=project_root,
+        start_new_session=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert len(json.loads((out / "architecture.json").read_text())["paths"]) == 4
     # the ranks shared one batch: as many steps as one rank takes
@@ -269,11 +306,28 @@ def test_a_finished_run_resumes_to_nothing(finished):
 
 def test_nats_trains_on_cifar_shards(shared, tmp_path, project_root):
     cifar = shared / "data/cifar10"
-    search.search(load(project_root / "configs/nats_cifar10.yaml", [
-        f"data.train={cifar}/train-*.tar", f"data.val={cifar}/test-*.tar", f"out={tmp_path / 'nats'}",
-        "space.width=0.125", "train.batch=16", "train.micro_batch=16", "train.epochs=1", "train.steps_per_epoch=2",
-        "train.warmup_epochs=0", "data.val_images=32", "rating.calibration_images=32", "rating.calibration_batches=1",
-        "heads.hidden=32", "heads.out=16", "data.workers=0"]))
+    search.search(
+        load(
+            project_root / "configs/nats_cifar10.yaml",
+            [
+                f"data.train={cifar}/train-*.tar",
+                f"data.val={cifar}/test-*.tar",
+                f"out={tmp_path / 'nats'}",
+                "space.width=0.125",
+                "train.batch=16",
+                "train.micro_batch=16",
+                "train.epochs=1",
+                "train.steps_per_epoch=2",
+                "train.warmup_epochs=0",
+                "data.val_images=32",
+                "rating.calibration_images=32",
+                "rating.calibration_batches=1",
+                "heads.hidden=32",
+                "heads.out=16",
+                "data.workers=0",
+            ],
+        )
+    )
     before = ratings(tmp_path / "nats")
     assert [len(before[f"block_{b}.json"]["paths"]) for b in range(3)] == [64, 64, 8]
     rerate.rerate(tmp_path / "nats")
@@ -285,19 +339,22 @@ def _empty_tar(path):
     return path
 
 
-@pytest.mark.parametrize("change, words", [
-    (["data.train=nowhere/*.tar", "data.val=nowhere/*.tar"], "data.train"),
-    (["data.train={tmp}/empty.tar", "data.val={tmp}/empty.tar"], "data.train"),
-    (["train.epoch=3"], "did you mean 'epochs'"),
-    (["train.epochs=few"], "train.epochs"),
-    (["train.batch=4096"], "an epoch takes 8192 images, but data.train has 2000"),
-    (["space.image_size=16"], "space.image_size: 16 px leaves no pixel"),
-    (["space.name=resnet"], "space.name: there is no space 'resnet'"),
-    (["engine.device=cuda"], "engine.device"),
-    (["engine.device=cpu", "kernels=triton"], "kernels: is 'triton', but "),
-    (["engine.name=deepspeed", "engine.deepspeed={train_batch_size: 3}"], "engine.deepspeed.train_batch_size"),
-    (["engine.name=deepspeed", "engine.deepspeed={zero_optimization: {stage: 3}}"], "stage"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (["data.train=nowhere/*.tar", "data.val=nowhere/*.tar"], "data.train"),
+        (["data.train={tmp}/empty.tar", "data.val={tmp}/empty.tar"], "data.train"),
+        (["train.epoch=3"], "did you mean 'epochs'"),
+        (["train.epochs=few"], "train.epochs"),
+        (["train.batch=4096"], "an epoch takes 8192 images, but data.train has 2000"),
+        (["space.image_size=16"], "space.image_size: 16 px leaves no pixel"),
+        (["space.name=resnet"], "space.name: there is no space 'resnet'"),
+        (["engine.device=cuda"], "engine.device"),
+        (["engine.device=cpu", "kernels=triton"], "kernels: is 'triton', but "),
+        (["engine.name=deepspeed", "engine.deepspeed={train_batch_size: 3}"], "engine.deepspeed.train_batch_size"),
+        (["engine.name=deepspeed", "engine.deepspeed={zero_optimization: {stage: 3}}"], "stage"),
+    ],
+)
 def test_mistakes_end_with_one_line_and_leave_nothing(tmp_path, capfd, change, words):
     if words == "engine.device" and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
@@ -314,11 +371,23 @@ def test_mistakes_end_with_one_line_and_leave_nothing(tmp_path, capfd, change, w
 
 
 def test_a_mistake_that_one_rank_sees_ends_both_with_one_line(finished, project_root):
-    command = ["deepspeed", "--num_accelerators", "2", "launch/train.py", *arguments(
-        finished, file=finished / "config.json")]
+    command = [
+        "deepspeed",
+        "--num_accelerators",
+        "2",
+        "launch/train.py",
+        *arguments(finished, file=finished / "config.json"),
+    ]
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
-    done = subprocess.run([*command, "--set=seed=7"], env={**environment(), "PATH": path},
-                          capture_output=True, text=True, timeout=100, cwd=project_root, start_new_session=True)
+    done = subprocess.run(
+        [*command, "--set=seed=7"],
+        env={**environment(), "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=project_root,
+        start_new_session=True,
+    )
     output = done.stdout + done.stderr
     assert done.returncode == 2 and "Traceback" not in output, output
     assert output.count("error: out: ") == 1 and "holds another run (seed differ)" in output
@@ -343,8 +412,15 @@ def test_room_of_older_checkpoints_counts_on_resume(finished, monkeypatch):
 
 def test_calibration_uses_whole_batches(tmp_path):
     for images, batches, sizes in ((1999, 2, [1999]), (900, 2, [900, 900]), (3000, 1, [2000])):
-        run = search.build(config(tmp_path, f"rating.calibration_images={images}",
-                                  f"rating.calibration_batches={batches}", "data.recipe=cifar", "space.name=nats"))
+        run = search.build(
+            config(
+                tmp_path,
+                f"rating.calibration_images={images}",
+                f"rating.calibration_batches={batches}",
+                "data.recipe=cifar",
+                "space.name=nats",
+            )
+        )
         assert [len(x) for x in rating._Calibration(run)] == sizes
 
 
@@ -407,7 +483,9 @@ def test_a_run_goes_on_only_with_the_images_it_began_with():
     began = {"images": 100, "readers": 4}
     check_data(began, dict(began), within_block=True)
     check_data(began, {"images": 100, "readers": 2}, within_block=False)  # each block deals the shards anew
-    for saved, now, words in ((began, {"images": 99, "readers": 4}, "data.train: has 99 images, but .* began with 100"),
-                              (began, {"images": 100, "readers": 2}, "data.workers: .* 2 readers .* stopped with 4")):
+    for saved, now, words in (
+        (began, {"images": 99, "readers": 4}, "data.train: has 99 images, but .* began with 100"),
+        (began, {"images": 100, "readers": 2}, "data.workers: .* 2 readers .* stopped with 4"),
+    ):
         with pytest.raises(ConfigError, match=words):
             check_data(saved, now, within_block=True)

@@ -12,8 +12,10 @@ from bossnas.selection import combine
 def rating(seed, scale=1.0):
     """A block of two layers and one of one, eight candidates each."""
     rng = np.random.default_rng(seed)
-    return [{"".join(p): scale * float(rng.normal(5, 1 + block)) for p in itertools.product("01234567", repeat=layers)}
-            for block, layers in enumerate((2, 1))]
+    return [
+        {"".join(p): scale * float(rng.normal(5, 1 + block)) for p in itertools.product("01234567", repeat=layers)}
+        for block, layers in enumerate((2, 1))
+    ]
 
 
 @pytest.mark.parametrize("block", [0, 1])
@@ -25,7 +27,7 @@ def test_a_block_keeps_its_order_and_gets_the_scale_that_is_asked_for(block):
         assert list(of) == list(scores) and stats.spearmanr(list(of.values()), values)[0] == pytest.approx(1)
     assert found["sum"] == scores
     assert list(found["standardised"].values()) == pytest.approx(((values - values.mean()) / values.std()).tolist())
-    assert np.std(list(found["layers"].values())) == pytest.approx(layers ** 0.5)
+    assert np.std(list(found["layers"].values())) == pytest.approx(layers**0.5)
     assert list(found["ranks"].values()) == pytest.approx((values.argsort().argsort() / (len(values) - 1)).tolist())
 
 
@@ -34,7 +36,8 @@ def test_equal_scores_stay_equal():
         found = combine.combined({"0": 0.1, "1": 0.1, "2": 0.1}, how)
         assert len(set(found.values())) == 1 and np.isfinite(list(found.values())).all()
     assert list(combine.combined({"0": 3, "1": 1, "2": 3, "3": 0}, "ranks").values()) == pytest.approx(
-        [5 / 6, 1 / 3, 5 / 6, 0])
+        [5 / 6, 1 / 3, 5 / 6, 0]
+    )
     assert combine.combined({"7": 2.5}, "ranks") == {"7": 0.0}
 
 
@@ -48,7 +51,8 @@ def test_every_rating_counts_alike_whatever_its_scale():
     assert both == pytest.approx(truth)
     assert combine.together([one], "sum") == one
     assert combine.together([one, one], "layers")[0] == pytest.approx(
-        {path: value / 3 ** 0.5 for path, value in combine.combined(one[0], "layers").items()})
+        {path: value / 3**0.5 for path, value in combine.combined(one[0], "layers").items()}
+    )
     heavy = totals(combine.together([one, other], "sum", [1, 3]))
     assert heavy == pytest.approx((totals(one) / totals(one).std() + 3 * totals(other) / totals(other).std()) / 4)
     flat = [dict.fromkeys(block, 2.0) for block in one]

@@ -33,15 +33,23 @@ def network(name="nats", width=0.125, seed=0, classes=10):
 def small():
     """conv - batch norm - ReLU - pool - linear, with plain torch modules."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
-                         nn.Flatten(), nn.Linear(4, 5)).double()
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 5),
+    ).double()
 
 
 @pytest.fixture
 def batch():
     generator = torch.Generator().manual_seed(1)
-    return (torch.randn(8, 3, 6, 6, generator=generator, dtype=torch.float64),
-            torch.randint(5, (8,), generator=generator))
+    return (
+        torch.randn(8, 3, 6, 6, generator=generator, dtype=torch.float64),
+        torch.randint(5, (8,), generator=generator),
+    )
 
 
 # ---- proxies by hand
@@ -192,6 +200,7 @@ def test_standalone_has_the_weights_of_its_cost(name):
 
 def test_standalone_of_nats_is_the_benchmarks():
     """Parameters by hand, from the definition of the cells: 3x3 and 1x1 convolutions and norms of two numbers each."""
+
     def cell(kind, c_in, c):
         if kind == "N":
             skip = 0 if c_in == c else c_in * c + 2 * c
@@ -247,8 +256,9 @@ def test_slices_become_convolutions_of_their_own_size():
 def test_standalone_of_an_own_space(tmp_path, project_root):
     text = (project_root / "docs/own_space.md").read_text().split("```python\n")[1].split("```")[0]
     (tmp_path / "my_space.py").write_text(text)
-    space = spaces.make(f"{tmp_path / 'my_space.py'}:TinyRes", width=0.5, image_size=16, restricted=True,
-                        split="cifar10")
+    space = spaces.make(
+        f"{tmp_path / 'my_space.py'}:TinyRes", width=0.5, image_size=16, restricted=True, split="cifar10"
+    )
     net = standalone(space, [decode("03"), decode("21")], 7)
     net.eval()
     x = torch.zeros(1, 3, 16, 16)

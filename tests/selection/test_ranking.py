@@ -45,10 +45,15 @@ def nats_files(folder, accuracy=lambda c: sum(c) / 10, score=lambda c: sum(c), e
     """Tables of some NATS architectures: accuracies by channels, scores by paths, in another order."""
     channels = list(itertools.product(range(8, 65, 8), repeat=5))[::every]
     ids = ["".join(str(c // 8 - 1) for c in row) for row in channels]
-    (folder / "accuracy.csv").write_text("channels,test_accuracy\n" + "".join(
-        f"{':'.join(map(str, row))},{accuracy(row)}\n" for row in channels))
-    (folder / "scores.csv").write_text("architecture,score\n" + "".join(
-        f"{i[:2]}|{i[2:4]}|{i[4:]},{score(row)}\n" for i, row in reversed(list(zip(ids, channels, strict=True)))))
+    (folder / "accuracy.csv").write_text(
+        "channels,test_accuracy\n" + "".join(f"{':'.join(map(str, row))},{accuracy(row)}\n" for row in channels)
+    )
+    (folder / "scores.csv").write_text(
+        "architecture,score\n"
+        + "".join(
+            f"{i[:2]}|{i[2:4]}|{i[4:]},{score(row)}\n" for i, row in reversed(list(zip(ids, channels, strict=True)))
+        )
+    )
     return folder / "scores.csv", folder / "accuracy.csv"
 
 
@@ -58,17 +63,26 @@ def nats_files(folder, accuracy=lambda c: sum(c) / 10, score=lambda c: sum(c), e
 def test_coefficients_are_scipys_with_ties(points):
     scores, accuracy, _ = points
     for score in scores.values():
-        assert correlation.coefficients(score, accuracy) == pytest.approx({
-            "kendall": stats.kendalltau(score, accuracy)[0], "spearman": stats.spearmanr(score, accuracy)[0],
-            "pearson": stats.pearsonr(score, accuracy)[0]})
+        assert correlation.coefficients(score, accuracy) == pytest.approx(
+            {
+                "kendall": stats.kendalltau(score, accuracy)[0],
+                "spearman": stats.spearmanr(score, accuracy)[0],
+                "pearson": stats.pearsonr(score, accuracy)[0],
+            }
+        )
     assert set(correlation.coefficients(np.ones(60), accuracy).values()) == {None}
 
 
 def test_identity_is_one_and_reversed_minus_one():
     accuracy = np.random.default_rng(0).normal(size=40)
     size = np.full(40, 7)
-    found = correlation.report({"same": accuracy, "reversed": -accuracy, "constant": np.zeros(40)}, accuracy,
-                        {"params": size, "macs": size}, resamples=50, seed=0)
+    found = correlation.report(
+        {"same": accuracy, "reversed": -accuracy, "constant": np.zeros(40)},
+        accuracy,
+        {"params": size, "macs": size},
+        resamples=50,
+        seed=0,
+    )
     for name, value in (("same", 1), ("reversed", -1)):
         for key in COEFFICIENTS:
             assert [found[name][key][part] for part in ("value", "low", "high")] == pytest.approx([value] * 3)
@@ -83,11 +97,16 @@ def test_identity_is_one_and_reversed_minus_one():
 def test_within_ten_percent_is_the_sum_over_pairs(points):
     scores, accuracy, sizes = points
     for size in sizes.values():
-        pairs = [(i, j) for i, j in itertools.combinations(range(60), 2)
-                 if abs(int(size[i]) - int(size[j])) * 10 <= max(size[i], size[j])]
+        pairs = [
+            (i, j)
+            for i, j in itertools.combinations(range(60), 2)
+            if abs(int(size[i]) - int(size[j])) * 10 <= max(size[i], size[j])
+        ]
         assert 100 < len(pairs) < 60 * 59 // 2
-        expected = {name: sum(np.sign((s[i] - s[j]) * (accuracy[i] - accuracy[j])) for i, j in pairs) / len(pairs)
-                    for name, s in scores.items()}
+        expected = {
+            name: sum(np.sign((s[i] - s[j]) * (accuracy[i] - accuracy[j])) for i, j in pairs) / len(pairs)
+            for name, s in scores.items()
+        }
         assert correlation.within(size, scores, accuracy) == pytest.approx(expected)
     assert correlation.within(np.array([1, 100, 10_000]), {"s": np.arange(3)}, np.arange(3)) == {"s": None}
     assert correlation.within(np.array([9, 10]), {"s": np.arange(2)}, np.arange(2)) == {"s": 1}
@@ -136,10 +155,15 @@ def test_pearson_of_rare_constant_and_extreme_values_is_exact_in_both_ways():
     """A value that a resample may miss leaves that resample without variance, not with what rounding makes of it."""
     rng = np.random.default_rng(6)
     accuracy = rng.normal(size=300)
-    scores = {"rare": (np.arange(300) == 7) * 1.0, "constant": np.full(300, 0.1), "small": accuracy * 1e-300,
-              "large": np.where(accuracy > 0, 1e308, -1e308)}
-    exact, first = (intervals.bootstrap_intervals(scores, accuracy, resamples=300, seed=0, exact_up_to=up_to)
-                    for up_to in (300, 0))
+    scores = {
+        "rare": (np.arange(300) == 7) * 1.0,
+        "constant": np.full(300, 0.1),
+        "small": accuracy * 1e-300,
+        "large": np.where(accuracy > 0, 1e308, -1e308),
+    }
+    exact, first = (
+        intervals.bootstrap_intervals(scores, accuracy, resamples=300, seed=0, exact_up_to=up_to) for up_to in (300, 0)
+    )
     for name in scores:
         assert first[name]["pearson"] == pytest.approx(exact[name]["pearson"], abs=1e-9, nan_ok=True), name
     assert np.isnan(exact["constant"]["pearson"]).all()
@@ -180,8 +204,9 @@ def test_intervals_depend_on_the_seed_alone(points):
 def test_the_whole_nats_space_fits():
     rng = np.random.default_rng(0)
     accuracy, size = rng.normal(size=32_768), rng.integers(10_000, 700_000, 32_768)
-    found = correlation.report({"score": accuracy + rng.normal(size=32_768)}, accuracy, {"params": size, "macs": size},
-                        resamples=100, seed=0)["score"]
+    found = correlation.report(
+        {"score": accuracy + rng.normal(size=32_768)}, accuracy, {"params": size, "macs": size}, resamples=100, seed=0
+    )["score"]
     assert found["kendall"]["low"] < found["kendall"]["value"] < found["kendall"]["high"]
     assert found["kendall"]["high"] - found["kendall"]["low"] < 0.02
     assert found["kendall_within_10pct_params"] == pytest.approx(found["kendall"]["value"], abs=0.01)
@@ -192,12 +217,25 @@ def test_the_whole_nats_space_fits():
 
 def test_scores_of_a_csv_match_channels(tmp_path, capsys):
     scores, accuracy = nats_files(tmp_path)
-    code, said = ranked(capsys, scores, "--accuracy", accuracy, "--json", tmp_path / "out.json", "--plot",
-                        tmp_path / "out.png", "--bootstrap", "20")
+    code, said = ranked(
+        capsys,
+        scores,
+        "--accuracy",
+        accuracy,
+        "--json",
+        tmp_path / "out.json",
+        "--plot",
+        tmp_path / "out.png",
+        "--bootstrap",
+        "20",
+    )
     assert code == 0 and "wide_candidates" in said
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found["space"] == "nats" and found["n"] == 22 and found["missing"] == {"without_score": 0,
-                                                                                "without_accuracy": 0}
+    assert (
+        found["space"] == "nats"
+        and found["n"] == 22
+        and found["missing"] == {"without_score": 0, "without_accuracy": 0}
+    )
     assert [found["kendall"][part] for part in ("value", "low", "high")] == pytest.approx([1, 1, 1])
     assert set(found["baselines"]) == {"params", "macs", "sum_channels", "sum_log_channels", "wide_candidates"}
     assert found["baselines"]["sum_channels"]["spearman"]["value"] == pytest.approx(1)
@@ -212,8 +250,9 @@ def test_scores_of_a_csv_match_channels(tmp_path, capsys):
 def test_a_score_named_like_a_baseline_keeps_its_own_figures(tmp_path, capsys):
     _, accuracy = nats_files(tmp_path, accuracy=lambda c: -sum(c))
     (tmp_path / "scores.csv").write_text(accuracy.read_text().replace("test_accuracy", "params"))
-    code, _ = ranked(capsys, tmp_path / "scores.csv", "--accuracy", accuracy, "--bootstrap", "10", "--json",
-                     tmp_path / "out.json")
+    code, _ = ranked(
+        capsys, tmp_path / "scores.csv", "--accuracy", accuracy, "--bootstrap", "10", "--json", tmp_path / "out.json"
+    )
     found = json.loads((tmp_path / "out.json").read_text())
     assert code == 0 and found["score"] == "params (given)" and found["kendall"]["value"] == pytest.approx(1)
     assert found["baselines"]["params"]["kendall"]["value"] < 0
@@ -223,8 +262,18 @@ def test_lower_may_be_better_and_missing_is_counted(tmp_path, capsys):
     scores, accuracy = nats_files(tmp_path)
     lines = scores.read_text().splitlines()
     scores.write_text("\n".join([*lines[:12], "01|23|4,7"]))
-    code, said = ranked(capsys, scores, "--accuracy", accuracy, "--better", "lower", "--json", tmp_path / "out.json",
-                        "--bootstrap", "20")
+    code, said = ranked(
+        capsys,
+        scores,
+        "--accuracy",
+        accuracy,
+        "--better",
+        "lower",
+        "--json",
+        tmp_path / "out.json",
+        "--bootstrap",
+        "20",
+    )
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["n"] == 11 and found["missing"] == {"without_score": 11, "without_accuracy": 1}
     assert "11 of the accuracy table have no score" in said
@@ -236,23 +285,35 @@ def run_folder(folder, space, winners, ratings, better="lower"):
     (folder / "ratings").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"space": space}))
     for block, paths in enumerate(ratings):
-        (folder / f"ratings/block_{block}.json").write_text(json.dumps({
-            "block": block, "prefix": winners[:block], "score": "a", "better": {"a": better, "b": "higher"},
-            "candidates": [], "paths": paths, "scores": {"a": paths, "b": {p: -2 * v for p, v in paths.items()}}}))
+        (folder / f"ratings/block_{block}.json").write_text(
+            json.dumps(
+                {
+                    "block": block,
+                    "prefix": winners[:block],
+                    "score": "a",
+                    "better": {"a": better, "b": "higher"},
+                    "candidates": [],
+                    "paths": paths,
+                    "scores": {"a": paths, "b": {p: -2 * v for p, v in paths.items()}},
+                }
+            )
+        )
     return folder
 
 
 def test_a_run_folder_is_summed_over_blocks(tmp_path, capsys):
     ratings = [{encode(p): float(-sum(p)) for p in all_paths([8] * layers)} for layers in (2, 1, 2)]
-    run = run_folder(tmp_path / "run", {"name": "nats", "image_size": 32, "width": 0.125, "split": "cifar100"},
-                     ["77", "7"], ratings)
+    run = run_folder(
+        tmp_path / "run", {"name": "nats", "image_size": 32, "width": 0.125, "split": "cifar100"}, ["77", "7"], ratings
+    )
     _, accuracy = nats_files(tmp_path)
     for score in ("a", "b"):
-        code, _ = ranked(capsys, run, "--accuracy", accuracy, "--score", score, "--json", tmp_path / "out.json",
-                         "--bootstrap", "20")
+        code, _ = ranked(
+            capsys, run, "--accuracy", accuracy, "--score", score, "--json", tmp_path / "out.json", "--bootstrap", "20"
+        )
         found = json.loads((tmp_path / "out.json").read_text())
         assert code == 0 and found["kendall"]["value"] == pytest.approx(1) and found["score"] == score
-        assert found["score_negated"] == (score == "a") and found["missing"]["without_accuracy"] == 8 ** 5 - 22
+        assert found["score_negated"] == (score == "a") and found["missing"]["without_accuracy"] == 8**5 - 22
     largest = max(row["budget_params"] for row in found["regret"])
     assert largest > 100_000  # sizes are those of the full width, which the accuracies belong to
     assert "choose one of a, b" in refused(capsys, run, "--accuracy", accuracy, "--score", "c")
@@ -260,16 +321,24 @@ def test_a_run_folder_is_summed_over_blocks(tmp_path, capsys):
 
 def test_hytra_ratings_hold_only_at_the_scale_where_they_were_made(tmp_path):
     """Block 1 was rated after a winner that ends at scale 2; behind one that ends at scale 1 it says nothing."""
-    run = run_folder(tmp_path / "run", {"name": "hytra"}, ["5444", "2222", "0000"],
-                     [{"5444": 1.0, "5433": 2.0}, {"2222": 3.0, "3333": 4.0}, {"0000": 5.0},
-                      {"0000": 6.0, "1111": 7.0}])
+    run = run_folder(
+        tmp_path / "run",
+        {"name": "hytra"},
+        ["5444", "2222", "0000"],
+        [{"5444": 1.0, "5433": 2.0}, {"2222": 3.0, "3333": 4.0}, {"0000": 5.0}, {"0000": 6.0, "1111": 7.0}],
+    )
     reader = compare._Reader(spaces.make("hytra", width=1.0, image_size=32, restricted=True, split="cifar10"))
-    texts = {"5444|2222|0000|0000": 15, "5444|3333|0000|1111": 17, "5444|2222|0000|0010": None,
-             "5433|2222|0000|0000": None}
+    texts = {
+        "5444|2222|0000|0000": 15,
+        "5444|3333|0000|1111": 17,
+        "5444|2222|0000|0010": None,
+        "5433|2222|0000|0000": None,
+    }
     wanted = reader.read_all(dict.fromkeys(texts, 0.0), "--accuracy", run)
     found = compare._rate(reader, tables.read_scores([run]), list(wanted), run, "sum")
     assert {"|".join(map(encode, architecture)): sum(blocks) for architecture, blocks in found.items()} == {
-        text: value for text, value in texts.items() if value is not None}
+        text: value for text, value in texts.items() if value is not None
+    }
 
 
 def test_ratings_without_a_prefix_hold_everywhere_and_a_wrong_prefix_is_refused(tmp_path, capsys):
@@ -293,8 +362,10 @@ def seed_folders(folder, count=3, noise=2.0):
     another scale."""
     for seed in range(count):
         rng = np.random.default_rng(seed)
-        ratings = [{encode(p): float(scale * (sum(p) + noise * rng.normal())) for p in all_paths([8] * layers)}
-                   for layers, scale in ((2, 1), (2, 0.01), (1, 1))]
+        ratings = [
+            {encode(p): float(scale * (sum(p) + noise * rng.normal())) for p in all_paths([8] * layers)}
+            for layers, scale in ((2, 1), (2, 0.01), (1, 1))
+        ]
         run_folder(folder / f"seed{seed}", {"name": "nats", "image_size": 32}, ["77", "77"], ratings, better="higher")
     return [folder / f"seed{seed}" for seed in range(count)]
 
@@ -339,20 +410,31 @@ def test_how_blocks_are_put_together_and_size(tmp_path, capsys):
         found[how] = json.loads(out.read_text())
         assert code == 0 and found[how]["combine"] == how and "block 2" in said
         assert [row["spearman"] for row in found[how]["blocks"]] == pytest.approx(
-            [row["spearman"] for row in found["sum"]["blocks"]])
-    assert all(found[how]["spearman"]["value"] > found["sum"]["spearman"]["value"] + 0.1
-               for how in ("standardised", "layers", "ranks"))
+            [row["spearman"] for row in found["sum"]["blocks"]]
+        )
+    assert all(
+        found[how]["spearman"]["value"] > found["sum"]["spearman"]["value"] + 0.1
+        for how in ("standardised", "layers", "ranks")
+    )
     channels = list(itertools.product(range(8, 65, 8), repeat=5))[::150]
     ratings = [json.loads((run / f"ratings/block_{b}.json").read_text())["scores"]["a"] for b in range(3)]
-    score = np.array([sum(ratings[b]["".join(str(c // 8 - 1) for c in part)] for b, part in enumerate(
-        (row[:2], row[2:4], row[4:]))) for row in channels])
+    score = np.array(
+        [
+            sum(
+                ratings[b]["".join(str(c // 8 - 1) for c in part)]
+                for b, part in enumerate((row[:2], row[2:4], row[4:]))
+            )
+            for row in channels
+        ]
+    )
     size, truth = np.log(channels).sum(1), np.sum(channels, 1)
     both = (score - score.mean()) / score.std() + (size - size.mean()) / size.std()
     assert found["sum"]["with_size"]["spearman"]["value"] == pytest.approx(stats.spearmanr(both, truth)[0])
     assert ranked(capsys, run, "--accuracy", accuracy, "--size-weight", "3", "--bootstrap", "10", "--json", out)[0] == 0
     both = (score - score.mean()) / score.std() + 3 * (size - size.mean()) / size.std()
     assert json.loads(out.read_text())["with_size"]["spearman"]["value"] == pytest.approx(
-        stats.spearmanr(both, truth)[0])
+        stats.spearmanr(both, truth)[0]
+    )
 
 
 def test_seeds_that_cannot_be_summed_are_refused(tmp_path, capsys):
@@ -361,15 +443,26 @@ def test_seeds_that_cannot_be_summed_are_refused(tmp_path, capsys):
     assert "--seeds: puts ratings of several seeds" in refused(capsys, runs[0], "--seeds", "--accuracy", accuracy)
     assert "named twice" in refused(capsys, runs[0], runs[0], "--seeds", "--accuracy", accuracy)
     assert "no ratings of the same kind" in refused(capsys, runs[0], scores, "--seeds", "--accuracy", accuracy)
-    assert "--combine: 'best' is not known; use sum" in refused(capsys, runs[0], "--accuracy", accuracy, "--combine",
-                                                                "best")
+    assert "--combine: 'best' is not known; use sum" in refused(
+        capsys, runs[0], "--accuracy", accuracy, "--combine", "best"
+    )
     assert "--combine: " in refused(capsys, scores, "--accuracy", accuracy, "--combine", "ranks")
     other = seed_folders(tmp_path / "hytra", 1)[0]
     (other / "config.json").write_text('{"space": {"name": "hytra"}}')
     for block, path in enumerate(("5444", "2222", "0000", "0000")):
-        (other / f"ratings/block_{block}.json").write_text(json.dumps({
-            "block": block, "prefix": ["5444", "2222", "0000"][:block], "score": "a", "better": {"a": "higher"},
-            "candidates": [], "paths": {path: 1.0}, "scores": {"a": {path: 1.0}}}))
+        (other / f"ratings/block_{block}.json").write_text(
+            json.dumps(
+                {
+                    "block": block,
+                    "prefix": ["5444", "2222", "0000"][:block],
+                    "score": "a",
+                    "better": {"a": "higher"},
+                    "candidates": [],
+                    "paths": {path: 1.0},
+                    "scores": {"a": {path: 1.0}},
+                }
+            )
+        )
     (tmp_path / "other.csv").write_text("architecture,accuracy\n5433|3230|0010|0000,1\n5433|3230|0010|0001,2\n")
     assert "0 have a score, too few" in refused(capsys, other, "--accuracy", tmp_path / "other.csv")
     assert "--size-weight: nan is no weight" in refused(capsys, runs[0], "--accuracy", accuracy, "--size-weight", "nan")
@@ -412,8 +505,9 @@ def test_bad_input_is_one_line(tmp_path, capsys):
 
 
 def test_pictures_that_cannot_be_drawn_are_refused_before_the_work(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("bossnas.selection.ranking.compare.compare",
-                        lambda *args, **options: pytest.fail("the work began"))
+    monkeypatch.setattr(
+        "bossnas.selection.ranking.compare.compare", lambda *args, **options: pytest.fail("the work began")
+    )
     scores, accuracy = nats_files(tmp_path)
     assert "cannot draw" in refused(capsys, scores, "--accuracy", accuracy, "--plot", tmp_path / "a.doc")
     monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
@@ -422,12 +516,32 @@ def test_pictures_that_cannot_be_drawn_are_refused_before_the_work(tmp_path, cap
 
 def test_proxies_stand_beside_the_others_on_one_sample(tmp_path, capsys):
     scores, accuracy = nats_files(tmp_path)
-    code, said = ranked(capsys, scores, "--accuracy", accuracy, "--json", tmp_path / "out.json", "--bootstrap", "10",
-                        "--proxies", "synflow", "--sample", "8")
+    code, said = ranked(
+        capsys,
+        scores,
+        "--accuracy",
+        accuracy,
+        "--json",
+        tmp_path / "out.json",
+        "--bootstrap",
+        "10",
+        "--proxies",
+        "synflow",
+        "--sample",
+        "8",
+    )
     found = json.loads((tmp_path / "out.json").read_text())["proxies"]
     assert code == 0 and "seconds per architecture" in said and found["sample"] == 8
-    assert list(found["figures"]) == ["score", "score + size", "params", "macs", "sum_channels", "sum_log_channels",
-                                      "wide_candidates", "synflow"]
+    assert list(found["figures"]) == [
+        "score",
+        "score + size",
+        "params",
+        "macs",
+        "sum_channels",
+        "sum_log_channels",
+        "wide_candidates",
+        "synflow",
+    ]
     assert found["figures"]["score"]["kendall"]["value"] == pytest.approx(1)
     assert found["figures"]["synflow"]["kendall"]["value"] > 0.3  # on networks from 8 to 64 channels
     assert found["seconds_per_architecture"]["synflow"] > 0
@@ -443,8 +557,16 @@ def test_help_has_an_example(capsys):
 
 def test_published_nats_ratings(shared, tmp_path, capsys):
     folder = shared / "benchmark"
-    code, _ = ranked(capsys, folder / "published_nats_ss_cifar10", "--accuracy", folder / "nats_ss_cifar10.csv",
-                     "--json", tmp_path / "out.json", "--bootstrap", "100")
+    code, _ = ranked(
+        capsys,
+        folder / "published_nats_ss_cifar10",
+        "--accuracy",
+        folder / "nats_ss_cifar10.csv",
+        "--json",
+        tmp_path / "out.json",
+        "--bootstrap",
+        "100",
+    )
     found = json.loads((tmp_path / "out.json").read_text())
     assert code == 0 and found["n"] == 32_768 and found["space"] == "nats" and found["score_negated"]
     assert [round(found[key]["value"], 3) for key in COEFFICIENTS] == [0.534, 0.734, 0.718]
@@ -453,8 +575,12 @@ def test_published_nats_ratings(shared, tmp_path, capsys):
     def row(of):
         return [of["kendall"]["value"], of["spearman"]["value"], of["kendall_top10"], of["kendall_within_10pct_params"]]
 
-    table = {"params": [0.690, 0.872, 0.41, 0.13], "macs": [0.442, 0.609, 0.19, -0.12],
-             "sum_channels": [0.785, 0.925, 0.48, 0.45], "sum_log_channels": [0.813, 0.952, 0.46, 0.60]}
+    table = {
+        "params": [0.690, 0.872, 0.41, 0.13],
+        "macs": [0.442, 0.609, 0.19, -0.12],
+        "sum_channels": [0.785, 0.925, 0.48, 0.45],
+        "sum_log_channels": [0.813, 0.952, 0.46, 0.60],
+    }
     assert np.round(row(found)[2:], 2).tolist() == [0.09, 0.35]
     for name, expected in table.items():
         # the table's Kendall .8134 is of float sums, in which some equal products differ in the last bit; .8145 else
@@ -468,8 +594,18 @@ def test_published_mbconv_accuracies(shared, tmp_path, capsys):
     with table.open() as file:
         rows = list(csv.reader(file))[1:]
     (tmp_path / "scores.csv").write_text("architecture,score\n" + "".join(f"{path},{top1}\n" for path, top1 in rows))
-    code, said = ranked(capsys, tmp_path / "scores.csv", "--accuracy", table, "--json", tmp_path / "out.json",
-                        "--image-size", "64", "--bootstrap", "100")
+    code, said = ranked(
+        capsys,
+        tmp_path / "scores.csv",
+        "--accuracy",
+        table,
+        "--json",
+        tmp_path / "out.json",
+        "--image-size",
+        "64",
+        "--bootstrap",
+        "100",
+    )
     assert code == 0, said
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["n"] == 23 and found["space"] == "mbconv"

@@ -104,7 +104,7 @@ def random_ratings(table, seed=0, share=1.0, better="lower", values=None, low=-4
 
 def with_random_latency(table, seed=1):
     rng = np.random.default_rng(seed)
-    return table.with_latency(1000, {key: int(rng.integers(1, 10 ** 7)) for key in table.entries})
+    return table.with_latency(1000, {key: int(rng.integers(1, 10**7)) for key in table.entries})
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +122,11 @@ def check_against_brute_force(table, ratings, limits, count=5):
     sign = 1 if ratings[0].better == "lower" else -1
     everything = walk(table, ratings)
     costs = [table.cost(a) for a, _ in everything]
-    feasible = [(sign * round(score, 9), a, c) for (a, score), c in zip(everything, costs, strict=True)
-                if all(getattr(c, n) <= limit for n, limit in limits.items())]
+    feasible = [
+        (sign * round(score, 9), a, c)
+        for (a, score), c in zip(everything, costs, strict=True)
+        if all(getattr(c, n) <= limit for n, limit in limits.items())
+    ]
     assert graph.size() == len(everything)
     if not feasible:
         with pytest.raises(ConfigError):
@@ -156,8 +159,9 @@ def test_a_space_of_ones_own_against_brute_force(tables, names, better):
     for seed in range(4):
         ratings = random_ratings(tables["tiny"], seed, better=better, share=1.0 if seed % 2 else 0.7)
         for quantile in (0.02, 0.3, 0.7):
-            check_against_brute_force(tables["tiny"], ratings,
-                                      quantile_limits(tables["tiny"], ratings, names, quantile))
+            check_against_brute_force(
+                tables["tiny"], ratings, quantile_limits(tables["tiny"], ratings, names, quantile)
+            )
 
 
 @pytest.mark.parametrize("values", [[0.0], [1.0, 2.0], [-1.0, 0.0, 0.5]])
@@ -170,7 +174,7 @@ def test_ties_go_to_the_first_text(tables, values):
 
 def test_all_of_nats_against_enumeration(tables):
     table = tables["nats"]
-    assert size(table) == 8 ** 5
+    assert size(table) == 8**5
     # a sum that favours large networks, as ratings do, so that limits bind
     ratings = random_ratings(table, 3, better="higher", low=0.0)
     for rating in ratings:
@@ -211,7 +215,7 @@ def test_hytra_ratings_of_one_run_cover_what_starts_where_the_winners_ended(tabl
 def test_mbconv_full_size_is_exact_where_blocks_add_up(tables):
     """6.9e10 architectures: without limits the best is the best of every block, and the second changes one block."""
     table = tables["mbconv"]
-    assert size(table) == 4 ** 18
+    assert size(table) == 4**18
     ratings = random_ratings(table, 5)
     first, second = select.best(Graph(table, ratings), {}, 2)
     ranked = [sorted(r.scores.values()) for r in ratings]
@@ -221,7 +225,7 @@ def test_mbconv_full_size_is_exact_where_blocks_add_up(tables):
 
 def test_mbconv_limits_against_an_independent_knapsack(tables):
     """A dynamic programme over the whole budget in coarse units of latency, written another way."""
-    table, unit = tables["mbconv"], 10 ** 6
+    table, unit = tables["mbconv"], 10**6
     rng = np.random.default_rng(0)
     table = table.with_latency(0, {key: int(rng.integers(1, 9)) * unit for key in table.entries})
     ratings = random_ratings(table, 6)
@@ -233,7 +237,7 @@ def test_mbconv_limits_against_an_independent_knapsack(tables):
         for text, value in rating.scores.items():
             units = table.path(block, decode(text), start.shape)[0].latency_ns // unit
             if units <= budget:
-                after[units:] = np.minimum(after[units:], least[:budget + 1 - units] + value)
+                after[units:] = np.minimum(after[units:], least[: budget + 1 - units] + value)
         least = after
     graph = Graph(table, ratings)
     for limit in range(budget + 1):
@@ -328,10 +332,18 @@ def run(tmp_path, tables):
     write_text(folder / "config.json", dump(config))
     both = random_ratings(tables["nats"], 0), random_ratings(tables["nats"], 1)
     for lower, higher in zip(*both, strict=True):
-        write_json(folder / f"ratings/block_{lower.block}.json", {
-            "block": lower.block, "prefix": [], "score": "population_centre", "paths": lower.scores,
-            "better": {"population_centre": "lower", "view_agreement": "higher"}, "candidates": lower.candidates,
-            "scores": {"population_centre": lower.scores, "view_agreement": higher.scores}})
+        write_json(
+            folder / f"ratings/block_{lower.block}.json",
+            {
+                "block": lower.block,
+                "prefix": [],
+                "score": "population_centre",
+                "paths": lower.scores,
+                "better": {"population_centre": "lower", "view_agreement": "higher"},
+                "candidates": lower.candidates,
+                "scores": {"population_centre": lower.scores, "view_agreement": higher.scores},
+            },
+        )
     return folder
 
 
@@ -395,14 +407,14 @@ def totals(ratings, how="sum"):
 def test_several_seeds_count_alike_and_size_by_its_weight(run, tables, capsys, how, weight):
     """The best of all architectures by a sum of standardised totals, which looks at every one of them."""
     runs = [run, other_seed(run, 5), other_seed(run, 6)]
-    result = select_json(run, str(runs[1]), str(runs[2]), "--combine", how, "--top", "3",
-                         "--size-weight", str(weight))
+    result = select_json(run, str(runs[1]), str(runs[2]), "--combine", how, "--top", "3", "--size-weight", str(weight))
     found = [[rating.scores for rating in read_ratings(r)] for r in runs]
     values = -sum(combine.standardised(totals(ratings, how)) for ratings in found)
     logs = np.log([8 * (i + 1) for i in range(8)])
     channels = [np.add.outer(logs, logs).ravel(), np.add.outer(logs, logs).ravel(), logs]
     values = combine.standardised(values) + weight * combine.standardised(
-        np.add.outer(np.add.outer(channels[0], channels[1]), channels[2]).ravel())
+        np.add.outer(np.add.outer(channels[0], channels[1]), channels[2]).ravel()
+    )
     names = ["|".join(parts) for parts in itertools.product(*(of.keys() for of in found[0]))]
     assert [row["architecture"] for row in result["top"]] == [names[i] for i in np.argsort(-values)[:3]]
     assert result["runs"] == [str(r) for r in runs] and (result["combine"], result["size_weight"]) == (how, weight)
@@ -417,24 +429,41 @@ def test_size_does_not_count_where_all_have_the_same_channels(tmp_path, capfd, t
     config = load(None, ["space.name=mbconv", "space.image_size=64", f"out={folder}"])
     write_text(folder / "config.json", dump(config))
     for rating in random_ratings(tables["mbconv"], 0):
-        write_json(folder / f"ratings/block_{rating.block}.json", {
-            "block": rating.block, "prefix": [], "score": "population_centre", "paths": rating.scores,
-            "candidates": rating.candidates})
+        write_json(
+            folder / f"ratings/block_{rating.block}.json",
+            {
+                "block": rating.block,
+                "prefix": [],
+                "score": "population_centre",
+                "paths": rating.scores,
+                "candidates": rating.candidates,
+            },
+        )
     with pytest.raises(SystemExit):
         cli.main(["select", str(folder), "--size-weight", "1"])
     assert "--size-weight: all rated architectures have the same numbers of channels" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda run, other: [shutil.rmtree(other), other.symlink_to(run)], "RUN: the same run is named twice"),
-    (lambda run, other: write_text(other / "config.json", dump(load(None, ["space.name=nats"]))),
-     "searched in another space"),
-    (lambda run, other: [damage(file, "score", "view_agreement") for file in (other / "ratings").glob("*.json")],
-     "--score: "),
-    (lambda run, other: damage(other / "ratings/block_1.json", "scores", {"population_centre": {"00": 1.0}}),
-     "block 1 was rated with other paths in"),
-    (lambda run, other: (other / "ratings/block_2.json").unlink(), "has ratings of 2"),
-    (lambda run, other: (other / "config.json").unlink(), "config.json")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda run, other: [shutil.rmtree(other), other.symlink_to(run)], "RUN: the same run is named twice"),
+        (
+            lambda run, other: write_text(other / "config.json", dump(load(None, ["space.name=nats"]))),
+            "searched in another space",
+        ),
+        (
+            lambda run, other: [damage(file, "score", "view_agreement") for file in (other / "ratings").glob("*.json")],
+            "--score: ",
+        ),
+        (
+            lambda run, other: damage(other / "ratings/block_1.json", "scores", {"population_centre": {"00": 1.0}}),
+            "block 1 was rated with other paths in",
+        ),
+        (lambda run, other: (other / "ratings/block_2.json").unlink(), "has ratings of 2"),
+        (lambda run, other: (other / "config.json").unlink(), "config.json"),
+    ],
+)
 def test_runs_that_cannot_be_summed_are_refused(run, capfd, change, words):
     other = other_seed(run, 5)
     change(run, other)
@@ -478,48 +507,68 @@ def damage(file, key, value):
     file.write_text(json.dumps(values))
 
 
-@pytest.mark.parametrize("options, prepare, words", [
-    (["--max-macs", "much"], None, "--max-macs: 'much' is no amount"),
-    (["--max-macs", "nan"], None, "--max-macs: 'nan' is no amount"),
-    (["--max-params", "-5M"], None, "--max-params: '-5M' is no amount"),
-    (["--max-macs", "1K"], None, "--max-macs: no rated architecture has at most 1000 MACs, the smallest has"),
-    (["--front", "time"], None, "--front: there is no cost 'time'"),
-    (["--max-latency-ms", "3"], None, "--latency: is needed"),
-    (["--front", "latency_ms"], None, "--latency: is needed"),
-    (["--latency", "nowhere.json"], None, "--latency: cannot read nowhere.json"),
-    (["--score", "beauty"], None, "--score: "),
-    (["--size-weight", "-1"], None, "--size-weight: -1 is no weight"),
-    (["--combine", "best"], None, "--combine: 'best' is not known"),
-    (["--json", "/nowhere/a.json"], None, "--json: cannot write"),
-    ([], lambda run: (run / "ratings/block_1.json").unlink(), "block_1.json"),
-    ([], lambda run: (run / "ratings/block_2.json").unlink(), "RUN: has ratings of 2 of 3 blocks"),
-    ([], lambda run: (run / "ratings/block_1.json").write_text("{"), "block_1.json is damaged"),
-    ([], lambda run: (run / "ratings/block_1.json").write_text("[]"), "block_1.json is damaged"),
-    ([], lambda run: (run / "ratings/block_1.json").write_bytes(b"\xff\xfe"), "block_1.json is damaged"),
-    ([], lambda run: damage(run / "ratings/block_1.json", "scores", {"population_centre": {"00": float("nan")}}),
-     "block_1.json is damaged (ValueError: path '00' has the score nan)"),
-    ([], lambda run: damage(run / "ratings/block_1.json", "scores", {"population_centre": {"0é": 1}}), "'0é'"),
-    ([], lambda run: damage(run / "ratings/block_1.json", "scores", {"population_centre": {"099": 1}}),
-     "block 1 has ratings of paths such as 099, which the space does not have"),
-    (["--size-weight", "1"],
-     lambda run: damage(run / "ratings/block_1.json", "scores", {"population_centre": {"099": 1}}),
-     "block 1 has ratings of paths such as 099, which the space does not have"),
-    ([], lambda run: damage(run / "ratings/block_1.json", "block", 2), "block_1.json is damaged"),
-    ([], lambda run: damage(run / "ratings/block_1.json", "prefix", ["00", "00"]), "its prefix is ['00', '00']"),
-    ([], lambda run: damage(run / "ratings/block_1.json", "prefix", ["09"]), "block 1 was rated on 09, which"),
-    ([], lambda run: damage(run / "ratings/block_1.json", "candidates", None), "block_1.json is damaged"),
-    ([], lambda run: damage(run / "ratings/block_1.json", "score", "view_agreement"), "--score: the blocks of"),
-    ([], lambda run: damage(run / "ratings/block_1.json", "scores", {"population_centre": {"00": 10 ** 400}}),
-     "path '00' has the score 1000"),
-    ([], lambda run: damage(run / "ratings/block_1.json", "scores", {"population_centre": {"00": -1e308}}),
-     "path '00' has the score -1e+308"),
-    ([], lambda run: damage(run / "ratings/block_1.json", "better", {"population_centre": "higher"}),
-     "RUN: the blocks of"),
-    ([], lambda run: (run / "ratings/block_1.json").write_text("[" * 100_000), "block_1.json is damaged"),
-    ([], lambda run: (run / "config.json").unlink(), "config.json"),
-    ([], lambda run: (run / "config.json").write_text("[" * 100_000), "config.json is damaged"),
-    ([], lambda run: (run / "config.json").write_bytes(b"\xff\xfe"), "config.json is damaged"),
-])
+@pytest.mark.parametrize(
+    "options, prepare, words",
+    [
+        (["--max-macs", "much"], None, "--max-macs: 'much' is no amount"),
+        (["--max-macs", "nan"], None, "--max-macs: 'nan' is no amount"),
+        (["--max-params", "-5M"], None, "--max-params: '-5M' is no amount"),
+        (["--max-macs", "1K"], None, "--max-macs: no rated architecture has at most 1000 MACs, the smallest has"),
+        (["--front", "time"], None, "--front: there is no cost 'time'"),
+        (["--max-latency-ms", "3"], None, "--latency: is needed"),
+        (["--front", "latency_ms"], None, "--latency: is needed"),
+        (["--latency", "nowhere.json"], None, "--latency: cannot read nowhere.json"),
+        (["--score", "beauty"], None, "--score: "),
+        (["--size-weight", "-1"], None, "--size-weight: -1 is no weight"),
+        (["--combine", "best"], None, "--combine: 'best' is not known"),
+        (["--json", "/nowhere/a.json"], None, "--json: cannot write"),
+        ([], lambda run: (run / "ratings/block_1.json").unlink(), "block_1.json"),
+        ([], lambda run: (run / "ratings/block_2.json").unlink(), "RUN: has ratings of 2 of 3 blocks"),
+        ([], lambda run: (run / "ratings/block_1.json").write_text("{"), "block_1.json is damaged"),
+        ([], lambda run: (run / "ratings/block_1.json").write_text("[]"), "block_1.json is damaged"),
+        ([], lambda run: (run / "ratings/block_1.json").write_bytes(b"\xff\xfe"), "block_1.json is damaged"),
+        (
+            [],
+            lambda run: damage(run / "ratings/block_1.json", "scores", {"population_centre": {"00": float("nan")}}),
+            "block_1.json is damaged (ValueError: path '00' has the score nan)",
+        ),
+        ([], lambda run: damage(run / "ratings/block_1.json", "scores", {"population_centre": {"0é": 1}}), "'0é'"),
+        (
+            [],
+            lambda run: damage(run / "ratings/block_1.json", "scores", {"population_centre": {"099": 1}}),
+            "block 1 has ratings of paths such as 099, which the space does not have",
+        ),
+        (
+            ["--size-weight", "1"],
+            lambda run: damage(run / "ratings/block_1.json", "scores", {"population_centre": {"099": 1}}),
+            "block 1 has ratings of paths such as 099, which the space does not have",
+        ),
+        ([], lambda run: damage(run / "ratings/block_1.json", "block", 2), "block_1.json is damaged"),
+        ([], lambda run: damage(run / "ratings/block_1.json", "prefix", ["00", "00"]), "its prefix is ['00', '00']"),
+        ([], lambda run: damage(run / "ratings/block_1.json", "prefix", ["09"]), "block 1 was rated on 09, which"),
+        ([], lambda run: damage(run / "ratings/block_1.json", "candidates", None), "block_1.json is damaged"),
+        ([], lambda run: damage(run / "ratings/block_1.json", "score", "view_agreement"), "--score: the blocks of"),
+        (
+            [],
+            lambda run: damage(run / "ratings/block_1.json", "scores", {"population_centre": {"00": 10**400}}),
+            "path '00' has the score 1000",
+        ),
+        (
+            [],
+            lambda run: damage(run / "ratings/block_1.json", "scores", {"population_centre": {"00": -1e308}}),
+            "path '00' has the score -1e+308",
+        ),
+        (
+            [],
+            lambda run: damage(run / "ratings/block_1.json", "better", {"population_centre": "higher"}),
+            "RUN: the blocks of",
+        ),
+        ([], lambda run: (run / "ratings/block_1.json").write_text("[" * 100_000), "block_1.json is damaged"),
+        ([], lambda run: (run / "config.json").unlink(), "config.json"),
+        ([], lambda run: (run / "config.json").write_text("[" * 100_000), "config.json is damaged"),
+        ([], lambda run: (run / "config.json").write_bytes(b"\xff\xfe"), "config.json is damaged"),
+    ],
+)
 def test_mistakes_end_with_one_line_and_write_nothing(run, capfd, options, prepare, words):
     if prepare:
         prepare(run)
@@ -532,16 +581,19 @@ def test_mistakes_end_with_one_line_and_write_nothing(run, capfd, options, prepa
     assert sorted(run.rglob("*")) == before
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda rows: rows[:100] + rows[101:], "has no latency for block"),
-    (lambda rows: rows[1:], "the stem on 3x32x32"),
-    (lambda rows: [{**row, "macs": row["macs"] // 2} for row in rows], "block 0 layer 0 candidate 0 (width8, "),
-    (lambda rows: [{**row, "latency_ms": None} for row in rows], "the stem on 3x32x32"),
-    (lambda rows: [{**row, "latency_ms": float("inf")} for row in rows], "the stem on 3x32x32"),
-    (lambda rows: [{**row, "latency_ms": 10 ** 400} for row in rows], "the stem on 3x32x32"),
-    (lambda rows: [{**row, "latency_ms": 1e14} for row in rows], "the stem on 3x32x32"),
-    (lambda rows: "none", "is not a table of latencies"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda rows: rows[:100] + rows[101:], "has no latency for block"),
+        (lambda rows: rows[1:], "the stem on 3x32x32"),
+        (lambda rows: [{**row, "macs": row["macs"] // 2} for row in rows], "block 0 layer 0 candidate 0 (width8, "),
+        (lambda rows: [{**row, "latency_ms": None} for row in rows], "the stem on 3x32x32"),
+        (lambda rows: [{**row, "latency_ms": float("inf")} for row in rows], "the stem on 3x32x32"),
+        (lambda rows: [{**row, "latency_ms": 10**400} for row in rows], "the stem on 3x32x32"),
+        (lambda rows: [{**row, "latency_ms": 1e14} for row in rows], "the stem on 3x32x32"),
+        (lambda rows: "none", "is not a table of latencies"),
+    ],
+)
 def test_a_missing_latency_is_refused_and_never_guessed(run, tables, capfd, change, words):
     file = latency_file(run, tables, change)
     with pytest.raises(SystemExit) as caught:

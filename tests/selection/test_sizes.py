@@ -17,10 +17,14 @@ def sizes(name, texts, classes=10, width=1.0, image_size=32, split="cifar10"):
     return space, architectures, size_baselines(cost.CostTable.of(space, image_size), architectures, classes)
 
 
-@pytest.mark.parametrize("name, texts", [
-    ("nats", ["00|00|0", "74|33|2", "77|77|7"]),
-    ("mbconv", ["00|0000|0000|0000|0000", "21|1023|3210|0123|1132"]),
-    ("hytra", ["5433|3230|0010|0000", "5444|4333|2210|1111"])])
+@pytest.mark.parametrize(
+    "name, texts",
+    [
+        ("nats", ["00|00|0", "74|33|2", "77|77|7"]),
+        ("mbconv", ["00|0000|0000|0000|0000", "21|1023|3210|0123|1132"]),
+        ("hytra", ["5433|3230|0010|0000", "5444|4333|2210|1111"]),
+    ],
+)
 def test_params_and_macs_are_those_of_the_whole_network(name, texts):
     space, architectures, found = sizes(name, texts, classes=7, width=0.25)
     assert set(found) == set(SIZE_DEFINITIONS)
@@ -31,8 +35,10 @@ def test_params_and_macs_are_those_of_the_whole_network(name, texts):
 
 
 def test_channels_and_wide_candidates_of_nats():
-    for texts, split in ((["03|47|5", "30|47|5", "77|77|7"], "cifar10"),
-                         (["03|4|75", "30|4|75", "77|7|77"], "cifar100")):
+    for texts, split in (
+        (["03|47|5", "30|47|5", "77|77|7"], "cifar10"),
+        (["03|4|75", "30|4|75", "77|7|77"], "cifar100"),
+    ):
         _, _, found = sizes("nats", texts, split=split)
         channels = [[8, 32, 40, 64, 48], [32, 8, 40, 64, 48], [64] * 5]
         assert found["sum_channels"].tolist() == [sum(c) for c in channels]

@@ -23,10 +23,17 @@ def test_release_ratings_from_a_folder_and_one_by_one(tmp_path):
         tables.read_scores([tmp_path])
 
 
-@pytest.mark.parametrize("tag", [
-    "!!python/object/apply:os.system ['touch {}']", "!!python/object/new:os.system ['touch {}']",
-    "!!python/object/apply:subprocess.check_output [[touch, {}]]", "!!python/name:os.system", "!!python/module:os",
-    "!own [1]"])
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "!!python/object/apply:os.system ['touch {}']",
+        "!!python/object/new:os.system ['touch {}']",
+        "!!python/object/apply:subprocess.check_output [[touch, {}]]",
+        "!!python/name:os.system",
+        "!!python/module:os",
+        "!own [1]",
+    ],
+)
 def test_malicious_yaml_is_refused_and_nothing_runs(tmp_path, tag):
     trap = tmp_path / "trap"
     rating, table = tmp_path / "path_rank_0.yml", tmp_path / "table.yaml"
@@ -39,10 +46,27 @@ def test_malicious_yaml_is_refused_and_nothing_runs(tmp_path, tag):
     assert not trap.exists()
 
 
-@pytest.mark.parametrize("text", [
-    "a: 1", "[]", "- [a, b, c]", "- 5", "- [[7, 4], 1]", "- ['74', .nan]", "- [", "- &a [*a]", "- ['', 1]",
-    "- ['7|4', 1]", "- ['74', 1]\n- ['74', 2]", "- {a: 1}", "- &a {x: 1}\n- {!!merge <<: [*a, *a]}", "[" * 200_000,
-    "!!python/tuple [" * 900, "- " * 900 + "a"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: 1",
+        "[]",
+        "- [a, b, c]",
+        "- 5",
+        "- [[7, 4], 1]",
+        "- ['74', .nan]",
+        "- [",
+        "- &a [*a]",
+        "- ['', 1]",
+        "- ['7|4', 1]",
+        "- ['74', 1]\n- ['74', 2]",
+        "- {a: 1}",
+        "- &a {x: 1}\n- {!!merge <<: [*a, *a]}",
+        "[" * 200_000,
+        "!!python/tuple [" * 900,
+        "- " * 900 + "a",
+    ],
+)
 def test_damaged_release_ratings(tmp_path, text):
     (tmp_path / "path_rank_0.yml").write_text(text)
     with pytest.raises(ConfigError, match="RATINGS"):
@@ -65,10 +89,21 @@ def test_yaml_accuracies_are_read_as_they_are_written(tmp_path):
     assert tables.read_accuracies(tmp_path / "a.yaml") == {"8:8:8:8:8": 79.79, "0123|0011": 81.0, "7|7": 90.0}
 
 
-@pytest.mark.parametrize("text, words", [
-    ("a: 1\nb: [2]", "line 2"), ("a: 1\na: 2", "line 2 names a a second time"), ("a: many", "value 'many'"),
-    ("{a: " * 200_000, "nested too deeply"), ("a: 1\n<<: {b: 2}", "line 2"),
-    ("- 1", "no mapping"), ("", "no mapping"), ("a: .inf", "'.inf'"), ("? [1]\n: 2", "line 1"), ("a: [", "refused")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("a: 1\nb: [2]", "line 2"),
+        ("a: 1\na: 2", "line 2 names a a second time"),
+        ("a: many", "value 'many'"),
+        ("{a: " * 200_000, "nested too deeply"),
+        ("a: 1\n<<: {b: 2}", "line 2"),
+        ("- 1", "no mapping"),
+        ("", "no mapping"),
+        ("a: .inf", "'.inf'"),
+        ("? [1]\n: 2", "line 1"),
+        ("a: [", "refused"),
+    ],
+)
 def test_damaged_yaml_accuracies(tmp_path, text, words):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ConfigError, match="--accuracy") as caught:
@@ -86,12 +121,21 @@ def test_columns_of_a_csv(tmp_path):
         tables.read_scores([file])
 
 
-@pytest.mark.parametrize("text, words", [
-    ("", "no header"), ("architecture\n1", "no header"), ("1|2,70\n3|4,71\n", "begins with values"),
-    ("a,b\n1|2,x\n", "row 2 has the value 'x'"), ("a,b\n1|2,inf\n", "row 2"), ("a,b\n,5\n", "names no architecture"),
-    ("a,top1,top1\n1|2,3,4\n", "several columns 'top1'"),
-    ("a,b\n", "holds no architecture"), ("a,b\n1|2,3,4\n", "row 2 has 3 cells"),
-    ("a,b\n" + "1" * 200_000 + ",2\n", "no CSV file")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "no header"),
+        ("architecture\n1", "no header"),
+        ("1|2,70\n3|4,71\n", "begins with values"),
+        ("a,b\n1|2,x\n", "row 2 has the value 'x'"),
+        ("a,b\n1|2,inf\n", "row 2"),
+        ("a,b\n,5\n", "names no architecture"),
+        ("a,top1,top1\n1|2,3,4\n", "several columns 'top1'"),
+        ("a,b\n", "holds no architecture"),
+        ("a,b\n1|2,3,4\n", "row 2 has 3 cells"),
+        ("a,b\n" + "1" * 200_000 + ",2\n", "no CSV file"),
+    ],
+)
 def test_damaged_csv(tmp_path, text, words):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(ConfigError, match="--accuracy") as caught:

@@ -113,8 +113,9 @@ class Cluster:
 
     def command(self, name: str, *arguments: str, check: bool = True, env: dict[str, str] | None = None) -> str:
         """What one of SLURM's commands prints. ``env``: more of the environment, which a submitted job gets too."""
-        done = subprocess.run([name, *arguments], env=self.env | (env or {}), text=True, capture_output=True,
-                              timeout=60, check=False)
+        done = subprocess.run(
+            [name, *arguments], env=self.env | (env or {}), text=True, capture_output=True, timeout=60, check=False
+        )
         assert not check or done.returncode == 0, f"{name} {' '.join(arguments)}: {done.stderr or done.stdout}"
         return done.stdout.strip()
 
@@ -125,15 +126,21 @@ class Cluster:
 
     def tasks(self, number: str, rank: int) -> list[int]:
         """The processes of a rank of a running job."""
-        return [process for process, env in self._processes()
-                if env.get("SLURM_JOB_ID") == number and env.get("SLURM_PROCID") == str(rank)
-                and b"launch/train.py" in Path(f"/proc/{process}/cmdline").read_bytes() and "SLURM_STEP_ID" in env]
+        return [
+            process
+            for process, env in self._processes()
+            if env.get("SLURM_JOB_ID") == number
+            and env.get("SLURM_PROCID") == str(rank)
+            and b"launch/train.py" in Path(f"/proc/{process}/cmdline").read_bytes()
+            and "SLURM_STEP_ID" in env
+        ]
 
     def start_node(self, node: str) -> None:
         self._daemon("slurmd", "-D", "-f", str(self.conf), "-N", node)
 
     def resume(self, node: str) -> None:
         """Takes a node that was down into service again, once it answers."""
+
         def is_up() -> bool:
             self.command("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
             state = self.command("sinfo", "--noheader", "--partition=main", f"--nodes={node}", "--format=%T")
@@ -159,11 +166,23 @@ class Cluster:
         key.chmod(0o600)
         for name in ("state", *(f"spool-{node}" for node in NODES)):
             (self.folder / name).mkdir()
-        self.conf.write_text(CONF.format(folder=self.folder, host=socket.gethostname().split(".")[0],
-                                         user=getpass.getuser(), ports=_three_ports(), kill_wait=KILL_WAIT))
-        self._daemon("munged", "--force", "--foreground", f"--key-file={key}",
-                     *(f"--{kind}-file={self.folder}/munge.{kind}" for kind in ("pid", "log", "seed")),
-                     f"--socket={self.folder}/munge.socket")
+        self.conf.write_text(
+            CONF.format(
+                folder=self.folder,
+                host=socket.gethostname().split(".")[0],
+                user=getpass.getuser(),
+                ports=_three_ports(),
+                kill_wait=KILL_WAIT,
+            )
+        )
+        self._daemon(
+            "munged",
+            "--force",
+            "--foreground",
+            f"--key-file={key}",
+            *(f"--{kind}-file={self.folder}/munge.{kind}" for kind in ("pid", "log", "seed")),
+            f"--socket={self.folder}/munge.socket",
+        )
         until("munged's socket", (self.folder / "munge.socket").exists, 20)
         self._daemon("slurmctld", "-D", "-i", "-c", "-f", str(self.conf))
         for node in NODES:
@@ -174,8 +193,16 @@ class Cluster:
         program = shutil.which(name, path=SEARCH)
         assert program is not None
         with (self.folder / f"{name}-{len(self.daemons)}.out").open("w") as out:
-            self.daemons.append(subprocess.Popen([program, *arguments], env=self.env, stdin=subprocess.DEVNULL,
-                                                 stdout=out, stderr=subprocess.STDOUT, start_new_session=True))
+            self.daemons.append(
+                subprocess.Popen(
+                    [program, *arguments],
+                    env=self.env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
 
     def _idle(self) -> bool:
         for daemon in self.daemons:

@@ -27,22 +27,28 @@ ABSENT = missing()
 pytestmark = [
     pytest.mark.timeout(1200),
     pytest.mark.skipif(bool(ABSENT), reason=f"no SLURM here: {', '.join(ABSENT)} missing (tests/run.sh --slurm)"),
-    pytest.mark.skipif(os.environ.get("BOSSNAS_SLURM") != "1",
-                       reason="takes minutes: bash tests/run.sh --slurm, or set BOSSNAS_SLURM=1"),
+    pytest.mark.skipif(
+        os.environ.get("BOSSNAS_SLURM") != "1",
+        reason="takes minutes: bash tests/run.sh --slurm, or set BOSSNAS_SLURM=1",
+    ),
 ]
 CONFIG = {
-    "space": {"name": "nats", "width": 0.25, "image_size": 16}, "heads": {"hidden": 16, "out": 8},
+    "space": {"name": "nats", "width": 0.25, "image_size": 16},
+    "heads": {"hidden": 16, "out": 8},
     "data": {"recipe": "cifar", "workers": 0, "val_images": 24},
     "train": {"batch": 16, "micro_batch": 8, "epochs": 2, "steps_per_epoch": 6, "lr": 0.5},
     "rating": {"every_epochs": 0, "batch": 16, "calibration_images": 16},
-    "engine": {"name": "fsdp2", "device": "cpu"}, "checkpoint": {"every_steps": 4},
+    "engine": {"name": "fsdp2", "device": "cpu"},
+    "checkpoint": {"every_steps": 4},
 }
 STEPS = 12  # of a block
 RETRAINING = {
     "model": {"name": "bossnet", "options": {"width": 8, "encoding": [[1], [1], [0], [1]]}, "image_size": 32},
-    "data": {"workers": 0, "val_images": 48}, "augment": {"repeats": 1},
+    "data": {"workers": 0, "val_images": 48},
+    "augment": {"repeats": 1},
     "train": {"batch": 32, "micro_batch": 16, "epochs": 3, "steps_per_epoch": 40, "warmup_epochs": 1, "ema": 0.9},
-    "engine": {"name": "ddp", "device": "cpu"}, "checkpoint": {"every_steps": 10},
+    "engine": {"name": "ddp", "device": "cpu"},
+    "checkpoint": {"every_steps": 10},
 }
 ONE_TASK = ("--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
 
@@ -59,24 +65,41 @@ def cluster():
 def table():
     rows: list[str] = []
     yield rows
-    print("\n\n| SLURM's fault | steps lost | until it had ended, s | in the queue, s | until it went on, s |"
-          " ratings equal |\n|---|---|---|---|---|---|")
+    print(
+        "\n\n| SLURM's fault | steps lost | until it had ended, s | in the queue, s | until it went on, s |"
+        " ratings equal |\n|---|---|---|---|---|---|"
+    )
     print("\n".join(rows))
 
 
 class Search:
     """A submitted search. ``place``: a folder that looks like the root of the checkout, where its files land."""
 
-    def __init__(self, cluster: Cluster, place: Path, *options: str, script: str = "search.sbatch",
-                 sets: tuple[str, ...] = (), env: dict[str, str] | None = None, config: dict = CONFIG):
+    def __init__(
+        self,
+        cluster: Cluster,
+        place: Path,
+        *options: str,
+        script: str = "search.sbatch",
+        sets: tuple[str, ...] = (),
+        env: dict[str, str] | None = None,
+        config: dict = CONFIG,
+    ):
         for name in ("launch", "bossnas", "kernels"):
             (place / name).symlink_to(ROOT / name)
         (place / "config.json").write_text(json.dumps(config | {"out": "runs/a"}))
         self.cluster, self.place, self.run = cluster, place, place / "runs/a"
         self.number = cluster.command(
-            "sbatch", "--parsable", f"--chdir={place}", *ONE_TASK, *options, str(place / "launch/slurm" / script),
-            "config.json", *(f"--set={text}" for text in sets),
-            env={"BOSSNAS_VENV": sys.prefix, "OMP_NUM_THREADS": "1", **(env or {})})
+            "sbatch",
+            "--parsable",
+            f"--chdir={place}",
+            *ONE_TASK,
+            *options,
+            str(place / "launch/slurm" / script),
+            "config.json",
+            *(f"--set={text}" for text in sets),
+            env={"BOSSNAS_VENV": sys.prefix, "OMP_NUM_THREADS": "1", **(env or {})},
+        )
 
     def wait(self, what: str, happened: Callable[[], object]) -> object:
         try:
@@ -118,6 +141,7 @@ class Search:
 
     def ends(self) -> str:
         """Waits for the job's end and returns its state."""
+
         def ended() -> str | None:
             state = self.cluster.job(self.number)["JobState"]
             return None if state in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED") else state
@@ -164,8 +188,10 @@ def settle(search: Search, name: str, hit: float, table: list[str], undisturbed:
     lost = (block_before - block) * STEPS + step_before - step
     ended = search.when("srun ended")
     begun = search.when("start 1") if search.restarts() else ended
-    table.append(f"| {name} | {lost} | {ended - hit:.0f} | {begun - ended:.0f} | {gone_on - begun:.0f} | "
-                 f"{'yes' if found == undisturbed else 'NO'} |")
+    table.append(
+        f"| {name} | {lost} | {ended - hit:.0f} | {begun - ended:.0f} | {gone_on - begun:.0f} | "
+        f"{'yes' if found == undisturbed else 'NO'} |"
+    )
     assert found == undisturbed, search.said()
     assert 0 <= lost <= CONFIG["checkpoint"]["every_steps"], search.said()
     assert not list((search.run / "checkpoints").glob("*.tmp"))
@@ -180,8 +206,9 @@ def requeue(search: Search) -> None:
 
 
 def preempt(search: Search) -> None:
-    search.cluster.command("sbatch", "--partition=hi", "--nodes=2", "--exclusive", "--output=/dev/null",
-                           "--wrap=sleep 3")
+    search.cluster.command(
+        "sbatch", "--partition=hi", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 3"
+    )
 
 
 def node_down(search: Search) -> None:
@@ -199,9 +226,15 @@ def node_crash(search: Search) -> None:
     search.cluster.resume("n2")
 
 
-@pytest.mark.parametrize(("fault", "name"), [
-    (requeue, "`scontrol requeue`"), (preempt, "preemption by a partition with priority"),
-    (node_down, "a node set down and back"), (node_crash, "a node that dies, and comes back")])
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [
+        (requeue, "`scontrol requeue`"),
+        (preempt, "preemption by a partition with priority"),
+        (node_down, "a node set down and back"),
+        (node_crash, "a node that dies, and comes back"),
+    ],
+)
 def test_what_slurm_takes_away_goes_on(cluster, tmp_path, table, undisturbed, fault, name):
     search = Search(cluster, tmp_path)
     search.reaches(1, 5)
@@ -262,10 +295,13 @@ def test_restarts_have_a_limit(cluster, tmp_path):
     assert "BOSSNAS_MAX_RESTARTS allows no more" in search.output()
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("train.lr=much", "error: train.lr: input should be a valid number"),  # seen by the batch script
-    ("data.train=nowhere/*.tar", "error: data.val: is not set, but data.train is"),  # seen by the ranks
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train.lr=much", "error: train.lr: input should be a valid number"),  # seen by the batch script
+        ("data.train=nowhere/*.tar", "error: data.val: is not set, but data.train is"),  # seen by the ranks
+    ],
+)
 def test_a_mistake_of_the_user_ends_the_job(cluster, tmp_path, text, words):
     search = Search(cluster, tmp_path, sets=(text,))
     assert search.ends() == "FAILED" and search.restarts() == 0, search.said()

@@ -30,9 +30,18 @@ def random_architecture(space, rng):
     return architecture
 
 
-@pytest.mark.parametrize("name, width, size, options", [
-    ("hytra", 0.125, 32, {}), ("hytra", 0.0625, 57, {}), ("hytra", 0.05, 96, {"restricted": False}),
-    ("mbconv", 1.0, 32, {}), ("mbconv", 0.3, 45, {}), ("nats", 1.0, 32, {}), ("nats", 0.25, 9, {"split": "cifar100"})])
+@pytest.mark.parametrize(
+    "name, width, size, options",
+    [
+        ("hytra", 0.125, 32, {}),
+        ("hytra", 0.0625, 57, {}),
+        ("hytra", 0.05, 96, {"restricted": False}),
+        ("mbconv", 1.0, 32, {}),
+        ("mbconv", 0.3, 45, {}),
+        ("nats", 1.0, 32, {}),
+        ("nats", 0.25, 9, {"split": "cifar100"}),
+    ],
+)
 def test_the_table_is_what_counting_on_a_supernet_gives(name, width, size, options):
     space = make(name, width, size, **options)
     table = CostTable.of(space, size)
@@ -83,8 +92,13 @@ class PlainHyTraLayer(nn.Module):
             self.adapter = nn.Sequential(conv(64, 64, patch, patch, 64, pad=0), conv(64, h), nn.BatchNorm2d(h))
             c_in = h
         self.entry = nn.Sequential(conv(c_in, h), conv(h, h, 3, stride, h, bias=True), nn.BatchNorm2d(h), nn.ReLU())
-        self.body = nn.Sequential(PlainAttention(h) if attention else conv(h, h, 3), nn.BatchNorm2d(h), nn.ReLU(),
-                                  conv(h, 4 * h), nn.BatchNorm2d(4 * h))
+        self.body = nn.Sequential(
+            PlainAttention(h) if attention else conv(h, h, 3),
+            nn.BatchNorm2d(h),
+            nn.ReLU(),
+            conv(h, 4 * h),
+            nn.BatchNorm2d(4 * h),
+        )
         self.shortcut = nn.Identity()
         if stride == 2:
             self.shortcut = nn.Sequential(conv(c_in, 4 * h, 3, 2), nn.BatchNorm2d(4 * h), nn.ReLU())
@@ -119,23 +133,42 @@ class PlainMBConv(nn.Module):
     def __init__(self, c_in, c_out, expand, kernel, stride):
         super().__init__()
         m = c_in * expand
-        self.body = nn.Sequential(conv(c_in, m), nn.BatchNorm2d(m), nn.SiLU(), conv(m, m, kernel, stride, m),
-                                  nn.BatchNorm2d(m), nn.SiLU(), PlainGate(m, round(c_in / 4)), conv(m, c_out),
-                                  nn.BatchNorm2d(c_out))
-        self.shortcut = nn.Sequential(nn.AvgPool2d(2, 2, ceil_mode=True) if stride == 2 else nn.Identity(),
-                                      nn.Identity() if c_in == c_out else nn.Sequential(conv(c_in, c_out),
-                                                                                        nn.BatchNorm2d(c_out)))
+        self.body = nn.Sequential(
+            conv(c_in, m),
+            nn.BatchNorm2d(m),
+            nn.SiLU(),
+            conv(m, m, kernel, stride, m),
+            nn.BatchNorm2d(m),
+            nn.SiLU(),
+            PlainGate(m, round(c_in / 4)),
+            conv(m, c_out),
+            nn.BatchNorm2d(c_out),
+        )
+        self.shortcut = nn.Sequential(
+            nn.AvgPool2d(2, 2, ceil_mode=True) if stride == 2 else nn.Identity(),
+            nn.Identity() if c_in == c_out else nn.Sequential(conv(c_in, c_out), nn.BatchNorm2d(c_out)),
+        )
 
     def forward(self, x):
         return self.body(x) + self.shortcut(x)
 
 
 def plain_mbconv(architecture):
-    layers = [conv(3, 32, 3, 2), nn.BatchNorm2d(32), nn.SiLU(), conv(32, 32, 3, groups=32), nn.BatchNorm2d(32),
-              nn.SiLU(), PlainGate(32, 8), conv(32, 16), nn.BatchNorm2d(16)]
+    layers = [
+        conv(3, 32, 3, 2),
+        nn.BatchNorm2d(32),
+        nn.SiLU(),
+        conv(32, 32, 3, groups=32),
+        nn.BatchNorm2d(32),
+        nn.SiLU(),
+        PlainGate(32, 8),
+        conv(32, 16),
+        nn.BatchNorm2d(16),
+    ]
     c = 16
-    for (width, stride, _), path in zip(((24, 2, 2), (40, 2, 4), (80, 2, 4), (112, 1, 4), (192, 2, 4)), architecture,
-                                        strict=True):
+    for (width, stride, _), path in zip(
+        ((24, 2, 2), (40, 2, 4), (80, 2, 4), (112, 1, 4), (192, 2, 4)), architecture, strict=True
+    ):
         for layer, choice in enumerate(path):
             expand, kernel = ((6, 3), (6, 5), (3, 3), (3, 5))[choice]
             layers.append(PlainMBConv(c, width, expand, kernel, stride if layer == 0 else 1))
@@ -146,6 +179,7 @@ def plain_mbconv(architecture):
 class PlainCell(nn.Module):
     def __init__(self, c_in, c, residual):
         super().__init__()
+
         def op(a, kernel=3, stride=1):
             return nn.Sequential(nn.ReLU(), conv(a, c, kernel, stride), nn.BatchNorm2d(c))
 
@@ -173,9 +207,11 @@ def plain_nats(architecture):
     return nn.Sequential(*layers)
 
 
-PLAIN = {"hytra": (plain_hytra, ["5433|3230|0010|0000", "4444|3321|1100|0001", "4200|0101|1010|1111"], 64),
-         "mbconv": (plain_mbconv, ["00|0123|3210|1111|2222", "31|3333|0000|0312|1230"], 64),
-         "nats": (plain_nats, ["00|00|0", "77|77|7", "05|23|7", "31|64|0"], 32)}
+PLAIN = {
+    "hytra": (plain_hytra, ["5433|3230|0010|0000", "4444|3321|1100|0001", "4200|0101|1010|1111"], 64),
+    "mbconv": (plain_mbconv, ["00|0123|3210|1111|2222", "31|3333|0000|0312|1230"], 64),
+    "nats": (plain_nats, ["00|00|0", "77|77|7", "05|23|7", "31|64|0"], 32),
+}
 
 
 @pytest.fixture(scope="module", params=list(PLAIN))
@@ -271,10 +307,17 @@ def test_own_layers_are_built_one_at_a_time(monkeypatch):
     assert len(most) == 18 and max(most) <= 2
 
 
-@pytest.mark.parametrize("text, words", [
-    ("00|0000|0000|0000", "has 4 paths, the space 5 blocks"), ("00|0000|0000|0000|0004", "block 4 has no path '0004'"),
-    ("00|0000|0000|0000|000", "no path '000'"), ("00|0000|0000||0000", "'' is no path"),
-    ("00|0000|00-0|0000|0000", "'00-0' is no path"), ("٠٠|0000|0000|0000|0000", "is no path")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("00|0000|0000|0000", "has 4 paths, the space 5 blocks"),
+        ("00|0000|0000|0000|0004", "block 4 has no path '0004'"),
+        ("00|0000|0000|0000|000", "no path '000'"),
+        ("00|0000|0000||0000", "'' is no path"),
+        ("00|0000|00-0|0000|0000", "'00-0' is no path"),
+        ("٠٠|0000|0000|0000|0000", "is no path"),
+    ],
+)
 def test_architectures_that_are_none(text, words):
     with pytest.raises(ConfigError, match="--architecture") as caught:
         read_architecture(make("mbconv"), text)
@@ -320,18 +363,30 @@ def test_measured_latencies_come_back(config, tmp_path, capsys):
     by_key = {(r["block"], r["layer"], r["candidate"], tuple(r["input"])): r["latency_ms"] for r in result["rows"]}
     one = timed.cost([(0, 5), (2, 3), (7,)])
     widths = table.space.widths
-    steps = [(None, None, None, (3, 8, 8)), (0, 0, 0, (3, 8, 8)), (0, 1, 5, (widths[0], 8, 8)),
-             (1, 0, 2, (widths[5], 4, 4)), (1, 1, 3, (widths[2], 4, 4)), (2, 0, 7, (widths[3], 2, 2))]
+    steps = [
+        (None, None, None, (3, 8, 8)),
+        (0, 0, 0, (3, 8, 8)),
+        (0, 1, 5, (widths[0], 8, 8)),
+        (1, 0, 2, (widths[5], 4, 4)),
+        (1, 1, 3, (widths[2], 4, 4)),
+        (2, 0, 7, (widths[3], 2, 2)),
+    ]
     assert one.latency_ms == pytest.approx(sum(by_key[step] for step in steps), abs=1e-6)
     assert (one.macs, one.params) == tuple(table.network([(0, 5), (2, 3), (7,)]).values())
     assert "ms" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options, words", [
-    (["--measure"], "--measure: "), (["--architecture", "05|23"], "--architecture: "),
-    (["--architecture", "05|23|7", "--measure", "--json", "a.json"], "--measure: "),
-    (["--json", "/nowhere/a.json"], "--json: cannot write"), (["--set", "space.image_size=2"], "space.image_size: "),
-    (["--set", "space.name=cnn"], "space.name: ")])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--measure"], "--measure: "),
+        (["--architecture", "05|23"], "--architecture: "),
+        (["--architecture", "05|23|7", "--measure", "--json", "a.json"], "--measure: "),
+        (["--json", "/nowhere/a.json"], "--json: cannot write"),
+        (["--set", "space.image_size=2"], "space.image_size: "),
+        (["--set", "space.name=cnn"], "space.name: "),
+    ],
+)
 def test_mistakes_end_with_one_line(config, capfd, options, words):
     assert call("--config", config, *options) == 2
     errors = capfd.readouterr().err.splitlines()

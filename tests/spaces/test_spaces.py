@@ -54,7 +54,7 @@ def test_published_t0_is_in_the_space_and_maps_to_the_retraining_net():
 def test_mbconv_and_nats_path_counts():
     space = make("mbconv")
     assert [len(space.paths(b, [])) for b in range(5)] == [16, 256, 256, 256, 256]
-    assert mbconv.count_architectures() == 4 ** 18
+    assert mbconv.count_architectures() == 4**18
     for split, counts in (("cifar10", [64, 64, 8]), ("cifar100", [64, 8, 64])):
         space = make("nats", split=split)
         assert [len(space.paths(b, [])) for b in range(3)] == counts
@@ -121,8 +121,15 @@ def test_encoding_of_paths():
     assert len(paths.all_paths([2, 3])) == 6
 
 
-@pytest.mark.parametrize("name, size, words", [("resnet", 32, "there is no space"), ("hytra", 31, "at least 32"),
-                                               ("nats", 3, "at least 4"), ("nowhere.py:A", 32, "no file")])
+@pytest.mark.parametrize(
+    "name, size, words",
+    [
+        ("resnet", 32, "there is no space"),
+        ("hytra", 31, "at least 32"),
+        ("nats", 3, "at least 4"),
+        ("nowhere.py:A", 32, "no file"),
+    ],
+)
 def test_impossible_spaces_are_refused(name, size, words):
     with pytest.raises(ConfigError, match=words):
         make(name, size)

@@ -95,12 +95,18 @@ def ordinary(networks, block, winners, paths, calibration, pairs):
             q(o.embed(block, [Item(path, prefix[0])])[0])
             for net in nets:
                 net.eval()
-            outputs[path] = [(t.embed(block, [Item(path, x)])[0], q(o.embed(block, [Item(path, x)])[0]),
-                              t(block, [Item(path, x)])[0].mean((2, 3))) for x in prefix[1:]]
+            outputs[path] = [
+                (
+                    t.embed(block, [Item(path, x)])[0],
+                    q(o.embed(block, [Item(path, x)])[0]),
+                    t(block, [Item(path, x)])[0].mean((2, 3)),
+                )
+                for x in prefix[1:]
+            ]
     cos, scores = nn.CosineSimilarity(dim=1), {name: dict.fromkeys(paths, 0.0) for name in BETTER}
     images = sum(len(a) for a, _ in pairs)
     for batch in range(len(pairs)):
-        views = {p: outputs[p][2 * batch:2 * batch + 2] for p in paths}
+        views = {p: outputs[p][2 * batch : 2 * batch + 2] for p in paths}
         centre_a, centre_b = (sum(views[p][v][0] for p in paths) / len(paths) for v in (0, 1))
         for p in paths:
             (t_a, o_a, z_a), (t_b, o_b, z_b) = views[p]
@@ -108,12 +114,14 @@ def ordinary(networks, block, winners, paths, calibration, pairs):
             both = torch.cat([t_a, t_b]).double()
             sigma = torch.linalg.svdvals(both - both.mean(0))
             share = sigma[sigma > 1e-6 * sigma[0]] / sigma[sigma > 1e-6 * sigma[0]].sum()
-            found = {"population_centre": (-2 * cos(o_a, centre_b) - 2 * cos(o_b, centre_a)).mean().item(),
-                     "instance_discrimination": told_apart(t_a, t_b, cos),
-                     "pooled_instance_discrimination": told_apart(z_a, z_b, cos),
-                     "view_agreement": cos(t_a, t_b).mean().item(),
-                     "pooled_view_agreement": cos(z_a, z_b).mean().item(),
-                     "effective_rank": (-(share * share.log()).sum()).exp().item()}
+            found = {
+                "population_centre": (-2 * cos(o_a, centre_b) - 2 * cos(o_b, centre_a)).mean().item(),
+                "instance_discrimination": told_apart(t_a, t_b, cos),
+                "pooled_instance_discrimination": told_apart(z_a, z_b, cos),
+                "view_agreement": cos(t_a, t_b).mean().item(),
+                "pooled_view_agreement": cos(z_a, z_b).mean().item(),
+                "effective_rank": (-(share * share.log()).sum()).exp().item(),
+            }
             for name, value in found.items():
                 scores[name][p] += value * n / images
     return scores
@@ -127,8 +135,9 @@ def told_apart(a, b, cos):
     return (sum(rows) + sum(columns)).item() / (2 * len(a))
 
 
-@pytest.mark.parametrize("name, block", [("mbconv", 0), ("mbconv", 1), ("hytra", 0), ("hytra", 1), ("nats", 0),
-                                         ("nats", 2)])
+@pytest.mark.parametrize(
+    "name, block", [("mbconv", 0), ("mbconv", 1), ("hytra", 0), ("hytra", 1), ("nats", 0), ("nats", 2)]
+)
 def test_scores_equal_the_ordinary_procedure(name, block):
     """Every score, together in one unit and cut into small ones, in float64 and in float32."""
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
@@ -138,7 +147,7 @@ def test_scores_equal_the_ordinary_procedure(name, block):
         space, online, target, predictor, (a, b), calibration = made
         winners = first_winners(space, block)
         paths = space.paths(block, winners)
-        paths = paths[::max(1, len(paths) // 12)]
+        paths = paths[:: max(1, len(paths) // 12)]
         nets, pairs = (online, target, predictor), [(a, b), (b[:5], a[:5])]
         truth = ordinary(nets, block, winners, paths, calibration, pairs)
         for most in (None, 3):
@@ -235,8 +244,17 @@ def test_a_rating_goes_on_from_its_pieces():
         with pytest.raises(Cut):
             scored(nets, 0, [], paths, calibration, pairs, most=4, advance=until)
         rest = []
-        again = scored(nets, 0, [], paths, calibration, pairs, most=4, pieces=kept,
-                       advance=lambda pieces, count, rest=rest: rest.append(count))
+        again = scored(
+            nets,
+            0,
+            [],
+            paths,
+            calibration,
+            pairs,
+            most=4,
+            pieces=kept,
+            advance=lambda pieces, count, rest=rest: rest.append(count),
+        )
         assert again == whole
         counts.append(sum(rest))
     assert counts == sorted(counts, reverse=True) and counts[-1] < counts[0] - 2 * len(paths)
@@ -246,8 +264,10 @@ def test_the_temperature_changes_instance_discrimination_alone():
     space, online, target, predictor, (a, b), calibration = setup()
     args = (online, target, predictor), 0, [], space.paths(0, [])[:6], calibration, [(a, b)]
     usual, warm = scored(*args), scored(*args, temperature=1.0)
-    assert {score for score in BETTER if usual[score] != warm[score]} == {"instance_discrimination",
-                                                                         "pooled_instance_discrimination"}
+    assert {score for score in BETTER if usual[score] != warm[score]} == {
+        "instance_discrimination",
+        "pooled_instance_discrimination",
+    }
 
 
 @pytest.mark.parametrize("name, block", [("hytra", 0), ("hytra", 1), ("mbconv", 1), ("nats", 0), ("nats", 2)])
@@ -258,7 +278,7 @@ def test_units_are_a_cut_of_the_trie(name, block):
         cut = units(paths, most)
         assert [row for unit in cut for row in unit.rows] == list(range(len(paths)))
         assert all(0 < len(unit.rows) <= most for unit in cut)
-        assert all(paths[row][:len(unit.prefix)] == unit.prefix for unit in cut for row in unit.rows)
+        assert all(paths[row][: len(unit.prefix)] == unit.prefix for unit in cut for row in unit.rows)
         # neighbours that could share a unit do: below one prefix no two of them fit together
         for one, two in itertools.pairwise(cut):
             assert one.prefix != two.prefix or len(one.rows) + len(two.rows) > most or most == 1
@@ -278,8 +298,11 @@ def test_units_keep_to_their_memory(name, block):
         assert most <= len(paths)
         for unit in units(paths, most) if most else ():
             with torch.no_grad():
-                used = peak_bytes(lambda u=unit: [target.project(block, i, f) for _, i, f in _features(
-                    target, block, paths, [u], x, None)])
+                used = peak_bytes(
+                    lambda u=unit: [
+                        target.project(block, i, f) for _, i, f in _features(target, block, paths, [u], x, None)
+                    ]
+                )
             assert 0.2 * footprint.of(unit, len(x)) < used <= footprint.of(unit, len(x)) <= limit
         sizes.append(most)
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1] == len(paths)

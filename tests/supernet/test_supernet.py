@@ -164,7 +164,7 @@ def test_nats_normal_cell_against_its_definition():
 
     def op(edge, node, kernel=1):
         module = cell.ops[edge] if edge else cell.skip
-        y = F.conv2d(F.relu(node), module.conv.weight[:4, :node.shape[1]], padding=kernel)
+        y = F.conv2d(F.relu(node), module.conv.weight[:4, : node.shape[1]], padding=kernel)
         return F.batch_norm(y, None, None, module.norms[1].weight, module.norms[1].bias, True)
 
     n1 = op("01", x)

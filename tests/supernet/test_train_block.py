@@ -32,27 +32,52 @@ def setup(name="hytra", seed=0, block=0, winners=(), **settings):
         target.freeze(b)
     values = {"batch": 8, "micro_batch": 8, "epochs": 1, "lr": 1.0, "warmup_epochs": 0, **settings}
     config = TrainConfig(**values)
-    run = SimpleNamespace(space=space, online=online, target=target, predictor=predictor, config=config,
-                          state=RunState(block=block, winners=list(winners)))
+    run = SimpleNamespace(
+        space=space,
+        online=online,
+        target=target,
+        predictor=predictor,
+        config=config,
+        state=RunState(block=block, winners=list(winners)),
+    )
     run.trained = nn.ModuleDict({**online.part(block), "predictor": predictor})
     return run
 
 
 def train(run, steps, accumulate=1, data_seed=1, n=8):
     engine = DDPEngine(accumulate, "fp32")
-    engine.wrap(run.trained, run.target.part(run.state.block), lambda module, followers, sharded: LARS(
-        parameter_groups(module, followers), run.config.lr))
+    engine.wrap(
+        run.trained,
+        run.target.part(run.state.block),
+        lambda module, followers, sharded: LARS(parameter_groups(module, followers), run.config.lr),
+    )
     generator = torch.Generator().manual_seed(data_seed)
-    batches = iter([[torch.randn(n, 3, 32, 32, generator=generator) for _ in range(2 * run.space.view_pairs)]
-                    for _ in range(steps * accumulate * run.config.epochs)])
+    batches = iter(
+        [
+            [torch.randn(n, 3, 32, 32, generator=generator) for _ in range(2 * run.space.view_pairs)]
+            for _ in range(steps * accumulate * run.config.epochs)
+        ]
+    )
 
     def inputs():
         for views in batches:
             yield [run.target.features(run.state.winners, x) for x in views]
 
-    results = train_block(run.online, run.target, run.predictor, run.space, engine, inputs(), run.state, run.config,
-                          prefix=run.state.winners, accumulate=accumulate, steps_per_epoch=steps, seed=0,
-                          device=torch.device("cpu"))
+    results = train_block(
+        run.online,
+        run.target,
+        run.predictor,
+        run.space,
+        engine,
+        inputs(),
+        run.state,
+        run.config,
+        prefix=run.state.winners,
+        accumulate=accumulate,
+        steps_per_epoch=steps,
+        seed=0,
+        device=torch.device("cpu"),
+    )
     return [step for step in results if step is not None]
 
 
@@ -89,8 +114,10 @@ def test_every_sampled_candidate_moves_and_no_other(name):
             if name == "hytra":
                 body = run.online.blocks[0][layer].candidates[choice].body
                 assert f"{prefix}body.3.weight" in moved, "the last gamma is stuck at zero"
-                if isinstance(body[0], Attention) and sum(choice == p[layer] for m in range(3) for p in sample_paths(
-                        run.space, 0, [], 0, m)) > 1:
+                if (
+                    isinstance(body[0], Attention)
+                    and sum(choice == p[layer] for m in range(3) for p in sample_paths(run.space, 0, [], 0, m)) > 1
+                ):
                     assert f"{prefix}body.0.qkv.weight" in moved, "attention weights did not train"
     assert name != "hytra" or any(".qkv." in k for k in moved), "no attention weight moved at all"
     assert not any(k.startswith(("blocks.1", "projectors.1")) for k in moved), "later blocks are not trained"
@@ -113,7 +140,7 @@ def test_objectives_and_the_number_of_paths():
     for objective in ("bootstrap", "instance", "both"):
         run = setup("nats", objective=objective)
         before = snapshot(run.predictor)
-        step, = train(run, steps=1)
+        (step,) = train(run, steps=1)
         changed = [k for k, v in run.predictor.state_dict().items() if not torch.equal(v, before[k])]
         assert bool(changed) == (objective != "instance")
         moved[objective] = step.loss
@@ -154,8 +181,10 @@ def test_loss_and_gradient_follow_the_method():
     wrapped = run.trained
     step = DDPEngine.step
     try:
-        DDPEngine.step = lambda self, lr, ema: seen.update(
-            {k: p.grad.clone() for k, p in wrapped.named_parameters() if p.grad is not None}) or step(self, lr, ema)
+        DDPEngine.step = lambda self, lr, ema: (
+            seen.update({k: p.grad.clone() for k, p in wrapped.named_parameters() if p.grad is not None})
+            or step(self, lr, ema)
+        )
         report = train(run, steps=1)
     finally:
         DDPEngine.step = step
@@ -209,11 +238,28 @@ def test_the_loss_falls():
     run = setup("nats", lr=0.5, epochs=1)
     views = [torch.randn(16, 3, 32, 32) for _ in range(2)]
     engine = DDPEngine(1, "fp32")
-    engine.wrap(run.trained, run.target.part(run.state.block), lambda module, followers, sharded: LARS(
-        parameter_groups(module, followers), run.config.lr))
-    steps = list(train_block(run.online, run.target, run.predictor, run.space, engine, iter([views] * 6), run.state,
-                             run.config, prefix=[], accumulate=1, steps_per_epoch=6, seed=0,
-                             device=torch.device("cpu")))
+    engine.wrap(
+        run.trained,
+        run.target.part(run.state.block),
+        lambda module, followers, sharded: LARS(parameter_groups(module, followers), run.config.lr),
+    )
+    steps = list(
+        train_block(
+            run.online,
+            run.target,
+            run.predictor,
+            run.space,
+            engine,
+            iter([views] * 6),
+            run.state,
+            run.config,
+            prefix=[],
+            accumulate=1,
+            steps_per_epoch=6,
+            seed=0,
+            device=torch.device("cpu"),
+        )
+    )
     assert steps[-1].loss < steps[0].loss - 0.5
     assert all(-4 <= s.loss <= 4 and s.spread > 0.1 for s in steps)
     assert [s.ends_epoch for s in steps] == [False] * 5 + [True]
@@ -246,7 +292,9 @@ def test_losses_and_spread():
     torch.testing.assert_close(losses.path_loss(a, a, -a, -a), torch.full((5,), 4.0, dtype=torch.float64))
     b = torch.randn(5, 7, dtype=torch.float64)
     target = (F.normalize(a) + F.normalize(b)) / 2  # the mean of unit vectors, itself shorter
-    torch.testing.assert_close(losses.ensemble_loss([b, a, a], [a, b]).double(), torch.stack(
-        [losses.loss(p, target).mean() for p in (b, a, a)]))
+    torch.testing.assert_close(
+        losses.ensemble_loss([b, a, a], [a, b]).double(),
+        torch.stack([losses.loss(p, target).mean() for p in (b, a, a)]),
+    )
     assert losses.spread(torch.ones(6, 4)) == 0
     assert 0.9 < losses.spread(torch.randn(4000, 16)) < 1.1

@@ -7,20 +7,40 @@ import json
 import pytest
 import ranks
 
-OBJECTIVES = [{"engine": "ddp", "space": "nats", "objective": "instance", "paths": 3},
-              {"engine": "fsdp2", "space": "hytra", "objective": "both"},
-              {"engine": "fsdp2", "space": "nats", "objective": "instance"}]
-DEEPSPEED = [{"engine": "deepspeed", "space": "hytra", "section": {"zero_optimization": {"stage": stage}},
-              "rate": stage == 2} for stage in (0, 2)]
-DEEPSPEED.append({"engine": "deepspeed", "space": "nats", "section": {"zero_optimization": {"stage": 1}},
-                  "objective": "instance"})
-OWN = [{"engine": engine, "space": space, "recompute": recompute} for engine, space, recompute in (
-    ("ddp", "hytra", False), ("ddp", "mbconv", True), ("ddp", "nats", False), ("fsdp2", "hytra", False),
-    ("fsdp2", "hytra", True), ("fsdp2", "mbconv", False), ("fsdp2", "mbconv", True), ("fsdp2", "nats", False),
-    ("fsdp2", "nats", True))]
-SYNC = [{"engine": engine, "space": space, "sync": True, "own_group": own, "recompute": recompute}
-        for engine, space, own, recompute in (("ddp", "hytra", True, False), ("fsdp2", "mbconv", False, True),
-                                              ("fsdp2", "nats", True, False))]
+OBJECTIVES = [
+    {"engine": "ddp", "space": "nats", "objective": "instance", "paths": 3},
+    {"engine": "fsdp2", "space": "hytra", "objective": "both"},
+    {"engine": "fsdp2", "space": "nats", "objective": "instance"},
+]
+DEEPSPEED = [
+    {"engine": "deepspeed", "space": "hytra", "section": {"zero_optimization": {"stage": stage}}, "rate": stage == 2}
+    for stage in (0, 2)
+]
+DEEPSPEED.append(
+    {"engine": "deepspeed", "space": "nats", "section": {"zero_optimization": {"stage": 1}}, "objective": "instance"}
+)
+OWN = [
+    {"engine": engine, "space": space, "recompute": recompute}
+    for engine, space, recompute in (
+        ("ddp", "hytra", False),
+        ("ddp", "mbconv", True),
+        ("ddp", "nats", False),
+        ("fsdp2", "hytra", False),
+        ("fsdp2", "hytra", True),
+        ("fsdp2", "mbconv", False),
+        ("fsdp2", "mbconv", True),
+        ("fsdp2", "nats", False),
+        ("fsdp2", "nats", True),
+    )
+]
+SYNC = [
+    {"engine": engine, "space": space, "sync": True, "own_group": own, "recompute": recompute}
+    for engine, space, own, recompute in (
+        ("ddp", "hytra", True, False),
+        ("fsdp2", "mbconv", False, True),
+        ("fsdp2", "nats", True, False),
+    )
+]
 
 
 def start(cases):

@@ -1,7 +1,7 @@
 """One rank of distributed/test_alive.py: counts steps under a guard until what the test asks for happens.
 
-    alive_worker.py HOW TIMEOUT_MINUTES
-    alive_worker.py served|streamed killed|stopped      (a loader process and how the run leaves it)
+alive_worker.py HOW TIMEOUT_MINUTES
+alive_worker.py served|streamed killed|stopped      (a loader process and how the run leaves it)
 """
 
 from __future__ import annotations

@@ -103,11 +103,17 @@ def ranks(folder: Path) -> None:
 def kills(folder: Path) -> None:
     """Has a child process die at each moment of a save that follows another; then another child saves once more."""
     moments = {  # the call at which SIGKILL comes; calls before it, in the save
-        "begin": (checkpoint, "_clean", 0), "state": (checkpoint, "_write", 0),
-        "tensors": (torch, "save", 2), "index": (tensorfiles.pickle, "dump", 0),
-        "checksums": (checkpoint, "_fingerprint", 1), "manifest": (checkpoint, "_write", 1),
-        "rename": (Path, "rename", 1), "renamed": (checkpoint, "_point", 0), "latest": (os, "replace", 0),
-        "older ones": (checkpoint, "_remove", 1)}
+        "begin": (checkpoint, "_clean", 0),
+        "state": (checkpoint, "_write", 0),
+        "tensors": (torch, "save", 2),
+        "index": (tensorfiles.pickle, "dump", 0),
+        "checksums": (checkpoint, "_fingerprint", 1),
+        "manifest": (checkpoint, "_write", 1),
+        "rename": (Path, "rename", 1),
+        "renamed": (checkpoint, "_point", 0),
+        "latest": (os, "replace", 0),
+        "older ones": (checkpoint, "_remove", 1),
+    }
     outcome = {}
     for moment, (place, name, calls) in moments.items():
         root = folder / moment
@@ -116,8 +122,12 @@ def kills(folder: Path) -> None:
         found = checkpoint.latest(root)
         left = checkpoint.read_state(found)["step"], checkpoint.read(found, ["w"])["w.x"][0].item()
         child(lambda root=root: save(root, "c", 3))
-        outcome[moment] = {"killed": status == -signal.SIGKILL, "left": left, "after": sorted(os.listdir(root)),
-                           "next": checkpoint.read_state(checkpoint.latest(root))["step"]}
+        outcome[moment] = {
+            "killed": status == -signal.SIGKILL,
+            "left": left,
+            "after": sorted(os.listdir(root)),
+            "next": checkpoint.read_state(checkpoint.latest(root))["step"],
+        }
     (folder / "outcome.json").write_text(json.dumps(outcome))
 
 

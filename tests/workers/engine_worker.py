@@ -109,24 +109,42 @@ def make(spec, module, target=None):
         precision=spec.get("precision", "fp32"),
         section=spec.get("section", {}),
     )
+
     def lars(module, followers, sharded):
-        return LARS(parameter_groups(module, followers), lr=1.0, weight_decay=1e-2, trust=0.1, sharded=sharded,
-                    clip=spec.get("clip", 0.0))
+        return LARS(
+            parameter_groups(module, followers),
+            lr=1.0,
+            weight_decay=1e-2,
+            trust=0.1,
+            sharded=sharded,
+            clip=spec.get("clip", 0.0),
+        )
 
     trained, _ = engine.wrap(module, target, library(spec)[0] if "optimizer" in spec else lars)
     return engine, trained
 
 
 def library(spec):
-    return choose_optimizer(spec["optimizer"], spec.get("fused", "auto"), torch.device("cpu"), weight_decay=0.1,
-                             momentum=0.9, beta2=0.95, eps=1e-3, clip=spec.get("clip", 0.0))
+    return choose_optimizer(
+        spec["optimizer"],
+        spec.get("fused", "auto"),
+        torch.device("cpu"),
+        weight_decay=0.1,
+        momentum=0.9,
+        beta2=0.95,
+        eps=1e-3,
+        clip=spec.get("clip", 0.0),
+    )
 
 
 def everything(engine, module, target):
     """Whole copies of all that a step may change, on every rank."""
     engine.gather()
-    state = {f"momentum.{name}": t.full_tensor() if hasattr(t, "full_tensor") else t
-             for name, t in engine.state().items() if name != "loss_scale"}
+    state = {
+        f"momentum.{name}": t.full_tensor() if hasattr(t, "full_tensor") else t
+        for name, t in engine.state().items()
+        if name != "loss_scale"
+    }
     parameters = {f"online.{name}": p.detach() for name, p in module.named_parameters()}
     targets = {f"target.{name}": p.detach() for name, p in target.named_parameters()}
     return {name: t.clone() for name, t in (parameters | targets | state).items()}
@@ -149,8 +167,15 @@ def run(spec):
             return everything(engine, module, target) if "bad" in spec else None
 
         steps = spec.get("steps", [0, 1, 2])
-        seen = train(engine, trained, steps, spec.get("split", False), spec.get("bad"), look,
-                     ALL if "optimizer" in spec else SAMPLED)
+        seen = train(
+            engine,
+            trained,
+            steps,
+            spec.get("split", False),
+            spec.get("bad"),
+            look,
+            ALL if "optimizer" in spec else SAMPLED,
+        )
         tensors = everything(engine, module, target)
         if spec.get("save") and dist.rank() == 0:
             torch.save(tensors, Path(spec["save"]) / "half.pt")

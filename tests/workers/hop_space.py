@@ -16,9 +16,11 @@ class Layer(nn.Module):
     def __init__(self):
         super().__init__()
         self.keep = nn.ModuleList(
-            nn.ModuleDict({str(c): conv_norm(c, c, kernel, act="relu") for c in CHANNELS}) for kernel in (1, 3))
+            nn.ModuleDict({str(c): conv_norm(c, c, kernel, act="relu") for c in CHANNELS}) for kernel in (1, 3)
+        )
         self.halve = nn.ModuleDict(
-            {str(a): conv_norm(a, b, 3, 2, act="relu") for a, b in zip(CHANNELS, CHANNELS[1:], strict=False)})
+            {str(a): conv_norm(a, b, 3, 2, act="relu") for a, b in zip(CHANNELS, CHANNELS[1:], strict=False)}
+        )
 
     def forward(self, x, choice, groups=1, stats=None):
         c = str(x.shape[1])

@@ -61,7 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
         if faults.states_length:
             self.send_header("Content-Length", str(len(body) - start + is_faulty * faults.extra))
         self.end_headers()
-        body = body[start:start + faults.after] if is_faulty else body[start:]
+        body = body[start : start + faults.after] if is_faulty else body[start:]
         try:
             self.wfile.write(body)
         except ConnectionError:  # the client stopped reading

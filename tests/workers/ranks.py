@@ -22,10 +22,12 @@ def free_port() -> int:
 
 def environment() -> dict[str, str]:
     """Of a process that is started from a test: this checkout's code, one thread, CPU, no ranks inherited."""
-    env = {name: value for name, value in os.environ.items()
-           if name not in LAUNCHED and not name.startswith("SLURM_")}
-    return env | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1",
-                  "DS_ACCELERATOR": "cpu"}
+    env = {name: value for name, value in os.environ.items() if name not in LAUNCHED and not name.startswith("SLURM_")}
+    return env | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
 
 
 def start(launcher: str, ranks: int, script: str, *arguments: str, timeout: float = 100) -> tuple[int, str]:

@@ -25,8 +25,9 @@ from bossnas.retrain.train import retrain
 def work(job: dict) -> None:
     if "evaluate" in job:
         network = pretrained.open_network(Path(job["evaluate"]))
-        result = evaluate.evaluate_network(network, ReaderConfig(workers=0, val_images=job["val_images"]), batch=20,
-                                           device="cpu")
+        result = evaluate.evaluate_network(
+            network, ReaderConfig(workers=0, val_images=job["val_images"]), batch=20, device="cpu"
+        )
         everyone = dist.all_gather_object([result.images, result.top1, result.top5, result.loss])
         if dist.rank() == 0:
             Path(job["out"]).write_text(json.dumps(everyone), encoding="utf-8")

@@ -62,8 +62,9 @@ def check_pipe(kind: str) -> None:
             print(f"whole: {most} under way", flush=True)
         else:
             sender.send(Place(0, 0), x)
-            sender.send(*{"step": (Place(1, 0), x), "shape": (Place(0, 1), x[:1]), "dtype": (Place(0, 1), x.half())}[
-                kind])
+            sender.send(
+                *{"step": (Place(1, 0), x), "shape": (Place(0, 1), x[:1]), "dtype": (Place(0, 1), x.half())}[kind]
+            )
     elif dist.rank() == 1:
         receiver = Receiver(link, 0, most=2)
         if kind == "whole":

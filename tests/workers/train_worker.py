@@ -49,8 +49,14 @@ def views_of(space, rank: int, micro: int, dtype: torch.dtype) -> list[torch.Ten
 
 
 @cache
-def by_hand(world: int, name: str, dtype: torch.dtype, shuffled: bool = True, objective: str = "bootstrap",
-            most: int | None = None) -> tuple[list, list, float]:
+def by_hand(
+    world: int,
+    name: str,
+    dtype: torch.dtype,
+    shuffled: bool = True,
+    objective: str = "bootstrap",
+    most: int | None = None,
+) -> tuple[list, list, float]:
     """METHOD 3.3 and 3.4 for all ranks in one process; the engine and the loop have no part in it. -> parameters of the
     trained modules, of the target network, loss of the last step."""
     space, online, target, predictor = build(name, dtype)
@@ -71,7 +77,7 @@ def by_hand(world: int, name: str, dtype: torch.dtype, shuffled: bool = True, ob
                     out = torch.empty(N * world, 8, dtype=dtype)
                     with torch.no_grad():
                         for r in range(world):
-                            rows = order[r * N:(r + 1) * N]
+                            rows = order[r * N : (r + 1) * N]
                             out[rows] = target.embed(0, [Item(path, whole[rows])])[0]
                     targets.append(out)
             t_a, t_b = (torch.stack([F.normalize(t) for t in targets[k::2]]).mean(0) for k in (0, 1))
@@ -104,17 +110,42 @@ def train(case: dict, dtype: torch.dtype, batches: list[list[torch.Tensor]], gro
     if case.get("sync"):
         synchronise(trained, target.part(0), average=partial(dist.average, group=group))
     n = len(batches[0][0])
-    engine = engines.make(case["engine"], accumulate=ACCUMULATE, micro_batch=n, section=case.get("section"),
-                          group=group)
-    part, followers = engine.wrap(trained, target.part(0), lambda module, followers, sharded: LARS(
-        parameter_groups(module, followers), LR, sharded=sharded))
-    settings = TrainConfig(batch=n * world * ACCUMULATE, micro_batch=n, epochs=EPOCHS, lr=LR, warmup_epochs=0,
-                           activation_checkpointing=case.get("recompute", False), temperature=TEMPERATURE,
-                           objective=case.get("objective", "bootstrap"), paths=case.get("paths"))
+    engine = engines.make(
+        case["engine"], accumulate=ACCUMULATE, micro_batch=n, section=case.get("section"), group=group
+    )
+    part, followers = engine.wrap(
+        trained,
+        target.part(0),
+        lambda module, followers, sharded: LARS(parameter_groups(module, followers), LR, sharded=sharded),
+    )
+    settings = TrainConfig(
+        batch=n * world * ACCUMULATE,
+        micro_batch=n,
+        epochs=EPOCHS,
+        lr=LR,
+        warmup_epochs=0,
+        activation_checkpointing=case.get("recompute", False),
+        temperature=TEMPERATURE,
+        objective=case.get("objective", "bootstrap"),
+        paths=case.get("paths"),
+    )
     steps = train_block(
-        online.replaced(0, part), target.replaced(0, followers), part["predictor"], space, engine, iter(batches),
-        RunState(), settings, prefix=[], accumulate=ACCUMULATE, steps_per_epoch=STEPS_PER_EPOCH, seed=0,
-        device=torch.device("cpu"), group=group, check_paths=True)
+        online.replaced(0, part),
+        target.replaced(0, followers),
+        part["predictor"],
+        space,
+        engine,
+        iter(batches),
+        RunState(),
+        settings,
+        prefix=[],
+        accumulate=ACCUMULATE,
+        steps_per_epoch=STEPS_PER_EPOCH,
+        seed=0,
+        device=torch.device("cpu"),
+        group=group,
+        check_paths=True,
+    )
     *others, step = islice(steps, STEPS * ACCUMULATE)
     assert [s is None for s in others] == [True, False] * (STEPS - 1) + [True]
     assert learning_rate(LR, 0, EPOCHS, 1, 0) == LR == step.lr and step.outcome == "applied"
@@ -169,8 +200,18 @@ def check_rating(space, online: Supernet, target: Supernet, predictor: nn.Module
     batches = [(x[:5], x[3:]), (x[1:4], x[4:7]), (x[:5], x[2:7])]
 
     def rate(count: int, batch_count: int, most: int | None, **resume):
-        return rate_block(online, target, predictor, 0, [], paths[:count], [x], Validation.held(batches[:batch_count]),
-                          most=most, **resume)
+        return rate_block(
+            online,
+            target,
+            predictor,
+            0,
+            [],
+            paths[:count],
+            [x],
+            Validation.held(batches[:batch_count]),
+            most=most,
+            **resume,
+        )
 
     # more batches than ranks, fewer, units to share, an uneven share, a rank without work
     for count, batch_count, most in ((50, 3, None), (50, 1, 4), (5, 3, 2), (5, 1, None), (1, 1, None)):

@@ -63,8 +63,10 @@ def cifar(place: Path, kind: str) -> Source:
         if labels.max() >= len(classes):
             raise ConfigError("folder", f"{place} has the label {labels.max()}", "download it again")
         keys = [f"{classes[label]}/{i:05d}" for i, label in enumerate(labels)]
-        splits[split] = [Item(f"{split}/{key}.png", key, int(label), PIXELS, rows + i)
-                         for i, (key, label) in enumerate(zip(keys, labels, strict=True))]
+        splits[split] = [
+            Item(f"{split}/{key}.png", key, int(label), PIXELS, rows + i)
+            for i, (key, label) in enumerate(zip(keys, labels, strict=True))
+        ]
         rows += len(images)
         digest.update(images)
         pixels.append(images)
@@ -74,6 +76,7 @@ def cifar(place: Path, kind: str) -> Source:
         png = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(images_n3hw[item.offset].transpose(1, 2, 0))).save(png, "PNG")
         return png.getvalue()
+
     return Source(kind, classes, splits, read, digest.hexdigest())
 
 
@@ -109,8 +112,9 @@ class _Files:
         except pickle.UnpicklingError as error:
             raise ConfigError("folder", f"{self.place / name}: {error}", "download it again") from None
         except Exception as error:  # damaged pickles raise nearly anything
-            raise ConfigError("folder", f"{self.place / name} is damaged ({type(error).__name__}: {error})",
-                              "download it again") from None
+            raise ConfigError(
+                "folder", f"{self.place / name} is damaged ({type(error).__name__}: {error})", "download it again"
+            ) from None
         if not isinstance(value, dict):
             raise ConfigError("folder", f"{self.place / name} holds no dict", "download it again")
         return {key: field.array if isinstance(field, _Array) else field for key, field in value.items()}

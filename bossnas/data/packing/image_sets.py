@@ -74,15 +74,21 @@ def items_in_classes(root: Path, names: list[str], classes: list[str], prefix: s
     """The images ``names`` below ``root``, labelled by their class folder, or all unlabelled where there are none."""
     tops = [name.split("/")[0] if "/" in name else None for name in names]
     if None in tops and any(tops):
-        raise ConfigError("folder", f"{root / names[tops.index(None)]} lies beside class folders",
-                          "move it into one, or remove it")
+        raise ConfigError(
+            "folder", f"{root / names[tops.index(None)]} lies beside class folders", "move it into one, or remove it"
+        )
     labels = {name: number for number, name in enumerate(classes)}
     unknown = {top for top in tops if top} - set(labels)
     if unknown:
-        raise ConfigError("folder", f"{root} has class folders that train lacks, such as {min(unknown)}",
-                          "give both splits the same class folders")
-    return [Item(prefix + name, key, labels.get(top, -1), _size(root / name))
-            for name, key, top in zip(names, sample_keys(names), tops, strict=True)]
+        raise ConfigError(
+            "folder",
+            f"{root} has class folders that train lacks, such as {min(unknown)}",
+            "give both splits the same class folders",
+        )
+    return [
+        Item(prefix + name, key, labels.get(top, -1), _size(root / name))
+        for name, key, top in zip(names, sample_keys(names), tops, strict=True)
+    ]
 
 
 def sample_keys(names: list[str]) -> list[str]:
@@ -102,9 +108,11 @@ def sample_keys(names: list[str]) -> list[str]:
 
 def reader(folder: Path) -> Callable[[Item], bytes]:
     """Reads items that are files below ``folder``: of an absurdly large one only as much as shows that it is."""
+
     def read(item: Item) -> bytes:
         with open(folder / item.file, "rb") as file:
             return file.read(min(os.fstat(file.fileno()).st_size, MAX_BYTES + 1))
+
     return read
 
 

@@ -60,31 +60,43 @@ def imagenet(folder: Path, val_labels: Path | None = None, show: bool = False) -
         raise ConfigError("folder", f"no train folder and no {ARCHIVES['train']} in {root}", "check the path")
     flat = next((name for name in names if "/" not in name), None)
     if flat is not None:
-        raise ConfigError("folder", f"{root / 'train' / flat} lies in no class folder", "move it into one, or use "
-                          "--kind folder to pack images without labels")
+        raise ConfigError(
+            "folder",
+            f"{root / 'train' / flat} lies in no class folder",
+            "move it into one, or use --kind folder to pack images without labels",
+        )
     classes = classes_of(names)
     splits = {"train": _items(root, "train", names, classes, places)}
     names, places = _list(root, "val", show)
     if any("/" in name for name in names):
         if val_labels is not None:
-            raise ConfigError("val_labels", f"{root / 'val'} has class folders, which tell the labels",
-                              "leave --val-labels out")
+            raise ConfigError(
+                "val_labels", f"{root / 'val'} has class folders, which tell the labels", "leave --val-labels out"
+            )
         splits["val"] = _items(root, "val", names, classes, places)
     elif names:
         file = val_labels or _find_labels(folder, root)
         if file is None:
-            raise ConfigError("val_labels", f"the {len(names)} images of val lie in no class folders, and none of "
-                              f"{', '.join(LABEL_FILES[:3])} is in {folder}", "name a file with --val-labels")
+            raise ConfigError(
+                "val_labels",
+                f"the {len(names)} images of val lie in no class folders, and none of "
+                f"{', '.join(LABEL_FILES[:3])} is in {folder}",
+                "name a file with --val-labels",
+            )
         wnids = _labels_of(names, _read_labels(file, names, classes), file)
         labels = {wnid: number for number, wnid in enumerate(classes)}
         unknown = next((wnid for wnid in wnids if wnid not in labels), None)
         if unknown is not None:
-            raise ConfigError("val_labels", f"{file} gives {names[wnids.index(unknown)]} the class {unknown}, which "
-                              "train lacks", "check both")
+            raise ConfigError(
+                "val_labels",
+                f"{file} gives {names[wnids.index(unknown)]} the class {unknown}, which train lacks",
+                "check both",
+            )
         items = _items(root, "val", names, [], places)
         keys = sample_keys([f"{wnid}/{name}" for wnid, name in zip(wnids, names, strict=True)])
-        splits["val"] = [item._replace(key=key, label=labels[wnid])
-                         for item, key, wnid in zip(items, keys, wnids, strict=True)]
+        splits["val"] = [
+            item._replace(key=key, label=labels[wnid]) for item, key, wnid in zip(items, keys, wnids, strict=True)
+        ]
     elif val_labels is not None:
         raise ConfigError("val_labels", f"there is no val split in {root}", "leave --val-labels out")
     for items in splits.values():
@@ -98,8 +110,11 @@ def _list(root: Path, split: str, show: bool) -> tuple[list[str], dict[str, tupl
     if folder.is_dir():
         packed = next(folder.glob("n*.tar"), None)
         if packed is not None:
-            raise ConfigError("folder", f"{packed} has not been unpacked", "finish unpacking, or move "
-                              f"{folder} away and keep {ARCHIVES[split]}")
+            raise ConfigError(
+                "folder",
+                f"{packed} has not been unpacked",
+                f"finish unpacking, or move {folder} away and keep {ARCHIVES[split]}",
+            )
         return list_images(folder, split), {}
     if not archive.is_file():
         return [], {}
@@ -109,8 +124,11 @@ def _list(root: Path, split: str, show: bool) -> tuple[list[str], dict[str, tupl
             for name, offset, size in _members(file, 0, length):
                 if name.endswith(".tar"):
                     wnid = PurePosixPath(name).stem
-                    places |= {f"{wnid}/{image}": tuple(at) for image, *at in _members(file, offset, offset + size)
-                               if image.lower().endswith(SUFFIXES)}
+                    places |= {
+                        f"{wnid}/{image}": tuple(at)
+                        for image, *at in _members(file, offset, offset + size)
+                        if image.lower().endswith(SUFFIXES)
+                    }
                 elif name.lower().endswith(SUFFIXES):
                     places[PurePosixPath(name).name] = offset, size
                 bar.advance(count=(offset + size >> 20) - bar.done)
@@ -143,8 +161,10 @@ def _items(root: Path, split: str, names: list[str], classes: list[str], places:
     if not places:
         return items_in_classes(root / split, names, classes, f"{split}/")
     labels = {name: number for number, name in enumerate(classes)}
-    return [Item(f"{ARCHIVES[split]}/{name}", key, labels.get(name.split("/")[0], -1), places[name][1], places[name][0])
-            for name, key in zip(names, sample_keys(names), strict=True)]
+    return [
+        Item(f"{ARCHIVES[split]}/{name}", key, labels.get(name.split("/")[0], -1), places[name][1], places[name][0])
+        for name, key in zip(names, sample_keys(names), strict=True)
+    ]
 
 
 def _reader(root: Path):
@@ -159,6 +179,7 @@ def _reader(root: Path):
         if len(data) < min(item.size, MAX_BYTES + 1):
             raise OSError(f"{root / top} ends within the image")
         return data
+
     return read
 
 
@@ -175,8 +196,9 @@ def _read_labels(file: Path, names: list[str], classes: list[str]) -> dict[str, 
             with tarfile.open(file) as tar:
                 inside = {PurePosixPath(member.name).name: member for member in tar if member.isreg()}
                 if TRUTH not in inside or META not in inside:
-                    raise ConfigError("val_labels", f"{file} lacks {TRUTH} or {META}",
-                                      f"download {DEVKIT}.tar.gz again")
+                    raise ConfigError(
+                        "val_labels", f"{file} lacks {TRUTH} or {META}", f"download {DEVKIT}.tar.gz again"
+                    )
                 text = tar.extractfile(inside[TRUTH]).read().decode()
                 meta = io.BytesIO(tar.extractfile(inside[META]).read())
         else:
@@ -195,15 +217,21 @@ def _read_labels(file: Path, names: list[str], classes: list[str]) -> dict[str, 
         if is_kaggle and number == 1:
             continue
         if len(fields) < 2 or len(fields) > 2 and not is_kaggle:
-            raise ConfigError("val_labels", f"line {number} of {file} is {line[:60]!r}",
-                              "write an image's name and its class, or class number, on every line")
+            raise ConfigError(
+                "val_labels",
+                f"line {number} of {file} is {line[:60]!r}",
+                "write an image's name and its class, or class number, on every line",
+            )
         name, label = _stem(fields[0]), fields[1]
         if name in labels:
             raise ConfigError("val_labels", f"{file} names {fields[0]} twice", "remove one line")
         if label.isdecimal():
             if int(label) >= len(classes):
-                raise ConfigError("val_labels", f"line {number} of {file} gives class {label} of {len(classes)}",
-                                  "count classes from 0, in the sorted order of train's class folders")
+                raise ConfigError(
+                    "val_labels",
+                    f"line {number} of {file} gives class {label} of {len(classes)}",
+                    "count classes from 0, in the sorted order of train's class folders",
+                )
             label = classes[int(label)]
         labels[name] = label
     return labels
@@ -217,24 +245,34 @@ def _by_number(file: Path, ids: list[int], names: list[str], meta: Path | io.Byt
     from scipy.io import loadmat
 
     if isinstance(meta, Path) and not meta.is_file():
-        raise ConfigError("val_labels", f"{file} holds class ids alone, and {meta}, which tells their classes, is "
-                          "missing", "put the devkit's meta.mat there")
+        raise ConfigError(
+            "val_labels",
+            f"{file} holds class ids alone, and {meta}, which tells their classes, is missing",
+            "put the devkit's meta.mat there",
+        )
     try:
         synsets = loadmat(meta, variable_names=["synsets"], squeeze_me=True)["synsets"]
         wnids = {int(i): str(wnid) for i, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)}
     except Exception as error:  # loadmat raises nearly anything on a damaged file
-        raise ConfigError("val_labels", f"the meta.mat of {file} cannot be read ({type(error).__name__}: {error})",
-                          "download the devkit again") from None
+        raise ConfigError(
+            "val_labels",
+            f"the meta.mat of {file} cannot be read ({type(error).__name__}: {error})",
+            "download the devkit again",
+        ) from None
     unknown = next((i for i in ids if i not in wnids), None)
     if unknown is not None:
-        raise ConfigError("val_labels", f"{file} has the id {unknown}, which meta.mat lacks",
-                          "take both from one devkit")
+        raise ConfigError(
+            "val_labels", f"{file} has the id {unknown}, which meta.mat lacks", "take both from one devkit"
+        )
     numbers = {}
     for name in names:
         match = NUMBERED.fullmatch(_stem(name))
         if match is None or int(match[1]) in numbers:
-            raise ConfigError("val_labels", f"the image {name} is not numbered as ImageNet's are, and {file} tells "
-                              "labels by number", "use a file of lines 'name class'")
+            raise ConfigError(
+                "val_labels",
+                f"the image {name} is not numbered as ImageNet's are, and {file} tells labels by number",
+                "use a file of lines 'name class'",
+            )
         numbers[int(match[1])] = _stem(name)
     return {numbers.get(number, f"number {number}"): wnids[i] for number, i in enumerate(ids, 1)}
 
@@ -243,12 +281,18 @@ def _labels_of(names: list[str], labels: dict[str, str], file: Path) -> list[str
     stems = [_stem(name) for name in names]
     missing = [name for name, stem in zip(names, stems, strict=True) if stem not in labels]
     if missing:
-        raise ConfigError("val_labels", f"{file} has no label for {len(missing)} of {len(names)} images, such as "
-                          f"{missing[0]}", "complete the file")
+        raise ConfigError(
+            "val_labels",
+            f"{file} has no label for {len(missing)} of {len(names)} images, such as {missing[0]}",
+            "complete the file",
+        )
     extra = labels.keys() - set(stems)
     if extra:
-        raise ConfigError("val_labels", f"{len(extra)} of the {len(labels)} labels in {file} belong to no image, "
-                          f"such as that of {min(extra)}", "complete the images, or remove these labels")
+        raise ConfigError(
+            "val_labels",
+            f"{len(extra)} of the {len(labels)} labels in {file} belong to no image, such as that of {min(extra)}",
+            "complete the images, or remove these labels",
+        )
     return [labels[stem] for stem in stems]
 
 

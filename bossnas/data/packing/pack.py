@@ -32,8 +32,16 @@ MADE = {"samples", "bytes", "sha256", "bad"}  # what is recorded of a shard
 RECORD, SUMS = "pack.json", "SHA256SUMS"
 
 
-def pack(folder: str | Path, out: str | Path, shard_mb: int = 64, progress: bool = True, *, kind: str = "auto",
-         val_labels: str | Path | None = None, workers: int | None = None) -> dict:
+def pack(
+    folder: str | Path,
+    out: str | Path,
+    shard_mb: int = 64,
+    progress: bool = True,
+    *,
+    kind: str = "auto",
+    val_labels: str | Path | None = None,
+    workers: int | None = None,
+) -> dict:
     """Packs a set of images into shards ``train-000000.tar`` ... and ``val-000000.tar`` ... of about ``shard_mb`` MiB.
 
     ``kind``: folder (any tree of JPEG, PNG and WebP files), imagenet, cifar10, cifar100, or auto, which looks. The
@@ -63,8 +71,11 @@ def pack(folder: str | Path, out: str | Path, shard_mb: int = 64, progress: bool
         log.warning("left out %s: %s", entry["file"], entry["problem"])
     splits = _splits(done)
     if "train" not in splits:
-        raise ConfigError("folder", f"none of the {len(bad)} images in {folder} can be decoded",
-                          "check the files, starting with " + bad[0]["file"])
+        raise ConfigError(
+            "folder",
+            f"none of the {len(bad)} images in {folder} can be decoded",
+            "check the files, starting with " + bad[0]["file"],
+        )
     return {"kind": source.kind, "classes": source.classes, "splits": splits, "bad": bad, "kept": kept}
 
 
@@ -82,12 +93,14 @@ def open_source(folder: Path, kind: str = "auto", val_labels: Path | None = None
         kind = next(iter(found), "imagenet" if is_imagenet else "folder")
         log.info("%s is packed as %s", folder, kind)
     if val_labels is not None and kind != "imagenet":
-        raise ConfigError("val_labels", f"serves ImageNet's layout, and this is {kind}",
-                          "leave it out, or give --kind imagenet")
+        raise ConfigError(
+            "val_labels", f"serves ImageNet's layout, and this is {kind}", "leave it out, or give --kind imagenet"
+        )
     if kind in ("cifar10", "cifar100"):
         if kind not in found:
-            raise ConfigError("folder", f"no {kind} in {folder}",
-                              "name the folder of torchvision's download, or the archive")
+            raise ConfigError(
+                "folder", f"no {kind} in {folder}", "name the folder of torchvision's download, or the archive"
+            )
         return cifar(found[kind], kind)
     if not folder.is_dir():
         raise ConfigError("folder", f"{folder} is no folder", "name a folder, or CIFAR's archive")
@@ -108,8 +121,9 @@ def write_shard(path: Path, samples: Iterable[tuple[tuple, tuple[bytes, str | No
     try:
         with open(temporary, "wb") as file:
             hashed = _Hashed(file)
-            with webdataset.TarWriter(hashed, encoder=False, user="", group="", mode=0o644, mtime=0,
-                                      format="PAX_FORMAT") as tar:
+            with webdataset.TarWriter(
+                hashed, encoder=False, user="", group="", mode=0o644, mtime=0, format="PAX_FORMAT"
+            ) as tar:
                 for (name, key, label, *_), (data, problem) in samples:
                     if problem is not None:
                         bad.append({"file": name, "problem": problem})
@@ -187,8 +201,14 @@ def _digest(shard_mb: int, source: Source, plan: dict[str, list[Item]]) -> str:
     return digest.hexdigest()
 
 
-def _make(plan: dict[str, list[Item]], source: Source, out: Path, record: dict, workers: int, show: bool,
-          ) -> tuple[dict[str, dict], int]:
+def _make(
+    plan: dict[str, list[Item]],
+    source: Source,
+    out: Path,
+    record: dict,
+    workers: int,
+    show: bool,
+) -> tuple[dict[str, dict], int]:
     """Makes the shards that are not whole. -> {name: what write_shard says} in plan order, number of those kept."""
     earlier = _earlier(out, record["plan"])
     done, kept = dict(earlier), []
@@ -221,8 +241,10 @@ def _make(plan: dict[str, list[Item]], source: Source, out: Path, record: dict, 
         leftover.unlink(missing_ok=True)
     try:
         save()  # before the first shard, which a later run then knows as ours
-        with (show_progress("packing, images", sum(map(len, plan.values())), show=show) as bar,
-              ThreadPoolExecutor(workers) as pool):
+        with (
+            show_progress("packing, images", sum(map(len, plan.values())), show=show) as bar,
+            ThreadPoolExecutor(workers) as pool,
+        ):
             names: dict[Future, str] = {}
             try:
                 for name in plan:
@@ -241,8 +263,7 @@ def _make(plan: dict[str, list[Item]], source: Source, out: Path, record: dict, 
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise ConfigError("out", f"no room left in {out}",
-                          "free some and run again, or choose another disk") from None
+        raise ConfigError("out", f"no room left in {out}", "free some and run again, or choose another disk") from None
     return done, len(kept)
 
 
@@ -250,8 +271,12 @@ def _has_made(future: Future) -> bool:
     return not future.cancelled() and future.exception() is None
 
 
-def _read(items: list[Item], read: Callable[[Item], bytes], stop: threading.Event, advance: Callable[[int], None],
-          ) -> Iterator[tuple[bytes, str | None]]:
+def _read(
+    items: list[Item],
+    read: Callable[[Item], bytes],
+    stop: threading.Event,
+    advance: Callable[[int], None],
+) -> Iterator[tuple[bytes, str | None]]:
     """For each item its file's bytes and None, or nothing and what is wrong with them."""
     for number, item in enumerate(items, 1):
         if stop.is_set():
@@ -263,8 +288,9 @@ def _read(items: list[Item], read: Callable[[Item], bytes], stop: threading.Even
         except BadImage as error:
             data, problem = b"", str(error)
         except OSError as error:  # not the image's fault: it may be readable the next time
-            raise ConfigError("folder", f"{item.file} cannot be read ({error.strerror or error})",
-                              "mend or remove it, and run again") from None
+            raise ConfigError(
+                "folder", f"{item.file} cannot be read ({error.strerror or error})", "mend or remove it, and run again"
+            ) from None
         if number % PROGRESS_EVERY == 0 or number == len(items):
             advance((number - 1) % PROGRESS_EVERY + 1)
         yield data, problem
@@ -297,8 +323,11 @@ def _earlier(out: Path, plan: str) -> dict[str, dict]:
     if record["plan"] == plan:
         return record["shards"]
     if record["shards"] or any(out.glob("*.tar")):
-        raise ConfigError("out", f"{out} holds shards of other images or of another shard size",
-                          "choose an empty folder, or remove them")
+        raise ConfigError(
+            "out",
+            f"{out} holds shards of other images or of another shard size",
+            "choose an empty folder, or remove them",
+        )
     return {}
 
 

@@ -47,13 +47,15 @@ def verify(out: str | Path, workers: int | None = None, progress: bool = True) -
         if record and name not in made:
             return 0, {"pack.json does not name it": AGAIN if unfinished else "move it elsewhere"}
         return _check_shard(out / name, made.get(name), AGAIN if record else "copy it again or repack it", stop)
-    with (show_progress("verifying, shards", len(names), show=progress) as bar, ThreadPoolExecutor(workers) as pool):
+
+    with show_progress("verifying, shards", len(names), show=progress) as bar, ThreadPoolExecutor(workers) as pool:
         try:
             for name, (count, found) in zip(names, pool.map(check, names), strict=True):
                 samples += count
                 if found:
-                    problems.append({"shard": name, "problem": "; ".join(found),
-                                     "fix": " and ".join(dict.fromkeys(found.values()))})
+                    problems.append(
+                        {"shard": name, "problem": "; ".join(found), "fix": " and ".join(dict.fromkeys(found.values()))}
+                    )
                 bar.advance()
         except BaseException:
             stop.set()

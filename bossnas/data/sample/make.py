@@ -33,8 +33,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 def choose(labels: np.ndarray, per_class: int, rng: np.random.Generator) -> np.ndarray:
     """``per_class`` indices of every class, in random order."""
-    chosen = [rng.choice(np.flatnonzero(labels == label), per_class, replace=False)
-              for label in range(CLASSES)]
+    chosen = [rng.choice(np.flatnonzero(labels == label), per_class, replace=False) for label in range(CLASSES)]
     return rng.permutation(np.concatenate(chosen))
 
 

@@ -30,8 +30,12 @@ class DDPEngine:
     def check(self, kind: str) -> None:
         protocol.check_precision(kind, self.precision)
 
-    def wrap(self, module: nn.Module, followers: nn.Module | None, make_optimizer: MakeOptimizer,
-             ) -> tuple[nn.Module, nn.Module | None]:
+    def wrap(
+        self,
+        module: nn.Module,
+        followers: nn.Module | None,
+        make_optimizer: MakeOptimizer,
+    ) -> tuple[nn.Module, nn.Module | None]:
         self._kind = next(module.parameters()).device.type
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._optimizer = make_optimizer(module, followers, False)

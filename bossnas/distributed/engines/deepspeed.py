@@ -128,11 +128,7 @@ def _check_precision(key: str, value: Any, precision: str) -> None:
     enabled = value.get("enabled", False) if isinstance(value, dict) else value
     if not enabled or enabled == "auto":
         return
-    same = (
-        key == "torch_autocast"
-        and precision == "bf16"
-        and value.get("dtype", "bfloat16") in ("bfloat16", "bf16")
-    )
+    same = key == "torch_autocast" and precision == "bf16" and value.get("dtype", "bfloat16") in ("bfloat16", "bf16")
     if not same:
         raise ConfigError(
             f"{FIELD}.{key}",
@@ -195,8 +191,12 @@ class DeepSpeedEngine:
         protocol.check_precision(kind, self.precision)
         _check_values(_import_deepspeed(kind), self.config)
 
-    def wrap(self, module: nn.Module, followers: nn.Module | None, make_optimizer: MakeOptimizer,
-             ) -> tuple[nn.Module, nn.Module | None]:
+    def wrap(
+        self,
+        module: nn.Module,
+        followers: nn.Module | None,
+        make_optimizer: MakeOptimizer,
+    ) -> tuple[nn.Module, nn.Module | None]:
         self._kind = next(module.parameters()).device.type
         self.check(self._kind)
         deepspeed = _import_deepspeed(self._kind)
@@ -302,9 +302,7 @@ def _has_backend() -> bool:
 def _import_deepspeed(kind: str) -> ModuleType:
     """Imports DeepSpeed for device type ``kind`` (cpu | cuda), without its build of C++ code."""
     if importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError(
-            "engine.name", "deepspeed is not installed", "pip install deepspeed, or set it to single"
-        )
+        raise ConfigError("engine.name", "deepspeed is not installed", "pip install deepspeed, or set it to single")
     os.environ.setdefault("DS_ACCELERATOR", kind)
     import deepspeed
 

@@ -47,8 +47,12 @@ class FSDP2Engine:
     def check(self, kind: str) -> None:
         protocol.check_precision(kind, self.precision)
 
-    def wrap(self, module: nn.Module, followers: nn.Module | None, make_optimizer: MakeOptimizer,
-             ) -> tuple[nn.Module, nn.Module | None]:
+    def wrap(
+        self,
+        module: nn.Module,
+        followers: nn.Module | None,
+        make_optimizer: MakeOptimizer,
+    ) -> tuple[nn.Module, nn.Module | None]:
         """As in the protocol, and raises ConfigError where a parameter cannot be sharded."""
         for part in (module, followers):
             if part is not None:
@@ -63,8 +67,11 @@ class FSDP2Engine:
             # batch norms may hold the group, which stays one; their running statistics are those of the home
             copied = copy.deepcopy(home, {id(part): part for part in (self.group, *home.buffers())})
             self._roots.append(_sharded(copied, mesh))
-            self._pairs += [pair for pair in zip(home.parameters(), copied.parameters(), strict=True)
-                            if isinstance(pair[1], DTensor)]
+            self._pairs += [
+                pair
+                for pair in zip(home.parameters(), copied.parameters(), strict=True)
+                if isinstance(pair[1], DTensor)
+            ]
         module, *rest = [root.part for root in self._roots]
         followers = rest[0] if rest else None
         self._optimizer = make_optimizer(module, followers, False)
@@ -131,8 +138,9 @@ def _check(part: nn.Module) -> None:
             why = "belongs to no module that is called: give that one a forward"
         else:
             continue
-        raise ConfigError("engine.name", f"is fsdp2, which cannot shard the parameter {name}",
-                          f"it {why}, or set engine.name to ddp")
+        raise ConfigError(
+            "engine.name", f"is fsdp2, which cannot shard the parameter {name}", f"it {why}, or set engine.name to ddp"
+        )
 
 
 def _sharded(part: nn.Module, mesh: DeviceMesh) -> _Root:

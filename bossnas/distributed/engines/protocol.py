@@ -62,8 +62,12 @@ class Engine(Protocol):
     def check(self, kind: str) -> None:
         """Raises ConfigError if the settings cannot work on devices of type ``kind`` (cpu | cuda)."""
 
-    def wrap(self, module: nn.Module, followers: nn.Module | None, make_optimizer: MakeOptimizer,
-             ) -> tuple[nn.Module, nn.Module | None]:
+    def wrap(
+        self,
+        module: nn.Module,
+        followers: nn.Module | None,
+        make_optimizer: MakeOptimizer,
+    ) -> tuple[nn.Module, nn.Module | None]:
         """Takes over ``module``, which is on its device, and ``followers``, the part of the target network that
         follows it by name. Returns what the training's forward passes go through in their place: the same modules, or
         copies of which each rank holds a share; buffers are the same tensors in both.

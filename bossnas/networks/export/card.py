@@ -79,22 +79,36 @@ def readme(card: dict[str, Any], ours: bool) -> str:
     spec = card["network"]
     size = f"{spec['image_size']}x{spec['image_size']}"
     hub = ["- timm", "library_name: timm"] if any(row["format"] == "hub" for row in card["files"]) else []
-    text = ["---", "tags:", "- image-classification", *hub, "---", f"# {card['name']}", "",
-            f"An image classifier, exported by bossnas {card['versions']['bossnas']}.", "",
-            f"- Network: `{spec['architecture']}` {_plain(spec['model_args'])}".rstrip(),
-            f"- {card['parameters']:,} parameters; {card['multiply_adds'] / 1e9:.4g} G multiply-adds at {size} pixels",
-            f"- {spec['classes']} classes",
-            f"- Images: float32 [n, {spec['model_args'].get('in_chans', 3)}, {spec['image_size']}, "
-            f"{spec['image_size']}], pixels in 0..1, less mean {_plain(spec['mean'])}, by deviation "
-            f"{_plain(spec['std'])}; for evaluation resized ({spec['interpolation']}) and cropped to the central "
-            f"{spec['crop']:g} of the side"]
+    text = [
+        "---",
+        "tags:",
+        "- image-classification",
+        *hub,
+        "---",
+        f"# {card['name']}",
+        "",
+        f"An image classifier, exported by bossnas {card['versions']['bossnas']}.",
+        "",
+        f"- Network: `{spec['architecture']}` {_plain(spec['model_args'])}".rstrip(),
+        f"- {card['parameters']:,} parameters; {card['multiply_adds'] / 1e9:.4g} G multiply-adds at {size} pixels",
+        f"- {spec['classes']} classes",
+        f"- Images: float32 [n, {spec['model_args'].get('in_chans', 3)}, {spec['image_size']}, "
+        f"{spec['image_size']}], pixels in 0..1, less mean {_plain(spec['mean'])}, by deviation "
+        f"{_plain(spec['std'])}; for evaluation resized ({spec['interpolation']}) and cropped to the central "
+        f"{spec['crop']:g} of the side",
+    ]
     text += [f"- {key}: {_plain(value)}" for key, value in card["about"].items()]
     if card["licence"]["definition"]:
-        text += [f"- Licence of the network's definition (bossnas, timm): {card['licence']['definition']}; that of the "
-                 "weights is for those to say who trained them"]
+        text += [
+            f"- Licence of the network's definition (bossnas, timm): {card['licence']['definition']}; that of the "
+            "weights is for those to say who trained them"
+        ]
     text += ["", "| Format | Files | MB | Largest difference of logits |", "|---|---|---|---|"]
-    text += [f"| {row['format']}{' (batch norms folded)' if row['fused'] else ''} | {', '.join(row['files'])} | "
-             f"{row['bytes'] / 1e6:.1f} | {row['difference']:.1e} |" for row in card["files"]]
+    text += [
+        f"| {row['format']}{' (batch norms folded)' if row['fused'] else ''} | {', '.join(row['files'])} | "
+        f"{row['bytes'] / 1e6:.1f} | {row['difference']:.1e} |"
+        for row in card["files"]
+    ]
     for row in card["files"]:
         use = USE[row["format"]].format(name=card["name"], ours="import bossnas.networks.registry\n" if ours else "")
         text += ["", f"## {row['format']}", "", use]

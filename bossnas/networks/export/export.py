@@ -40,7 +40,7 @@ LONGEST = 900  # seconds that another process may take to load a network
 
 
 def chosen(text: str) -> list[str] | None:
-    """"onnx,hub" -> names of formats; "all" -> None: all that the network has. ConfigError for an unknown one."""
+    """ "onnx,hub" -> names of formats; "all" -> None: all that the network has. ConfigError for an unknown one."""
     if text.strip() == "all":
         _check_formats(FORMATS)
         return None
@@ -49,9 +49,19 @@ def chosen(text: str) -> list[str] | None:
     return list(dict.fromkeys(formats))
 
 
-def export(source: Path, out: Path, formats: Sequence[str] | None, *, model: str | None = None,
-           options: dict[str, Any] | None = None, classes: int | None = None, image_size: int | None = None,
-           fuse: bool = False, batch: int | None = None, force: bool = False) -> dict[str, Any]:
+def export(
+    source: Path,
+    out: Path,
+    formats: Sequence[str] | None,
+    *,
+    model: str | None = None,
+    options: dict[str, Any] | None = None,
+    classes: int | None = None,
+    image_size: int | None = None,
+    fuse: bool = False,
+    batch: int | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
     """Opens a network (see `pretrained.open_network` for the first arguments) and exports it: see `export_network`."""
     _check_formats(FORMATS if formats is None else formats)
     _check_out(out, force)
@@ -59,8 +69,15 @@ def export(source: Path, out: Path, formats: Sequence[str] | None, *, model: str
     return export_network(network, out, formats, fuse=fuse, batch=batch, force=force)
 
 
-def export_network(network: Network, out: Path, formats: Sequence[str] | None, *, fuse: bool = False,
-                   batch: int | None = None, force: bool = False) -> dict[str, Any]:
+def export_network(
+    network: Network,
+    out: Path,
+    formats: Sequence[str] | None,
+    *,
+    fuse: bool = False,
+    batch: int | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
     """Writes a network into the folder ``out``, with card.json and README.md; returns what card.json holds.
 
     ``formats``: None: all, but standalone where the network needs more than torch. Every file is read back and its
@@ -75,8 +92,11 @@ def export_network(network: Network, out: Path, formats: Sequence[str] | None, *
     _check_formats(formats)
     _check_out(out, force)
     if fuse and not set(formats) & set(FUSABLE):
-        raise ConfigError("--fuse-bn", f"changes nothing in {', '.join(formats)}, which keep the network's own weights",
-                          f"leave it out, or add one of {', '.join(FUSABLE)}")
+        raise ConfigError(
+            "--fuse-bn",
+            f"changes nothing in {', '.join(formats)}, which keep the network's own weights",
+            f"leave it out, or add one of {', '.join(FUSABLE)}",
+        )
     with torch.random.fork_rng(devices=[]):
         model = build_network(network.spec)
     pretrained.fit(model, network.weights, "the file")
@@ -114,12 +134,16 @@ def export_network(network: Network, out: Path, formats: Sequence[str] | None, *
 
 def lines(result: dict[str, Any]) -> list[str]:
     """The result of `export` as text."""
-    text = [f"{result['name']}: {result['parameters'] / 1e6:.3f} M parameters, {result['multiply_adds'] / 1e9:.3f} G "
-            f"multiply-adds at {result['network']['image_size']} pixels"]
+    text = [
+        f"{result['name']}: {result['parameters'] / 1e6:.3f} M parameters, {result['multiply_adds'] / 1e9:.3f} G "
+        f"multiply-adds at {result['network']['image_size']} pixels"
+    ]
     for row in result["files"]:
         fused = ", batch norms folded" if row["fused"] else ""
-        text.append(f"  {row['format']:<13} {row['bytes'] / 1e6:>8.1f} MB  largest difference {row['difference']:.1e} "
-                    f"(limit {row['limit']:.1e}){fused}  {', '.join(row['files'])}")
+        text.append(
+            f"  {row['format']:<13} {row['bytes'] / 1e6:>8.1f} MB  largest difference {row['difference']:.1e} "
+            f"(limit {row['limit']:.1e}){fused}  {', '.join(row['files'])}"
+        )
     return text
 
 
@@ -164,8 +188,14 @@ def _subject(network: Network, model: nn.Module, fuse: bool, batch: int | None) 
 
 def _write(name: str, subject: _Subject, folder: Path) -> dict[str, Any]:
     """Writes one format into the folder and compares what it gives; the row about it."""
-    writers = {"safetensors": _safetensors, "onnx": _onnx, "torchscript": _torchscript, "torch_export": _torch_export,
-               "standalone": _standalone, "hub": _hub}
+    writers = {
+        "safetensors": _safetensors,
+        "onnx": _onnx,
+        "torchscript": _torchscript,
+        "torch_export": _torch_export,
+        "standalone": _standalone,
+        "hub": _hub,
+    }
     before = set(folder.rglob("*"))
     try:
         given = writers[name](subject, folder)
@@ -173,18 +203,29 @@ def _write(name: str, subject: _Subject, folder: Path) -> dict[str, Any]:
         if isinstance(error, (OSError, ConfigError)) or name not in FUSABLE:
             raise
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(name, f"cannot be made of {subject.network.spec.architecture} ({type(error).__name__}: "
-                          f"{reason})", "leave it out of --formats") from error
+        raise ConfigError(
+            name,
+            f"cannot be made of {subject.network.spec.architecture} ({type(error).__name__}: {reason})",
+            "leave it out of --formats",
+        ) from error
     files = sorted(file for file in set(folder.rglob("*")) - before if file.is_file())
     scale = max(1.0, max(float(logits.abs().max()) for logits in subject.logits))
     difference = max(float((a - b).abs().max()) for a, b in zip(given, subject.logits, strict=True))
     limit = LIMITS[name] * scale
     if not difference <= limit:
-        raise ConfigError(name, f"gives other logits than the network: the largest difference is {difference:.2e}, "
-                          f"allowed is {limit:.2e}", "leave it out of --formats")
-    return {"format": name, "files": [str(file.relative_to(folder)) for file in files],
-            "bytes": sum(file.stat().st_size for file in files), "difference": difference, "limit": limit,
-            "fused": subject.fused is not subject.model and name in FUSABLE}
+        raise ConfigError(
+            name,
+            f"gives other logits than the network: the largest difference is {difference:.2e}, allowed is {limit:.2e}",
+            "leave it out of --formats",
+        )
+    return {
+        "format": name,
+        "files": [str(file.relative_to(folder)) for file in files],
+        "bytes": sum(file.stat().st_size for file in files),
+        "difference": difference,
+        "limit": limit,
+        "fused": subject.fused is not subject.model and name in FUSABLE,
+    }
 
 
 def _safetensors(subject: _Subject, folder: Path) -> list[Tensor]:
@@ -202,9 +243,18 @@ def _onnx(subject: _Subject, folder: Path) -> list[Tensor]:
 
     file = folder / f"{subject.name}.onnx"
     large = sum(t.numel() * t.element_size() for t in subject.fused.state_dict().values()) > ONE_FILE
-    torch.onnx.export(subject.fused, (subject.images[-1],), file, dynamo=True, dynamic_shapes=subject.shapes(),
-                      input_names=["images"], output_names=["logits"], opset_version=OPSET, external_data=large,
-                      verbose=False)
+    torch.onnx.export(
+        subject.fused,
+        (subject.images[-1],),
+        file,
+        dynamo=True,
+        dynamic_shapes=subject.shapes(),
+        input_names=["images"],
+        output_names=["logits"],
+        opset_version=OPSET,
+        external_data=large,
+        verbose=False,
+    )
     onnx.checker.check_model(file)
     session_options = onnxruntime.SessionOptions()
     session_options.intra_op_num_threads = torch.get_num_threads()
@@ -233,21 +283,36 @@ def _standalone(subject: _Subject, folder: Path) -> list[Tensor]:
     torch.save(subject.model.state_dict(), file.with_suffix(".pt"))
     write_text(file, source_text(subject.model, subject.name, subject.network.spec))
     blocked = f"import sys\nfor name in {BLOCKED!r}: sys.modules[name] = None\n"
-    code = (f"{blocked}import runpy\nrunpy.run_path({str(file)!r}, run_name='__main__')\n"
-            f"call = runpy.run_path({str(file)!r})['load']()\n")
+    code = (
+        f"{blocked}import runpy\nrunpy.run_path({str(file)!r}, run_name='__main__')\n"
+        f"call = runpy.run_path({str(file)!r})['load']()\n"
+    )
     return _elsewhere("standalone", code, subject, folder, ["-I"])
 
 
 def _hub(subject: _Subject, folder: Path) -> list[Tensor]:
     spec, hub = subject.network.spec, folder / "hub"
-    about = {"tag": "exported", "license": None, "input_size": tuple(subject.images[0].shape[1:]), "mean": spec.mean,
-             "std": spec.std, "interpolation": spec.interpolation, "crop_pct": spec.crop}
-    timm.models.save_for_hf(subject.model, hub, safe_serialization=True,
-                            model_config={"pretrained_cfg": about, "model_args": dict(spec.model_args)})
+    about = {
+        "tag": "exported",
+        "license": None,
+        "input_size": tuple(subject.images[0].shape[1:]),
+        "mean": spec.mean,
+        "std": spec.std,
+        "interpolation": spec.interpolation,
+        "crop_pct": spec.crop,
+    }
+    timm.models.save_for_hf(
+        subject.model,
+        hub,
+        safe_serialization=True,
+        model_config={"pretrained_cfg": about, "model_args": dict(spec.model_args)},
+    )
     open_to_others(hub / "model.safetensors")
     registered = "import bossnas.networks.registry\n" if subject.ours else ""
-    code = (f"import sys\nsys.path[:] = {sys.path!r}\n{registered}import timm\n"
-            f"call = timm.create_model({f'local-dir:{hub}'!r}, pretrained=True).eval()\n")
+    code = (
+        f"import sys\nsys.path[:] = {sys.path!r}\n{registered}import timm\n"
+        f"call = timm.create_model({f'local-dir:{hub}'!r}, pretrained=True).eval()\n"
+    )
     return _elsewhere("hub", code, subject, folder, [])
 
 
@@ -255,9 +320,11 @@ def _elsewhere(name: str, code: str, subject: _Subject, folder: Path, flags: lis
     """The logits that another Python process gets from ``call``, which ``code`` makes there."""
     given, found = folder / f".{name}.images", folder / f".{name}.logits"
     torch.save(subject.images, given)
-    code += (f"import torch\ntorch.set_num_threads({torch.get_num_threads()})\n"
-             f"with torch.no_grad():\n    logits = [call(images) for images in torch.load({str(given)!r})]\n"
-             f"torch.save(logits, {str(found)!r})\n")
+    code += (
+        f"import torch\ntorch.set_num_threads({torch.get_num_threads()})\n"
+        f"with torch.no_grad():\n    logits = [call(images) for images in torch.load({str(given)!r})]\n"
+        f"torch.save(logits, {str(found)!r})\n"
+    )
     try:
         done = subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, timeout=LONGEST)
         if done.returncode:
@@ -290,8 +357,11 @@ def _publish(draft: Path, out: Path) -> None:
 def _check_formats(formats: Sequence[str]) -> None:
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
-        raise ConfigError("--formats", f"there is no {unknown[0]!r}" if unknown else "is empty",
-                          f"choose of {', '.join(FORMATS)}, or all")
+        raise ConfigError(
+            "--formats",
+            f"there is no {unknown[0]!r}" if unknown else "is empty",
+            f"choose of {', '.join(FORMATS)}, or all",
+        )
     missing = [p for p in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(p) is None]
     if "onnx" in formats and missing:
         raise ConfigError("onnx", f"{' and '.join(missing)} not installed", "pip install onnx onnxruntime onnxscript")

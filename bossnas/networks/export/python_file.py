@@ -55,9 +55,11 @@ def check_alone(model: nn.Module) -> None:
     roots = _imports(inspect.getsource(module), module.__name__.partition(".")[0])
     more = sorted(roots - {"torch"} - set(sys.stdlib_module_names))
     if more or not hasattr(model, "arguments"):
-        raise ConfigError("standalone", f"the definition of {type(model).__name__} needs "
-                          f"{' and '.join(more) or 'its caller'}, not torch alone",
-                          "leave it out of --formats (torch_export, torchscript and onnx hold the network, too)")
+        raise ConfigError(
+            "standalone",
+            f"the definition of {type(model).__name__} needs {' and '.join(more) or 'its caller'}, not torch alone",
+            "leave it out of --formats (torch_export, torchscript and onnx hold the network, too)",
+        )
 
 
 def source_text(model: nn.Module, name: str, spec: Spec) -> str:
@@ -66,11 +68,24 @@ def source_text(model: nn.Module, name: str, spec: Spec) -> str:
     kind = type(model)
     arguments = {**model.arguments, "num_classes": spec.classes}
     images = {key: getattr(spec, key) for key in ("image_size", "mean", "std", "interpolation", "crop")}
-    head = (f"# {spec.architecture}, written by bossnas {__version__} export. Needs torch alone.\n"
-            "# SPDX-License-Identifier: Apache-2.0\n")
-    return head + Path(inspect.getfile(kind)).read_text(encoding="utf-8").rstrip("\n") + "\n" + ENDING.format(
-        arguments=_literal(arguments), images=_literal(images), network=kind.__name__, name=name, classes=spec.classes,
-        channels=arguments["in_chans"], size=spec.image_size)
+    head = (
+        f"# {spec.architecture}, written by bossnas {__version__} export. Needs torch alone.\n"
+        "# SPDX-License-Identifier: Apache-2.0\n"
+    )
+    return (
+        head
+        + Path(inspect.getfile(kind)).read_text(encoding="utf-8").rstrip("\n")
+        + "\n"
+        + ENDING.format(
+            arguments=_literal(arguments),
+            images=_literal(images),
+            network=kind.__name__,
+            name=name,
+            classes=spec.classes,
+            channels=arguments["in_chans"],
+            size=spec.image_size,
+        )
+    )
 
 
 def _literal(values: dict[str, Any]) -> str:

@@ -26,8 +26,12 @@ from bossnas.spaces.paths import Path, decode
 
 IMAGE_SIZES = {"nats": 32, "mbconv": 224, "hytra": 224}  # pixels, as the spaces' public accuracies were measured
 CLASSES = {"nats": 10}  # otherwise ImageNet's 1000
-LENGTHS = {(2, 2, 1): ("nats", "cifar10"), (2, 1, 2): ("nats", "cifar100"), (2, 4, 4, 4, 4): ("mbconv", "cifar10"),
-           (4, 4, 4, 4): ("hytra", "cifar10")}  # layers per block -> space, split
+LENGTHS = {
+    (2, 2, 1): ("nats", "cifar10"),
+    (2, 1, 2): ("nats", "cifar100"),
+    (2, 4, 4, 4, 4): ("mbconv", "cifar10"),
+    (4, 4, 4, 4): ("hytra", "cifar10"),
+}  # layers per block -> space, split
 CHANNELS = re.compile(r"\d+(:\d+)+")
 PROXY_IMAGES = 64  # per batch; random normal, as the labels are random
 
@@ -43,10 +47,23 @@ class Comparison:
     accuracy: np.ndarray
 
 
-def compare(sources: list[File], accuracy: File, *, space: str | None = None, score: str | None = None,
-            better: str = "higher", how: str = "sum", seeds: bool = False, size_weight: float = 1.0,
-            column: str | None = None, image_size: int | None = None, seed: int = 0, resamples: int = 1000,
-            proxy_names: Sequence[str] = (), sample: int = 200) -> Comparison:
+def compare(
+    sources: list[File],
+    accuracy: File,
+    *,
+    space: str | None = None,
+    score: str | None = None,
+    better: str = "higher",
+    how: str = "sum",
+    seeds: bool = False,
+    size_weight: float = 1.0,
+    column: str | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+    resamples: int = 1000,
+    proxy_names: Sequence[str] = (),
+    sample: int = 200,
+) -> Comparison:
     """Reads ratings and accuracies, matches their architectures and computes every figure.
 
     ``space`` names the space where the ratings are no run folder and the texts do not tell it. ``how``: how the scores
@@ -75,16 +92,29 @@ def compare(sources: list[File], accuracy: File, *, space: str | None = None, sc
     with_size = combine.standardised(values) + size_weight * combine.standardised(sizes["sum_log_channels"])
     scores = {name: values, f"{name} + size": with_size, **sizes}
     figures = correlation.report(scores, truth, sizes, resamples=resamples, seed=seed)
-    offered = max(math.prod(map(len, r.blocks)) if isinstance(r, tables.BlockScores) else len(r.values)
-                  for r in ratings)
+    offered = max(
+        math.prod(map(len, r.blocks)) if isinstance(r, tables.BlockScores) else len(r.values) for r in ratings
+    )
     result = {
-        "ratings": [str(source) for source in sources], "accuracy": str(accuracy), "space": chosen.name,
-        "space_from": chosen.told_by, "image_size": chosen.image_size, "classes": chosen.classes,
-        "score": name, "better": first.better, "score_negated": sign < 0, "combine": how,
-        "size_weight": size_weight, "n": len(rated),
+        "ratings": [str(source) for source in sources],
+        "accuracy": str(accuracy),
+        "space": chosen.name,
+        "space_from": chosen.told_by,
+        "image_size": chosen.image_size,
+        "classes": chosen.classes,
+        "score": name,
+        "better": first.better,
+        "score_negated": sign < 0,
+        "combine": how,
+        "size_weight": size_weight,
+        "n": len(rated),
         "missing": {"without_score": len(measured) - len(rated), "without_accuracy": offered - len(rated)},
-        "seed": seed, "bootstrap": resamples,
-        **figures[name], "with_size": figures[f"{name} + size"], "baselines": {name: figures[name] for name in sizes}}
+        "seed": seed,
+        "bootstrap": resamples,
+        **figures[name],
+        "with_size": figures[f"{name} + size"],
+        "baselines": {name: figures[name] for name in sizes},
+    }
     if isinstance(first, tables.BlockScores):
         alone = {str(b): sum(map(combine.standardised, blocks[:, b])) for b in range(blocks.shape[1])}
         result["blocks"] = list(correlation.brief(alone, truth, sizes).values())
@@ -101,8 +131,9 @@ def _read(sources: list[File], score: str | None, better: str, seeds: bool) -> l
     if not seeds:
         return [tables.read_scores(sources, score, better)]
     if len(sources) < 2:
-        raise ConfigError("--seeds", "puts ratings of several seeds together, but one is named", "name two or more, or "
-                          "leave it out")
+        raise ConfigError(
+            "--seeds", "puts ratings of several seeds together, but one is named", "name two or more, or leave it out"
+        )
     if len({source.resolve() for source in sources}) < len(sources):
         raise ConfigError("RATINGS", "the same rating is named twice", "name each seed once")
     ratings = [tables.read_scores([source], score, better) for source in sources]
@@ -110,13 +141,17 @@ def _read(sources: list[File], score: str | None, better: str, seeds: bool) -> l
         for what in ("name", "better"):
             one, other = getattr(ratings[0], what), getattr(rating, what)
             if type(rating) is not type(ratings[0]) or one != other:
-                raise ConfigError("RATINGS", f"{sources[0]} and {source} hold no ratings of the same kind ({one}, "
-                                  f"{other})", "name seeds of one search, or choose a score with --score")
+                raise ConfigError(
+                    "RATINGS",
+                    f"{sources[0]} and {source} hold no ratings of the same kind ({one}, {other})",
+                    "name seeds of one search, or choose a score with --score",
+                )
     return ratings
 
 
-def _spread(ratings: list[tables.Scores], blocks: np.ndarray, truth: np.ndarray,
-            sizes: dict[str, np.ndarray]) -> dict[str, Any]:
+def _spread(
+    ratings: list[tables.Scores], blocks: np.ndarray, truth: np.ndarray, sizes: dict[str, np.ndarray]
+) -> dict[str, Any]:
     """The figures of every seed, their mean and standard deviation, and how far the seeds agree."""
     totals = blocks.sum(1)
     each = list(correlation.brief({str(i): total for i, total in enumerate(totals)}, truth, sizes).values())
@@ -129,8 +164,9 @@ def _spread(ratings: list[tables.Scores], blocks: np.ndarray, truth: np.ndarray,
             of_seeds = list(correlation.brief(named, truth, sizes).values())
             of_blocks.append({"each": of_seeds, **correlation.spread(of_seeds)})
         result["blocks"] = of_blocks
-        result["agreement"]["blocks"] = [_agreement([rating.blocks[b] for rating in ratings])
-                                         for b in range(blocks.shape[1])]
+        result["agreement"]["blocks"] = [
+            _agreement([rating.blocks[b] for rating in ratings]) for b in range(blocks.shape[1])
+        ]
     return result
 
 
@@ -150,8 +186,9 @@ class _Chosen:
     classes: int
 
 
-def _choose_space(sources: list[File], rating: tables.Scores, table: dict[str, float],
-                  named: str | None, image_size: int | None) -> _Chosen:
+def _choose_space(
+    sources: list[File], rating: tables.Scores, table: dict[str, float], named: str | None, image_size: int | None
+) -> _Chosen:
     """The full-size space (width 1), as the networks of an accuracy table are, whatever width a run searched with."""
     if isinstance(rating, tables.BlockScores):
         text = "|".join(next(iter(block)) for block in rating.blocks)
@@ -166,14 +203,22 @@ def _choose_space(sources: list[File], rating: tables.Scores, table: dict[str, f
         name, split, restricted, told_by = config.name, config.split, config.restricted, "the run's config"
         size = config.image_size
     if name is None:
-        raise ConfigError("--space", f"cannot tell the space of architectures such as {text!r}",
-                          "name it: nats, mbconv, hytra or path/to/file.py:ClassName")
+        raise ConfigError(
+            "--space",
+            f"cannot tell the space of architectures such as {text!r}",
+            "name it: nats, mbconv, hytra or path/to/file.py:ClassName",
+        )
     size = image_size or IMAGE_SIZES.get(name) or size
     if size is None and ".py:" in name:
         raise ConfigError("--image-size", f"is not known for {name}", "give the side of its images, in pixels")
     # an unknown name is refused before the size matters
-    space = spaces.make(name, width=1.0, image_size=size or 1, restricted=restricted or name != "hytra",
-                        split=split if name == "nats" else "cifar10")
+    space = spaces.make(
+        name,
+        width=1.0,
+        image_size=size or 1,
+        restricted=restricted or name != "hytra",
+        split=split if name == "nats" else "cifar10",
+    )
     return _Chosen(name, told_by, space, size, CLASSES.get(name, 1000))
 
 
@@ -207,11 +252,17 @@ class _Reader:
             try:
                 architecture = self.read(text)
             except ValueError as error:
-                raise ConfigError(field, f"{source} entry {number}, {text!r}: {error}", "mend or remove it, or name "
-                                  "another space with --space") from None
+                raise ConfigError(
+                    field,
+                    f"{source} entry {number}, {text!r}: {error}",
+                    "mend or remove it, or name another space with --space",
+                ) from None
             if architecture in result:
-                raise ConfigError(field, f"{source} entry {number}, {text!r}, is an architecture that stood before",
-                                  "remove one of the two")
+                raise ConfigError(
+                    field,
+                    f"{source} entry {number}, {text!r}, is an architecture that stood before",
+                    "remove one of the two",
+                )
             result[architecture] = value
         return result
 
@@ -246,21 +297,27 @@ class _Reader:
         return result
 
 
-def _rate_all(reader: _Reader, ratings: list[tables.Scores], wanted: list[Architecture], sources: list[File],
-              how: str) -> tuple[list[Architecture], np.ndarray]:
+def _rate_all(
+    reader: _Reader, ratings: list[tables.Scores], wanted: list[Architecture], sources: list[File], how: str
+) -> tuple[list[Architecture], np.ndarray]:
     """Those of the architectures that every rating has, and the scores of their blocks, [ratings, blocks, n]; of a
     table [ratings, 1, n]."""
     found = [_rate(reader, rating, wanted, source, how) for rating, source in zip(ratings, sources, strict=False)]
     rated = [a for a in wanted if all(a in values for values in found)]
     if len(rated) < correlation.MINIMUM:
-        raise ConfigError("--accuracy", f"of its {len(wanted)} architectures {len(rated)} have a score, too few to "
-                          "rank", "name ratings and accuracies of the same architectures")
+        raise ConfigError(
+            "--accuracy",
+            f"of its {len(wanted)} architectures {len(rated)} have a score, too few to rank",
+            "name ratings and accuracies of the same architectures",
+        )
     return rated, np.array([[values[a] for a in rated] for values in found], np.float64).reshape(
-        len(found), len(rated), -1).transpose(0, 2, 1)
+        len(found), len(rated), -1
+    ).transpose(0, 2, 1)
 
 
-def _rate(reader: _Reader, rating: tables.Scores, wanted: list[Architecture], source: File,
-          how: str) -> dict[Architecture, tuple[float, ...]]:
+def _rate(
+    reader: _Reader, rating: tables.Scores, wanted: list[Architecture], source: File, how: str
+) -> dict[Architecture, tuple[float, ...]]:
     """The scores of the blocks of those of the architectures that have one.
 
     A block's rating holds for an architecture only if its own blocks before allow the same paths as the winners on
@@ -269,18 +326,28 @@ def _rate(reader: _Reader, rating: tables.Scores, wanted: list[Architecture], so
     if isinstance(rating, tables.TableScores):
         return {a: (value,) for a, value in reader.read_all(rating.values, "RATINGS", source).items()}
     if len(rating.blocks) != reader.space.blocks:
-        raise ConfigError("RATINGS", f"{source} rates {len(rating.blocks)} blocks, but the space has "
-                          f"{reader.space.blocks}", "finish the search, name all files, or name another space with "
-                          "--space")
+        raise ConfigError(
+            "RATINGS",
+            f"{source} rates {len(rating.blocks)} blocks, but the space has {reader.space.blocks}",
+            "finish the search, name all files, or name another space with --space",
+        )
     blocks = [{decode(text): value for text, value in combine.combined(block, how).items()} for block in rating.blocks]
     allowed = [_allowed(reader, block, prefix) for block, prefix in enumerate(rating.prefixes)]
     for block, (scores, paths) in enumerate(zip(blocks, allowed, strict=True)):
         if paths is not None and not paths.issuperset(scores):
-            raise ConfigError("RATINGS", f"block {block} has paths that the space does not have there",
-                              "name another space with --space")
-    return {architecture: tuple(blocks[k][path] for k, path in enumerate(architecture)) for architecture in wanted
-            if all(path in blocks[k] and allowed[k] in (None, reader.paths(architecture[:k]))
-                   for k, path in enumerate(architecture))}
+            raise ConfigError(
+                "RATINGS",
+                f"block {block} has paths that the space does not have there",
+                "name another space with --space",
+            )
+    return {
+        architecture: tuple(blocks[k][path] for k, path in enumerate(architecture))
+        for architecture in wanted
+        if all(
+            path in blocks[k] and allowed[k] in (None, reader.paths(architecture[:k]))
+            for k, path in enumerate(architecture)
+        )
+    }
 
 
 def _allowed(reader: _Reader, block: int, prefix: list[str]) -> frozenset[Path] | None:
@@ -290,15 +357,26 @@ def _allowed(reader: _Reader, block: int, prefix: list[str]) -> frozenset[Path] 
     winners: Architecture = ()
     for path in map(decode, prefix):
         if path not in reader.paths(winners):
-            raise ConfigError("RATINGS", f"block {block} was rated on {'|'.join(prefix)}, which the space does not "
-                              "have", "name another space with --space")
+            raise ConfigError(
+                "RATINGS",
+                f"block {block} was rated on {'|'.join(prefix)}, which the space does not have",
+                "name another space with --space",
+            )
         winners += (path,)
     return reader.paths(winners)
 
 
-def _with_proxies(chosen: _Chosen, architectures: list[Architecture], scores: dict[str, np.ndarray],
-                  accuracy: np.ndarray, sizes: dict[str, np.ndarray], names: Sequence[str], count: int,
-                  resamples: int, seed: int) -> dict[str, Any]:
+def _with_proxies(
+    chosen: _Chosen,
+    architectures: list[Architecture],
+    scores: dict[str, np.ndarray],
+    accuracy: np.ndarray,
+    sizes: dict[str, np.ndarray],
+    names: Sequence[str],
+    count: int,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
     """Figures of the proxies, and of all other scores, on the same seeded sample of the architectures."""
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.choice(len(architectures), min(count, len(architectures)), replace=False))
@@ -317,10 +395,23 @@ def _with_proxies(chosen: _Chosen, architectures: list[Architecture], scores: di
                 values[name][i] = proxies.PROXIES[name](network, images, labels)
                 seconds[name] += time.perf_counter() - start
                 if not math.isfinite(values[name][i]):
-                    raise ConfigError("--proxies", f"{name} is {values[name][i]} for the network {architectures[row]}",
-                                      "leave this proxy out, or take another --seed")
+                    raise ConfigError(
+                        "--proxies",
+                        f"{name} is {values[name][i]} for the network {architectures[row]}",
+                        "leave this proxy out, or take another --seed",
+                    )
             task.advance()
-    figures = correlation.report({**{name: score[rows] for name, score in scores.items()}, **values}, accuracy[rows],
-                          {name: size[rows] for name, size in sizes.items()}, resamples=resamples, seed=seed)
-    return {"sample": len(rows), "images": f"{PROXY_IMAGES} random normal", "labels": "random",
-            "seconds_per_architecture": {name: seconds[name] / len(rows) for name in names}, "figures": figures}
+    figures = correlation.report(
+        {**{name: score[rows] for name, score in scores.items()}, **values},
+        accuracy[rows],
+        {name: size[rows] for name, size in sizes.items()},
+        resamples=resamples,
+        seed=seed,
+    )
+    return {
+        "sample": len(rows),
+        "images": f"{PROXY_IMAGES} random normal",
+        "labels": "random",
+        "seconds_per_architecture": {name: seconds[name] / len(rows) for name in names},
+        "figures": figures,
+    }

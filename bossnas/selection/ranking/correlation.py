@@ -23,35 +23,43 @@ MINIMUM = 2  # architectures without which there is no order
 BRIEF = ("kendall", "spearman", "pearson", "kendall_within_10pct_params", "kendall_within_10pct_macs")
 DEFINITIONS = {
     "sign": "every score is turned so that larger means better; a positive coefficient means that it orders rightly",
-    "kendall": "Kendall's tau-b over all pairs", "spearman": "Spearman's rho (mid-ranks at ties)",
+    "kendall": "Kendall's tau-b over all pairs",
+    "spearman": "Spearman's rho (mid-ranks at ties)",
     "pearson": "Pearson's r of score and accuracy",
     "low, high": "bootstrap percentiles 2.5 % and 97.5 % over architectures, the same resamples for all scores",
     "kendall_top10": "tau-b among the architectures whose accuracy is at least its 90 % quantile",
     "kendall_within_10pct_params": "(concordant - discordant) / pairs, over all pairs whose parameters differ by at "
-                                   "most 10 % of the larger number; a tie in score or accuracy counts as 0",
+    "most 10 % of the larger number; a tie in score or accuracy counts as 0",
     "kendall_within_10pct_macs": "the same over pairs whose multiply-adds differ by at most 10 % of the larger number",
     "regret": "best accuracy among the architectures of at most `budget_params` parameters, minus the accuracy of the "
-              "one with the best score there (mean accuracy of those that share the best score); budgets are the 10, "
-              "25, 50, 75 and 100 % quantiles of the parameters",
+    "one with the best score there (mean accuracy of those that share the best score); budgets are the 10, "
+    "25, 50, 75 and 100 % quantiles of the parameters",
     "with_size": "the score plus size_weight times the sum of log channels, each minus its mean by its standard "
-                 "deviation",
+    "deviation",
     "blocks": "of each block's score alone",
     "seeds": "each: of each rating by itself; mean, std: of these, with n - 1; agreement: Spearman's rho between the "
-             "ratings of two seeds, of architectures (together) and of a block's paths, over all pairs of seeds",
+    "ratings of two seeds, of architectures (together) and of a block's paths, over all pairs of seeds",
     "null": "not defined: all values equal, or fewer than two architectures or no pair",
 }
 
 
-def report(scores: Mapping[str, np.ndarray], accuracy: np.ndarray, sizes: Mapping[str, np.ndarray], *, resamples: int,
-           seed: int) -> dict[str, dict[str, Any]]:
+def report(
+    scores: Mapping[str, np.ndarray],
+    accuracy: np.ndarray,
+    sizes: Mapping[str, np.ndarray],
+    *,
+    resamples: int,
+    seed: int,
+) -> dict[str, dict[str, Any]]:
     """Every figure for every score: ``{name: {kendall: {value, low, high}, ..., kendall_top10, ..., regret: [...]}}``.
 
     ``sizes``: "params" and "macs" of each architecture, whole numbers. Raises ConfigError for fewer than two
     architectures.
     """
     if len(accuracy) < MINIMUM:
-        raise ConfigError("--accuracy", f"{len(accuracy)} architectures have both a score and an accuracy",
-                          "give at least two")
+        raise ConfigError(
+            "--accuracy", f"{len(accuracy)} architectures have both a score and an accuracy", "give at least two"
+        )
     intervals = bootstrap_intervals(scores, accuracy, resamples=resamples, seed=seed)
     top = accuracy >= np.quantile(accuracy, 1 - TOP)
     near = {size: within(sizes[size], scores, accuracy) for size in ("params", "macs")}
@@ -59,28 +67,41 @@ def report(scores: Mapping[str, np.ndarray], accuracy: np.ndarray, sizes: Mappin
     for name, score in scores.items():
         values = coefficients(score, accuracy)
         result[name] = {
-            **{key: {"value": value, "low": _number(intervals[name][key][0]), "high": _number(intervals[name][key][1])}
-               for key, value in values.items()},
+            **{
+                key: {"value": value, "low": _number(intervals[name][key][0]), "high": _number(intervals[name][key][1])}
+                for key, value in values.items()
+            },
             "kendall_top10": coefficients(score[top], accuracy[top])["kendall"],
-            "kendall_within_10pct_params": near["params"][name], "kendall_within_10pct_macs": near["macs"][name],
-            "regret": regret(score, accuracy, sizes["params"])}
+            "kendall_within_10pct_params": near["params"][name],
+            "kendall_within_10pct_macs": near["macs"][name],
+            "regret": regret(score, accuracy, sizes["params"]),
+        }
     return result
 
 
-def brief(scores: Mapping[str, np.ndarray], accuracy: np.ndarray,
-          sizes: Mapping[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
+def brief(
+    scores: Mapping[str, np.ndarray], accuracy: np.ndarray, sizes: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, float | None]]:
     """The figures of `report` that take no resamples: coefficients, and Kendall's tau within size."""
     near = {size: within(sizes[size], scores, accuracy) for size in ("params", "macs")}
-    return {name: {**coefficients(score, accuracy), "kendall_within_10pct_params": near["params"][name],
-                   "kendall_within_10pct_macs": near["macs"][name]} for name, score in scores.items()}
+    return {
+        name: {
+            **coefficients(score, accuracy),
+            "kendall_within_10pct_params": near["params"][name],
+            "kendall_within_10pct_macs": near["macs"][name],
+        }
+        for name, score in scores.items()
+    }
 
 
 def spread(figures: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, float | None]]:
     """Mean and standard deviation (n - 1) of every figure over seeds; None where one of them is not defined."""
     columns = {key: [row[key] for row in figures] for key in figures[0]}
     whole = {key: None not in values for key, values in columns.items()}
-    return {"mean": {key: float(np.mean(v)) if whole[key] else None for key, v in columns.items()},
-            "std": {key: float(np.std(v, ddof=1)) if whole[key] else None for key, v in columns.items()}}
+    return {
+        "mean": {key: float(np.mean(v)) if whole[key] else None for key, v in columns.items()},
+        "std": {key: float(np.std(v, ddof=1)) if whole[key] else None for key, v in columns.items()},
+    }
 
 
 def agreement(values: np.ndarray) -> dict[str, float | None]:
@@ -94,9 +115,11 @@ def coefficients(score: np.ndarray, accuracy: np.ndarray) -> dict[str, float | N
     """Kendall's tau-b, Spearman's rho and Pearson's r; None where all values of a side are equal."""
     if len(score) < MINIMUM or np.ptp(score) == 0 or np.ptp(accuracy) == 0:
         return {"kendall": None, "spearman": None, "pearson": None}
-    return {"kendall": _number(stats.kendalltau(score, accuracy).statistic),
-            "spearman": _number(stats.spearmanr(score, accuracy).statistic),
-            "pearson": _number(stats.pearsonr(score, accuracy).statistic)}
+    return {
+        "kendall": _number(stats.kendalltau(score, accuracy).statistic),
+        "spearman": _number(stats.spearmanr(score, accuracy).statistic),
+        "pearson": _number(stats.pearsonr(score, accuracy).statistic),
+    }
 
 
 def within(size: np.ndarray, scores: Mapping[str, np.ndarray], accuracy: np.ndarray) -> dict[str, float | None]:
@@ -112,12 +135,14 @@ def within(size: np.ndarray, scores: Mapping[str, np.ndarray], accuracy: np.ndar
     position, n = np.arange(len(size)), len(size)
     balance, pairs = np.zeros(len(x), np.int64), int((end - position - 1).sum())
     for k in range(1, int((end - position).max())):
-        near = end[:n - k] - position[:n - k] > k
+        near = end[: n - k] - position[: n - k] > k
         up, down = near & (y[k:] > y[:-k]), near & (y[k:] < y[:-k])
         rises, falls = x[:, k:] > x[:, :-k], x[:, k:] < x[:, :-k]
         balance += np.count_nonzero(rises & up | falls & down, 1) - np.count_nonzero(rises & down | falls & up, 1)
-    return {name: float(value) / pairs if pairs and np.ptp(scores[name]) else None
-            for name, value in zip(scores, balance, strict=True)}
+    return {
+        name: float(value) / pairs if pairs and np.ptp(scores[name]) else None
+        for name, value in zip(scores, balance, strict=True)
+    }
 
 
 def regret(score: np.ndarray, accuracy: np.ndarray, params: np.ndarray) -> list[dict[str, float]]:
@@ -128,15 +153,23 @@ def regret(score: np.ndarray, accuracy: np.ndarray, params: np.ndarray) -> list[
         inside = params <= budget
         best = float(accuracy[inside].max())
         picked = float(accuracy[inside & (score == score[inside].max())].mean())
-        rows.append({"quantile": quantile, "budget_params": int(budget), "architectures": int(inside.sum()),
-                     "best_accuracy": best, "picked_accuracy": picked, "regret": best - picked})
+        rows.append(
+            {
+                "quantile": quantile,
+                "budget_params": int(budget),
+                "architectures": int(inside.sum()),
+                "best_accuracy": best,
+                "picked_accuracy": picked,
+                "regret": best - picked,
+            }
+        )
     return rows
 
 
 def _dense(values: np.ndarray) -> np.ndarray:
     """Ranks from 0, equal values alike, in the narrowest type: comparisons of int16 are the fastest."""
     ranks = np.unique(values, return_inverse=True)[1]
-    return ranks.astype(np.int16 if ranks.max() < 2 ** 15 else np.int32)
+    return ranks.astype(np.int16 if ranks.max() < 2**15 else np.int32)
 
 
 def _number(value: float) -> float | None:

@@ -19,9 +19,15 @@ CHUNK = 4_000_000  # counts in memory at once
 NAMES = ("kendall", "spearman", "pearson")
 
 
-def bootstrap_intervals(scores: Mapping[str, np.ndarray], accuracy: np.ndarray, *, resamples: int, seed: int,
-                        confidence: float = 0.95, exact_up_to: int = EXACT_UP_TO
-                        ) -> dict[str, dict[str, tuple[float, float]]]:
+def bootstrap_intervals(
+    scores: Mapping[str, np.ndarray],
+    accuracy: np.ndarray,
+    *,
+    resamples: int,
+    seed: int,
+    confidence: float = 0.95,
+    exact_up_to: int = EXACT_UP_TO,
+) -> dict[str, dict[str, tuple[float, float]]]:
     """score -> coefficient -> (low, high), percentiles of the coefficient over the resamples.
 
     ``scores``: arrays [n] like ``accuracy``. Resamples in which a coefficient is undefined, since all values are equal,
@@ -34,9 +40,13 @@ def bootstrap_intervals(scores: Mapping[str, np.ndarray], accuracy: np.ndarray, 
         for name, statistic in statistics.items():
             drawn[name].append(statistic(counts))
     tail = (1 - confidence) / 2
-    return {name: {coefficient: _percentiles(values, tail)
-                   for coefficient, values in zip(NAMES, np.concatenate(parts, 1), strict=True)}
-            for name, parts in drawn.items()}
+    return {
+        name: {
+            coefficient: _percentiles(values, tail)
+            for coefficient, values in zip(NAMES, np.concatenate(parts, 1), strict=True)
+        }
+        for name, parts in drawn.items()
+    }
 
 
 def _percentiles(values: np.ndarray, tail: float) -> tuple[float, float]:
@@ -88,8 +98,13 @@ def _first_order(x: np.ndarray, y: np.ndarray):
     def statistic(counts: np.ndarray) -> np.ndarray:
         c, cx, cy, uv, uu, vv, a, b, ab, aa, bb = (totals + (counts - 1) @ columns).T
         center = n / 4  # the mean of mid-ranks is one half under any counts
-        return np.stack([_ratio(c, cx, cy), _ratio(uv - center, uu - center, vv - center),
-                         _ratio(ab - a * b / n, aa - a * a / n, bb - b * b / n, ROUNDING * n * n)])
+        return np.stack(
+            [
+                _ratio(c, cx, cy),
+                _ratio(uv - center, uu - center, vv - center),
+                _ratio(ab - a * b / n, aa - a * a / n, bb - b * b / n, ROUNDING * n * n),
+            ]
+        )
 
     return statistic
 

@@ -77,8 +77,10 @@ def zico(network: nn.Module, images: Tensor, labels: Tensor | None = None) -> fl
     size = len(images) // ZICO_BATCHES
     if size == 0:
         raise ValueError(f"zico splits the images into {ZICO_BATCHES} batches and needs as many images")
-    batches = [_gradients(network, images[i * size:(i + 1) * size], labels[i * size:(i + 1) * size])
-               for i in range(ZICO_BATCHES)]
+    batches = [
+        _gradients(network, images[i * size : (i + 1) * size], labels[i * size : (i + 1) * size])
+        for i in range(ZICO_BATCHES)
+    ]
     total = 0.0
     for of_tensor in zip(*batches, strict=True):
         magnitudes = torch.stack(of_tensor).abs().double()
@@ -92,7 +94,7 @@ PROXIES = {"synflow": synflow, "naswot": naswot, "gradnorm": gradnorm, "zico": z
 
 
 def chosen(names: str) -> list[str]:
-    """"synflow,zico" -> their names. Raises ConfigError for an unknown one."""
+    """ "synflow,zico" -> their names. Raises ConfigError for an unknown one."""
     result = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     unknown = [name for name in result if name not in PROXIES]
     if unknown or not result:

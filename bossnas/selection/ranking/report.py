@@ -19,24 +19,31 @@ from bossnas.selection.ranking.correlation import BRIEF
 def show(result: Mapping[str, Any], console: Console) -> None:
     """Prints what `bossnas rank` found: what was compared, then tables of figures."""
     missing = result["missing"]
-    console.print(f"{result['n']} architectures of {result['space']} (told by {result['space_from']}); "
-                  f"{missing['without_score']} of the accuracy table have no score, {missing['without_accuracy']} "
-                  "rated ones have no accuracy", highlight=False)
+    console.print(
+        f"{result['n']} architectures of {result['space']} (told by {result['space_from']}); "
+        f"{missing['without_score']} of the accuracy table have no score, {missing['without_accuracy']} "
+        "rated ones have no accuracy",
+        highlight=False,
+    )
     if result["score_negated"]:
         console.print(f"{result['score']}: lower is better, so it is negated", highlight=False)
     console.print(figures_table("rank correlation with accuracy [95 % interval]", rows(result)))
     if "seeds" in result:
         console.print(seeds_table(result))
     elif "blocks" in result:
-        console.print(brief_table("of each block's score alone", {f"block {b}": row for b, row in
-                                                                  enumerate(result["blocks"])}))
+        console.print(
+            brief_table("of each block's score alone", {f"block {b}": row for b, row in enumerate(result["blocks"])})
+        )
     console.print(regret_table(rows(result)))
     if "proxies" in result:
         proxies = result["proxies"]
         title = f"with zero-cost proxies, on a sample of {proxies['sample']} ({proxies['images']} images)"
         console.print(figures_table(title, proxies["figures"]))
-        console.print("seconds per architecture: " + ", ".join(
-            f"{name} {seconds:.2g}" for name, seconds in proxies["seconds_per_architecture"].items()), highlight=False)
+        console.print(
+            "seconds per architecture: "
+            + ", ".join(f"{name} {seconds:.2g}" for name, seconds in proxies["seconds_per_architecture"].items()),
+            highlight=False,
+        )
 
 
 def rows(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -51,16 +58,23 @@ def seeds_table(result: Mapping[str, Any]) -> Table:
     table.add_column("between seeds", justify="right")
 
     def deviation(of: Mapping[str, Any], agreement: Mapping[str, Any]) -> list[str]:
-        return [*(f"{_short(of['mean'][key])} ± {_short(of['std'][key])}" for key in BRIEF),
-                f"{_short(agreement['mean'])} (least {_short(agreement['least'])})"]
+        return [
+            *(f"{_short(of['mean'][key])} ± {_short(of['std'][key])}" for key in BRIEF),
+            f"{_short(agreement['mean'])} (least {_short(agreement['least'])})",
+        ]
 
     for source, row in zip(result["ratings"], seeds["each"], strict=True):
         table.add_row(source, *(_short(row[key]) for key in BRIEF))
     table.add_row("mean ± deviation", *deviation(seeds, seeds["agreement"]["together"]))
     for block, of in enumerate(seeds.get("blocks", ())):
         table.add_row(f"block {block} alone", *deviation(of, seeds["agreement"]["blocks"][block]))
-    table.add_row("their sum", *(_short(result[key] if key not in ("kendall", "spearman", "pearson")
-                                        else result[key]["value"]) for key in BRIEF))
+    table.add_row(
+        "their sum",
+        *(
+            _short(result[key] if key not in ("kendall", "spearman", "pearson") else result[key]["value"])
+            for key in BRIEF
+        ),
+    )
     return table
 
 
@@ -87,9 +101,14 @@ def figures_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
     for heading in ("Kendall", "Spearman", "Pearson", "top 10 %", "±10 % params", "±10 % MACs"):
         table.add_column(heading, justify="right")
     for name, row in rows.items():
-        table.add_row(name, *(_with_interval(row[key]) for key in ("kendall", "spearman", "pearson")),
-                      *(_short(row[key]) for key in ("kendall_top10", "kendall_within_10pct_params",
-                                                     "kendall_within_10pct_macs")))
+        table.add_row(
+            name,
+            *(_with_interval(row[key]) for key in ("kendall", "spearman", "pearson")),
+            *(
+                _short(row[key])
+                for key in ("kendall_top10", "kendall_within_10pct_params", "kendall_within_10pct_macs")
+            ),
+        )
     return table
 
 
@@ -115,8 +134,9 @@ def check_picture(out: Path) -> None:
         raise ConfigError("--plot", f"cannot draw {out}", "name a .png, .pdf or .svg file")
 
 
-def draw(scores: Mapping[str, np.ndarray], accuracy: np.ndarray, rows: Mapping[str, Mapping[str, Any]],
-         out: Path) -> None:
+def draw(
+    scores: Mapping[str, np.ndarray], accuracy: np.ndarray, rows: Mapping[str, Mapping[str, Any]], out: Path
+) -> None:
     """Scatter plots, accuracy against each score, into one picture."""
     from matplotlib.figure import Figure  # optional: see check_picture
 
@@ -127,7 +147,7 @@ def draw(scores: Mapping[str, np.ndarray], accuracy: np.ndarray, rows: Mapping[s
         axes.scatter(score, accuracy, s=max(1, min(20, 20_000 / len(score))), alpha=0.4, linewidths=0, rasterized=True)
         axes.locator_params(axis="x", nbins=5)
         axes.set(title=f"{name}: Kendall {_short(rows[name]['kendall']['value'])}", xlabel=name, ylabel="accuracy")
-    for axes in figure.axes[len(scores):]:
+    for axes in figure.axes[len(scores) :]:
         axes.remove()
     draft = out.with_name(out.name + ".tmp")
     figure.savefig(draft, format=out.suffix[1:], dpi=120)

@@ -56,15 +56,19 @@ def read_scores(sources: list[Path], score: str | None = None, better: str = "hi
         if any(first.glob("path_rank_*.y*ml")):
             return _release_scores(_release_files(first), score)
         ratings = read_ratings(first, score)
-        return BlockScores(ratings[0].score, ratings[0].better, [r.scores for r in ratings],
-                           [r.prefix for r in ratings])
+        return BlockScores(
+            ratings[0].score, ratings[0].better, [r.scores for r in ratings], [r.prefix for r in ratings]
+        )
     if all(source.suffix in (".yml", ".yaml") for source in sources):
         return _release_scores(sources, score)
     if len(sources) == 1 and first.suffix == ".csv":
         name, values = _read_csv("RATINGS", first, score, "--score", ("score",))
         return TableScores(name, better, values)
-    raise ConfigError("RATINGS", f"cannot tell what {', '.join(map(str, sources))} is", "name a run folder, one .csv "
-                      "file, or the original release's .yml files in the order of the blocks")
+    raise ConfigError(
+        "RATINGS",
+        f"cannot tell what {', '.join(map(str, sources))} is",
+        "name a run folder, one .csv file, or the original release's .yml files in the order of the blocks",
+    )
 
 
 def read_accuracies(source: Path, column: str | None = None) -> dict[str, float]:
@@ -80,35 +84,47 @@ def read_accuracies(source: Path, column: str | None = None) -> dict[str, float]
         return _read_yaml_mapping(source)
     if source.is_dir() or source.suffix in (".pbz2", ".pickle"):
         return _read_nats_bench(source, column or "cifar10")
-    raise ConfigError("--accuracy", f"cannot tell what {source} is", "name a .csv or .yaml file, or a NATS-Bench file "
-                      "(.pickle.pbz2) or folder (…-simple)")
+    raise ConfigError(
+        "--accuracy",
+        f"cannot tell what {source} is",
+        "name a .csv or .yaml file, or a NATS-Bench file (.pickle.pbz2) or folder (…-simple)",
+    )
 
 
-def _read_csv(field: str, source: Path, column: str | None, option: str,
-              usual: tuple[str, ...]) -> tuple[str, dict[str, float]]:
+def _read_csv(
+    field: str, source: Path, column: str | None, option: str, usual: tuple[str, ...]
+) -> tuple[str, dict[str, float]]:
     """The column's name, and first column -> value. Row numbers in errors count the header as row 1."""
     try:
         rows = list(csv.reader(_text(field, source).splitlines()))
     except csv.Error as error:
         raise ConfigError(field, f"{source} is no CSV file ({error})", "name a text file") from None
     if not rows or len(rows[0]) < 2:
-        raise ConfigError(field, f"{source} has no header with two columns",
-                          f"write a first row such as architecture,{usual[0]}")
+        raise ConfigError(
+            field, f"{source} has no header with two columns", f"write a first row such as architecture,{usual[0]}"
+        )
     header = [name.strip() for name in rows[0]]
     if any(_is_number(name) for name in header[1:]):
-        raise ConfigError(field, f"{source} begins with values, not with the columns' names",
-                          f"write a first row such as architecture,{usual[0]}")
+        raise ConfigError(
+            field,
+            f"{source} begins with values, not with the columns' names",
+            f"write a first row such as architecture,{usual[0]}",
+        )
     name = column or next((n for n in usual if n in header[1:]), header[1] if len(header) == 2 else None)
     if header[1:].count(name) > 1:
         raise ConfigError(field, f"{source} has several columns {name!r}", "rename or remove all but one")
     if name not in header[1:]:
-        raise ConfigError(option, f"{source} has no column {name!r}" if name else f"{source} has several columns",
-                          f"choose of {', '.join(header[1:])}")
+        raise ConfigError(
+            option,
+            f"{source} has no column {name!r}" if name else f"{source} has several columns",
+            f"choose of {', '.join(header[1:])}",
+        )
     at = header.index(name, 1)
     for number, row in enumerate(rows[1:], 2):
         if row and len(row) != len(header):
-            raise ConfigError(field, f"{source} row {number} has {len(row)} cells, the header {len(header)}",
-                              "mend the row")
+            raise ConfigError(
+                field, f"{source} row {number} has {len(row)} cells, the header {len(header)}", "mend the row"
+            )
     entries = ((f"row {number}", row[0], row[at]) for number, row in enumerate(rows[1:], 2) if row)
     return name, _values(field, source, entries)
 
@@ -132,16 +148,28 @@ def _read_nats_bench(source: Path, dataset: str) -> dict[str, float]:
     try:
         nats_bench = importlib.import_module("nats_bench")
     except ImportError:
-        raise ConfigError("--accuracy", f"{source} is read as a NATS-Bench file, which needs the nats_bench package",
-                          "pip install nats_bench, or name a .csv or .yaml file") from None
+        raise ConfigError(
+            "--accuracy",
+            f"{source} is read as a NATS-Bench file, which needs the nats_bench package",
+            "pip install nats_bench, or name a .csv or .yaml file",
+        ) from None
     try:
         api = nats_bench.create(str(source), "sss", fast_mode=source.is_dir(), verbose=False)
-        entries = [(f"architecture {i}", text, api.get_more_info(i, dataset, hp=NATS_BENCH_EPOCHS, is_random=False)[
-            "test-accuracy"]) for i, text in enumerate(api.meta_archs)]
+        entries = [
+            (
+                f"architecture {i}",
+                text,
+                api.get_more_info(i, dataset, hp=NATS_BENCH_EPOCHS, is_random=False)["test-accuracy"],
+            )
+            for i, text in enumerate(api.meta_archs)
+        ]
     except Exception as error:  # whatever a foreign package raises on a file that is not its own
         text = " ".join(str(error).split())
-        raise ConfigError("--accuracy", f"nats_bench cannot read {dataset} from {source} ({type(error).__name__}: "
-                          f"{text})", "name NATS-Bench's size space, and a data set of it with --column") from None
+        raise ConfigError(
+            "--accuracy",
+            f"nats_bench cannot read {dataset} from {source} ({type(error).__name__}: {text})",
+            "name NATS-Bench's size space, and a data set of it with --column",
+        ) from None
     return _values("--accuracy", source, entries)
 
 
@@ -164,8 +192,13 @@ def _release_scores(files: list[Path], score: str | None) -> BlockScores:
         if not isinstance(pairs, list) or not pairs:
             raise ConfigError("RATINGS", f"{file} holds no list of (path, loss)", "name a rating of the release")
         for number, pair in enumerate(pairs, 1):
-            if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(v, str) for v in pair)
-                    and pair[0].isascii() and pair[0].isalnum()):
+            if not (
+                isinstance(pair, (tuple, list))
+                and len(pair) == 2
+                and all(isinstance(v, str) for v in pair)
+                and pair[0].isascii()
+                and pair[0].isalnum()
+            ):
                 raise ConfigError("RATINGS", f"{file} entry {number} is not (path, loss)", "mend the file")
         blocks.append(_values("RATINGS", file, ((f"entry {n}", *pair) for n, pair in enumerate(pairs, 1))))
     winners = [min(block, key=lambda path, block=block: (block[path], path)) for block in blocks]
@@ -206,16 +239,20 @@ def _yaml(field: str, source: Path, compose: bool = False) -> Any:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where else ""
         problem = getattr(error, "problem", None) or error
-        raise ConfigError(field, f"{source}{line} is refused ({' '.join(str(problem).split())})",
-                          "name a file of plain text and numbers") from None
+        raise ConfigError(
+            field,
+            f"{source}{line} is refused ({' '.join(str(problem).split())})",
+            "name a file of plain text and numbers",
+        ) from None
 
 
 def _text(field: str, source: Path) -> str:
     try:
         return source.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(field, f"cannot read {source} ({getattr(error, 'strerror', None) or error})",
-                          "name a text file") from None
+        raise ConfigError(
+            field, f"cannot read {source} ({getattr(error, 'strerror', None) or error})", "name a text file"
+        ) from None
 
 
 def _values(field: str, source: Path, entries: Iterable[tuple[str, str, Any]]) -> dict[str, float]:
