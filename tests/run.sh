@@ -48,6 +48,7 @@ run_pytest() { # name of the report, selection; then the script's own arguments
 }
 
 ruff check . || failed=1
+ruff format --check --quiet . || { echo "not formatted: run ruff format ."; failed=1; }
 # The kernels' tests have a process of their own: Triton's interpreter is chosen before anything imports it. They, whole
 # searches and the tests of networks run beside the other rooms, about half of the time on a core each; what they print
 # comes at the end.
