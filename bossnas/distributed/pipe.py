@@ -106,7 +106,7 @@ class Receiver:
         self.count = 0
 
     def expect(self, places: Iterable[Place]) -> None:
-        """Says what comes next, in order: tensors of one shape and dtype. Everything expected before has been received."""
+        """Says what comes next, in order: tensors of one shape and dtype. All expected before has been received."""
         assert not self.posted, "features of micro-batches before these are still expected"
         self.expected = iter(places)
         self.shape = None  # the leaders may have changed, and with them the scale
