@@ -24,9 +24,9 @@ import platform
 import statistics
 import sys
 import time
-from pathlib import Path as File
+from pathlib import Path
 
-root = File(__file__).resolve().parent.parent
+root = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(root), str(root / "kernels")]
 
 import torch  # noqa: E402
@@ -36,7 +36,7 @@ from torch.nn import functional as F  # noqa: E402
 from bossnas import spaces  # noqa: E402
 from bossnas.search.rating import CPU_GIB  # noqa: E402
 from bossnas.spaces.ops import GroupedBatchNorm, PooledPointwise, SlimConv  # noqa: E402
-from bossnas.spaces.paths import Path, decode  # noqa: E402
+from bossnas.spaces.paths import Choices, decode  # noqa: E402
 from bossnas.supernet import heads
 from bossnas.supernet.memory import Footprint, peak_bytes
 from bossnas.supernet.rate_block import Validation, calibrate, rate_block  # noqa: E402
@@ -114,7 +114,7 @@ class Task:
         self.predictors = [heads.predictor(hidden, out) for _ in range(block + 1)]
         self.calibration = self._views()  # the official procedure passes both, the second counts
         self.validation = [self._views() for _ in range(batches)]
-        self.winners: list[Path] = []
+        self.winners: list[Choices] = []
         many = torch.cat([self._views()[1] for _ in range(-(-PREFIX_IMAGES // options.images))])
         for b in range(block):
             paths = self.space.paths(b, self.winners)
@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--width", type=float, default=1.0, help="multiplier of all channels (default 1)")
     parser.add_argument("--hidden", type=int, default=4096, help="hidden units of the heads (default 4096)")
     parser.add_argument("--out", type=int, default=256, help="dimension of the embedding (default 256)")
-    parser.add_argument("--json", type=File, metavar="OUT", help="write the rows there, after every row")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows there, after every row")
     options = parser.parse_args(argv)
     if min(options.batches) < 1 or options.images < 4:
         parser.error("--batches: at least 1; --images: at least 4")

@@ -28,10 +28,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
-root = File(__file__).resolve().parent.parent
+root = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(root), str(root / "kernels")]
 
 import numpy as np  # noqa: E402
@@ -43,7 +43,7 @@ import bossnas_kernels  # noqa: E402
 from bossnas import spaces  # noqa: E402
 from bossnas.optim.groups import parameter_groups  # noqa: E402
 from bossnas.optim.lars import LARS
-from bossnas.spaces.paths import Path, decode  # noqa: E402
+from bossnas.spaces.paths import Choices, decode  # noqa: E402
 from bossnas.supernet import heads, losses
 from bossnas.supernet.rate_block import Validation, rate_block
 from bossnas.supernet.supernet import Item, Supernet  # noqa: E402
@@ -63,9 +63,9 @@ class Task:
 
     block: int
     pairs: int
-    winners: list[Path]
-    sampled: list[Path]
-    rated: list[Path]
+    winners: list[Choices]
+    sampled: list[Choices]
+    rated: list[Choices]
     views: list[Tensor]
     images: tuple[Tensor, Tensor]
     autocast: Callable[[], Any]
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rounds", type=int, default=10, help="measurements of each (default 10)")
-    parser.add_argument("--json", type=File, metavar="OUT", help="write the measurements there, after every part")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the measurements there, after every part")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is available; leave --device out or say cpu")
@@ -217,7 +217,7 @@ def set_up(options: argparse.Namespace, device: torch.device) -> tuple[Task, tup
         prefix = [decode(text) for text in options.prefix.split("|") if text]
     except ValueError:
         raise ValueError(f"--prefix: {options.prefix!r} is not a list of paths; write 5433|3230") from None
-    winners: list[Path] = []
+    winners: list[Choices] = []
     for b in range(block):
         paths = space.paths(b, winners)
         winners.append(prefix[b] if b < len(prefix) else paths[0])

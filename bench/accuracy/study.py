@@ -16,13 +16,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path as Folder
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-root = Folder(__file__).resolve().parent.parent.parent
+root = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(root), str(root / "kernels")]
 
 from bossnas import log
@@ -37,7 +37,7 @@ from bossnas.search.run import Run, build, make_engine  # noqa: E402
 from bossnas.search.search import search  # noqa: E402
 from bossnas.search.stage import total_steps, train_batches  # noqa: E402
 from bossnas.spaces.ops import Statistics  # noqa: E402
-from bossnas.spaces.paths import Path, decode, encode  # noqa: E402
+from bossnas.spaces.paths import Choices, decode, encode  # noqa: E402
 from bossnas.supernet import rate_block
 from bossnas.supernet.scores import BETTER  # noqa: E402
 from bossnas.supernet.supernet import Item, Supernet  # noqa: E402
@@ -117,7 +117,7 @@ SETTINGS = _settings()
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder with train-*.tar and test-*.tar of CIFAR-10")
-    parser.add_argument("--out", type=Folder, default=Folder("runs/study"), help="folder of the JSON files")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the JSON files")
     parser.add_argument("--only", nargs="+", choices=list(SETTINGS), help="settings (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", nargs="+", default=[], metavar="A.B=VALUE", help="for all of them: for trying it out")
@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def _claimed(file: Folder) -> Iterator[bool]:
+def _claimed(file: Path) -> Iterator[bool]:
     """Whether nobody has made the file, nor is making it."""
     mark = file.with_suffix(".begun")
     if file.exists():
@@ -243,7 +243,7 @@ def _signed(scores: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
 def training(run: Run, setting: Setting) -> Iterator[int]:
     """Trains the state's block; the number of every step that is done."""
     config, state, block = run.config, run.state, run.state.block
-    own_leader: list[Path] = []  # of the fault "stacked"
+    own_leader: list[Choices] = []  # of the fault "stacked"
     engine = make_engine(config, run.mesh)
     before = range(block) if "prefix" in setting.faults else range(0)  # blocks that go on training
     target = _BehindOwnPrefix(run.target) if before else run.target
@@ -310,7 +310,7 @@ def training(run: Run, setting: Setting) -> Iterator[int]:
     engine.close()
 
 
-def _with_gradient(network: Supernet, prefix: list[Path], x: Tensor) -> Tensor:
+def _with_gradient(network: Supernet, prefix: list[Choices], x: Tensor) -> Tensor:
     """What `Supernet.features` gives without."""
     for block, path in enumerate(prefix):
         x = network(block, [Item(path, x)])[0]
@@ -326,7 +326,7 @@ class _BehindOwnPrefix:
     def part(self, block: int) -> nn.ModuleDict:
         return self.target.part(block)
 
-    def remember(self, features: list[Tensor], views: list[Tensor], prefix: list[Path]) -> None:
+    def remember(self, features: list[Tensor], views: list[Tensor], prefix: list[Choices]) -> None:
         """Of which images the online network's features are."""
         self.own = {id(x): self.target.features(prefix, view) for x, view in zip(features, views, strict=True)}
 

@@ -13,7 +13,7 @@ from bossnas.spaces import Space
 from bossnas.spaces.cost import call_stem
 from bossnas.spaces.nats import Nats
 from bossnas.spaces.ops import GroupedBatchNorm, SlimConv
-from bossnas.spaces.paths import Path
+from bossnas.spaces.paths import Choices
 
 
 class Standalone(nn.Module):
@@ -68,7 +68,7 @@ class Standalone(nn.Module):
 
 
 def standalone(
-    space: Space, architecture: Sequence[Path], classes: int, drop_rate: float = 0.0, momentum: float | None = None
+    space: Space, architecture: Sequence[Choices], classes: int, drop_rate: float = 0.0, momentum: float | None = None
 ) -> Standalone:
     """The network of an architecture, one path per block, with the initial weights that it would have by itself.
 

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path as Folder
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ def plan(
     architecture: str | None = None,
     train_images: int | None = None,
     val_images: int | None = None,
-    measured: Sequence[Folder] = (),
+    measured: Sequence[Path] = (),
     tflops: float | None = None,
     gbps: float | None = None,
 ) -> dict[str, Any]:
@@ -383,7 +383,7 @@ def _scaling(rows: Sequence[dict[str, Any]]) -> None:
             row["scaling"] = first.setdefault((row["schedule"], row["engine"]), spent) / spent
 
 
-def _read_step(file: Folder, config: Config, blocks: int) -> dict[str, Any]:
+def _read_step(file: Path, config: Config, blocks: int) -> dict[str, Any]:
     """A result of ``bench/step.py --json``, if it is of this config."""
     fix = "write it with python bench/step.py --config … --steps 5 --json FILE on one such GPU"
     try:

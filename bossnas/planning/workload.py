@@ -25,7 +25,7 @@ from bossnas.config.search import Config, TrainConfig
 from bossnas.distributed.engines import protocol
 from bossnas.spaces import Space, cost, ops
 from bossnas.spaces.cost import CostTable, Shape
-from bossnas.spaces.paths import Path
+from bossnas.spaces.paths import Choices
 from bossnas.supernet import heads
 from bossnas.supernet.supernet import Supernet
 from bossnas.supernet.train_block import RunState, sample_paths, train_block
@@ -72,7 +72,7 @@ class Workload:
     """Counts of a config. ``winners``: the paths that blocks hand over along (None: of each block, the path of which
     the multiply-adds are nearest to the mean). Nothing is trained and no data is read."""
 
-    def __init__(self, config: Config, space: Space, winners: Sequence[Path] | None = None):
+    def __init__(self, config: Config, space: Space, winners: Sequence[Choices] | None = None):
         self.space, self.train, self.seed = space, config.train, config.seed
         self.image = config.space.image_size
         self.mode = FakeTensorMode()
@@ -84,8 +84,8 @@ class Workload:
         self.winners = list(winners or self._middle())
         self._counted: dict[tuple, Micro] = {}
 
-    def _middle(self) -> list[Path]:
-        winners: list[Path] = []
+    def _middle(self) -> list[Choices]:
+        winners: list[Choices] = []
         for block in range(self.space.blocks):
             shape = self.input_shape(block, winners)
             macs = {path: self.table.path(block, path, shape)[0].macs for path in self.space.paths(block, winners)}
@@ -98,7 +98,7 @@ class Workload:
         """Parameters of both networks and all predictors."""
         return _size(self.online) + _size(self.target) + sum(_size(p) for p in self.predictors)
 
-    def input_shape(self, block: int, winners: Sequence[Path]) -> Shape:
+    def input_shape(self, block: int, winners: Sequence[Choices]) -> Shape:
         """Of one image, along the winners of the blocks before."""
         shape = self.table.image
         for k in range(block):
@@ -125,7 +125,7 @@ class Workload:
             (trie + projector, trie + projector + predictor),
         )
 
-    def _head_macs(self, block: int, shape: Shape, paths: Sequence[Path]) -> tuple[int, int]:
+    def _head_macs(self, block: int, shape: Shape, paths: Sequence[Choices]) -> tuple[int, int]:
         """Multiply-adds of an image in the projector and in the predictor, summed over the paths."""
         projector, predictor = self.online.projectors[block].eval(), self.predictors[block].eval()
         ends = [(path[-1], self.table.path(block, path, shape)[1]) for path in paths]
@@ -140,7 +140,7 @@ class Workload:
             row = cost.count([predictor], lambda: predictor(torch.zeros(1, width)))["macs"]
         return sum(one[end] for end in ends), row * len(paths)
 
-    def _nodes(self, block: int, shape: Shape, routes: Iterable[tuple[int, Path]]) -> dict:
+    def _nodes(self, block: int, shape: Shape, routes: Iterable[tuple[int, Choices]]) -> dict:
         """Cost entries of the trie of (input, path) pairs; the stem once for every input."""
         nodes: dict = {}
         for source, path in routes:
@@ -154,7 +154,7 @@ class Workload:
                 here = entry.shape
         return nodes
 
-    def draws(self, block: int, winners: Sequence[Path]) -> tuple[int, int, int]:
+    def draws(self, block: int, winners: Sequence[Choices]) -> tuple[int, int, int]:
         """Of the paths of `DRAWS` updates' first micro-batches: the step whose multiply-adds are nearest to the mean,
         the step with the largest maps, and the values of an image in these."""
         shape, pairs = self.input_shape(block, winners), self.space.view_pairs
@@ -182,7 +182,7 @@ class Workload:
         return self.micro(block, at, step, images, recompute)
 
     def micro(
-        self, block: int, winners: Sequence[Path], step: int, images: int, recompute: bool | None = None
+        self, block: int, winners: Sequence[Choices], step: int, images: int, recompute: bool | None = None
     ) -> Micro:
         """Runs the first micro-batch of update ``step`` of the block's training, of ``images`` images.
 
@@ -213,7 +213,7 @@ def count_micro(
     target: Supernet,
     predictor: nn.Module,
     space: Space,
-    winners: Sequence[Path],
+    winners: Sequence[Choices],
     settings: TrainConfig,
     step: int,
     images: int,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path as Folder
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,14 +28,14 @@ from bossnas.spaces.hytra import KINDS, SCALES, HyTra, retraining_encoding
 from bossnas.spaces.mbconv import MBConv
 from bossnas.spaces.nats import Nats
 from bossnas.spaces.ops import SlimConv
-from bossnas.spaces.paths import Path, encode
+from bossnas.spaces.paths import Choices, encode
 
 Names = Iterator[tuple[str, str]]  # of tensors: in the network, in the supernet
 NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 def spec_of_run(
-    folder: Folder,
+    folder: Path,
     classes: int,
     image_size: int | None = None,
     options: Mapping[str, Any] | None = None,
@@ -85,7 +85,7 @@ class Report:
 
 
 @torch.no_grad()
-def inherit(model: nn.Module, spec: Spec, run: Folder) -> Report:
+def inherit(model: nn.Module, spec: Spec, run: Path) -> Report:
     """Gives the network of ``spec`` the weights and running statistics of the target network's winners in the last
     checkpoint of the finished search ``run``, in place.
 
@@ -144,7 +144,7 @@ def inherit(model: nn.Module, spec: Spec, run: Folder) -> Report:
     return Report([name for name in names if name in taken], [name for name in names if name not in taken])
 
 
-def _found(folder: Folder) -> tuple[Config, list[Path]]:
+def _found(folder: Path) -> tuple[Config, list[Choices]]:
     """Config and architecture of a finished search."""
     try:
         config = read_config(folder)
@@ -170,7 +170,7 @@ def _space(config: SpaceConfig) -> Space:
     return spaces.make(**config.model_dump())
 
 
-def _read(space: Space, text: str, field: str) -> list[Path]:
+def _read(space: Space, text: str, field: str) -> list[Choices]:
     try:
         return read_architecture(space, text)
     except ConfigError as error:
@@ -180,7 +180,7 @@ def _read(space: Space, text: str, field: str) -> list[Path]:
 def _spec(
     config: SpaceConfig,
     space: Space,
-    architecture: Sequence[Path],
+    architecture: Sequence[Choices],
     classes: int,
     image_size: int,
     options: Mapping[str, Any] | None,
@@ -197,7 +197,7 @@ def _spec(
         name, args = (
             "bossnas_own",
             {
-                "space": f"{Folder(file).resolve()}:{kind}",
+                "space": f"{Path(file).resolve()}:{kind}",
                 "paths": [encode(path) for path in architecture],
                 "width": config.width,
             },
@@ -205,7 +205,7 @@ def _spec(
     return Spec(name, {**args, **(options or {})}, classes, image_size, MEAN[recipe], STD[recipe])
 
 
-def _layers(architecture: Sequence[Path]) -> Iterator[tuple[str, int]]:
+def _layers(architecture: Sequence[Choices]) -> Iterator[tuple[str, int]]:
     """Of every layer, its name in the supernet and its candidate."""
     for block, path in enumerate(architecture):
         for layer, choice in enumerate(path):
@@ -217,7 +217,7 @@ def _norm(name: str, theirs: str) -> Names:
         yield f"{name}.{part}", f"{theirs}.{part}"
 
 
-def _bossnet(architecture: Sequence[Path]) -> Names:
+def _bossnet(architecture: Sequence[Choices]) -> Names:
     yield "conv1.weight", "stem.0.weight"
     yield from _norm("bn1", "stem.1")
     numbers, above = [0, 0, 0, 0], SCALES[5]
@@ -265,7 +265,7 @@ def _adapted_entry(source: Mapping[str, Tensor], choice: int) -> dict[str, Tenso
     }
 
 
-def _mbconv(model: MBConvNet, architecture: Sequence[Path]) -> Names:
+def _mbconv(model: MBConvNet, architecture: Sequence[Choices]) -> Names:
     yield "conv_stem.weight", "stem.0.0.weight"
     yield from _norm("bn_stem", "stem.0.1")
     yield "block0.conv1.weight", "stem.1.0.weight"
@@ -295,7 +295,7 @@ def _gate(name: str, theirs: str) -> Names:
         yield f"{name}.{ours}.bias", f"{theirs}.{part}.bias"
 
 
-def _nats(model: NatsNet, architecture: Sequence[Path]) -> Names:
+def _nats(model: NatsNet, architecture: Sequence[Choices]) -> Names:
     for number, (layer, choice) in enumerate(_layers(architecture), 1):
         if number == 1:
             yield "stem.0.weight", f"{layer}.stem.conv.weight"
@@ -314,7 +314,7 @@ def _nats(model: NatsNet, architecture: Sequence[Path]) -> Names:
             yield from _norm(f"layer{number}.{ours}.2", f"{layer}.{theirs}.norms.{choice}")
 
 
-def _standalone(model: Standalone, architecture: Sequence[Path], source: Mapping[str, Tensor]) -> Names:
+def _standalone(model: Standalone, architecture: Sequence[Choices], source: Mapping[str, Tensor]) -> Names:
     layers = [layer for layer, _ in _layers(architecture)]
     for name in model.state_dict():
         part, _, rest = name.partition(".")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from itertools import chain
-from pathlib import Path as Folder
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,14 +25,14 @@ from bossnas.runs import checkpoint
 from bossnas.search import winners
 from bossnas.search.stage import Job, measures, rating_due, save_due, total_steps, train_batches, train_with, warn
 from bossnas.spaces import Space
-from bossnas.spaces.paths import Path, encode
+from bossnas.spaces.paths import Choices, encode
 from bossnas.supernet.supernet import Item, Supernet
 from bossnas.supernet.train_block import RunState, Step
 
 LEADERS = 3  # the random stream of the first leaders, beside those of bossnas.supernet.train_block
 
 
-def block_parallel(job: Job, where: Folder | None) -> None:
+def block_parallel(job: Job, where: Path | None) -> None:
     """Trains all blocks at once, rating them in mid-stage to choose their leaders; then rates them in order, each on
     the winners before it. ``where``: the checkpoint to go on from."""
     run, state = job.run, job.run.state
@@ -58,16 +58,16 @@ def block_parallel(job: Job, where: Folder | None) -> None:
         job.save({})
 
 
-def first_leaders(space: Space, seed: int) -> list[Path]:
+def first_leaders(space: Space, seed: int) -> list[Choices]:
     """A path of every block, drawn from those that can follow the ones before it."""
-    leaders: list[Path] = []
+    leaders: list[Choices] = []
     for block in range(space.blocks):
         paths = space.paths(block, list(leaders))
         leaders.append(paths[int(np.random.default_rng([seed, LEADERS, block]).integers(len(paths)))])
     return leaders
 
 
-def _rated_leaders(job: Job) -> list[Path]:
+def _rated_leaders(job: Job) -> list[Choices]:
     """The best path of every block, each rated on the best ones before it. All ranks hold all weights."""
     run, leaders = job.run, []
     for block in range(run.space.blocks):
@@ -81,7 +81,7 @@ def _rated_leaders(job: Job) -> list[Path]:
 
 
 @torch.no_grad()
-def hand_over(target: Supernet, block: int, leader: Path, views: list[Tensor]) -> Tensor:
+def hand_over(target: Supernet, block: int, leader: Choices, views: list[Tensor]) -> Tensor:
     """What the block's target network, in training mode, makes of the micro-batch: see `pipe.pack`.
 
     ``views``: [n, C, H, W] each; batch norm takes each view's own statistics.
@@ -96,7 +96,7 @@ class _Row:
     on it: the next row can begin, and no weights have changed. So one micro-batch is held at a time.
     """
 
-    def __init__(self, job: Job, where: Folder | None):
+    def __init__(self, job: Job, where: Path | None):
         run, state, mesh = job.run, job.run.state, job.run.mesh
         self.job, self.run, self.trace = job, run, job.trace
         self.step = state.step
@@ -197,7 +197,7 @@ class _Row:
         state.step, state.images_seen = self.step, seen
         state.bad_by_block[:] = [counts[block] for block in range(self.run.space.blocks)]
 
-    def follow(self, leaders: list[Path]) -> None:
+    def follow(self, leaders: list[Choices]) -> None:
         """From now on features are handed on along ``leaders``."""
         self.run.state.leaders[:] = leaders
         for block, prefix in self.prefixes.items():

@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path as Folder
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from bossnas.files import write_json
 from bossnas.log import logger
 from bossnas.runs.folder import FREE
 from bossnas.search.run import Run
-from bossnas.spaces.paths import Path, encode
+from bossnas.spaces.paths import Choices, encode
 from bossnas.supernet.memory import Footprint
 from bossnas.supernet.rate_block import Pieces, Validation, rate_block
 from bossnas.supernet.scores import BETTER
@@ -32,14 +32,14 @@ SAVE_SECONDS = 30  # between two writings of a rating's progress
 CPU_GIB = 0.25  # larger maps than some 32 MiB come from fresh pages at every operation, which costs more than it saves
 GPU_SHARE = 0.5  # of the memory that is free when the rating starts
 
-Scores = dict[str, dict[Path, float]]
+Scores = dict[str, dict[Choices, float]]
 
 
 def rate(
     run: Run,
     block: int,
-    partial: Folder | None = None,
-    prefix: Sequence[Path] | None = None,
+    partial: Path | None = None,
+    prefix: Sequence[Choices] | None = None,
     guard: Guard | None = None,
 ) -> Scores:
     """All scores of all paths of the block, on ``prefix``, the paths of the blocks before it (None: their winners).
@@ -97,7 +97,7 @@ def rate(
     return scores
 
 
-def write(folder: Folder, run: Run, block: int, scores: Scores, name: str, prefix: Sequence[Path]) -> None:
+def write(folder: Path, run: Run, block: int, scores: Scores, name: str, prefix: Sequence[Choices]) -> None:
     """ratings/``name``: every path with the chosen score, and with all scores, on ``prefix``."""
     if dist.rank() == 0:
         chosen = run.config.rating.score
@@ -172,7 +172,7 @@ def _validation(run: Run) -> Validation:
     return Validation([min(batch, count - first) for first in range(0, count, batch)], take)
 
 
-def _units_fit(run: Run, block: int, winners: Sequence[Path], paths: Sequence[Path]) -> int:
+def _units_fit(run: Run, block: int, winners: Sequence[Choices], paths: Sequence[Choices]) -> int:
     """How many paths are computed together within rating.max_gib; equal on all ranks."""
     rating, config = run.config.rating, run.config
     images = max(
@@ -198,7 +198,7 @@ def _units_fit(run: Run, block: int, winners: Sequence[Path], paths: Sequence[Pa
     return max(most, 1)
 
 
-def _key(run: Run, block: int, winners: Sequence[Path], cut: Sequence[Unit], sizes: Sequence[int]) -> str:
+def _key(run: Run, block: int, winners: Sequence[Choices], cut: Sequence[Unit], sizes: Sequence[int]) -> str:
     """Tells the ratings apart whose pieces do not fit together: weights, paths, images, units, settings."""
     modules = nn.ModuleList([*run.online.part(block).values(), *run.target.part(block).values(), run.predictors[block]])
     weights = torch.stack([p.detach().double().sum() for p in modules.parameters()]).tolist()
@@ -213,7 +213,7 @@ def _key(run: Run, block: int, winners: Sequence[Path], cut: Sequence[Unit], siz
 class _Progress:
     """The pieces of a rating in a file, written by rank 0 every SAVE_SECONDS and read by it for all ranks."""
 
-    def __init__(self, file: Folder | None, key: str):
+    def __init__(self, file: Path | None, key: str):
         self.file, self.key, self.saved = file, key, time.monotonic()
 
     def load(self) -> Pieces:

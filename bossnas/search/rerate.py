@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path as Folder
+from pathlib import Path
 
 from torch import nn
 
@@ -19,7 +19,7 @@ from bossnas.search.winners import settle
 from bossnas.spaces.ops import GroupedBatchNorm
 
 
-def rerate(folder: Folder, blocks: list[int] | None = None, overrides: Sequence[str] = ()) -> list[int]:
+def rerate(folder: Path, blocks: list[int] | None = None, overrides: Sequence[str] = ()) -> list[int]:
     """Rates finished blocks again from the run's last checkpoint and rewrites their ratings; returns the blocks.
 
     ``overrides``: ``rating.key=value``, for this rating alone. Any number of ranks; no engine is needed.
@@ -43,13 +43,13 @@ def rerate(folder: Folder, blocks: list[int] | None = None, overrides: Sequence[
     return chosen
 
 
-def rate_untrained(config: Config) -> Folder:
+def rate_untrained(config: Config) -> Path:
     """Rates block after block of a supernet with random weights, each on the winners before; returns the folder.
 
     Last batch-norm weights that start at zero (HyTra) are set to one: otherwise all candidates of a scale would be
     the same function.
     """
-    main, folder = dist.rank() == 0, Folder(config.out)
+    main, folder = dist.rank() == 0, Path(config.out)
 
     def start() -> Run:
         if not main:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass, field
-from pathlib import Path as Folder
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,7 @@ def make_engine(config: Config, mesh: dist.Mesh) -> Engine:
     )
 
 
-def announce(run: Run, folder: Folder, title: str) -> None:
+def announce(run: Run, folder: Path, title: str) -> None:
     """The log's first lines: what runs on what, and from where it goes on."""
     if run.config.data.train is None and dist.rank() == 0:
         logger.warning(
@@ -146,7 +146,7 @@ def announce(run: Run, folder: Folder, title: str) -> None:
         logger.info("%s: %s", folder, where)
 
 
-def write_architecture(run: Run, folder: Folder) -> None:
+def write_architecture(run: Run, folder: Path) -> None:
     """architecture.json: the winners put together (greedy), with their cost."""
     winners, size = run.state.winners, run.config.space.image_size
     x = torch.zeros(1, 3, size, size, device=run.device)
@@ -200,7 +200,7 @@ def save(saver: checkpoint.Saver, run: Run, engines: dict[int, Engine]) -> None:
     )
 
 
-def restore(run: Run, folder: Folder, training: bool = True) -> Folder | None:
+def restore(run: Run, folder: Path, training: bool = True) -> Path | None:
     """Loads the weights and the position of ``folder``'s last checkpoint, or of the checkpoint that ``folder`` is.
     Returns the checkpoint, where the optimizers' states lie (`checkpoint.load_engine`), None if there is none.
 
@@ -212,7 +212,7 @@ def restore(run: Run, folder: Folder, training: bool = True) -> Folder | None:
     return where
 
 
-def _load(run: Run, where: Folder, training: bool) -> None:
+def _load(run: Run, where: Path, training: bool) -> None:
     values, state = checkpoint.read_state(where), run.state
     if training:
         check_data(values["data"], _data_state(run), bool(values["step"]))

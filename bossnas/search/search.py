@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path as Folder
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -36,7 +36,7 @@ from bossnas.supernet.train_block import Step
 DONE = "done"  # the file that a finished run has
 
 
-def search(config: Config, resume: str | None = None, trace: Trace | None = None) -> Folder:
+def search(config: Config, resume: str | None = None, trace: Trace | None = None) -> Path:
     """Runs or continues the search that ``config`` describes and returns the run folder.
 
     Every rank calls it, after `launch.init`. ``trace``: takes down where this rank's time goes. Raises ConfigError for
@@ -44,7 +44,7 @@ def search(config: Config, resume: str | None = None, trace: Trace | None = None
     """
     main = dist.rank() == 0
     log.setup(None, main)
-    folder = Folder(config.out)
+    folder = Path(config.out)
     run = dist.together(lambda: _start(config, resume))
     run.mesh = dist.connected(run.mesh, config.engine.timeout_minutes)
     log.setup(folder, main)
@@ -75,7 +75,7 @@ def _start(config: Config, resume: str | None) -> Run:
     """Checks everything that can be checked beforehand; only then does the main rank write into the run folder."""
     if dist.rank() > 0:
         return build(config)
-    folder, begin = Folder(config.out), claim(config, resume)
+    folder, begin = Path(config.out), claim(config, resume)
     run = build(config)
     held = sum(f.stat().st_size for f in (folder / "checkpoints").rglob("*") if f.is_file())
     checkpoint.require_room(folder, max(_checkpoint_bytes(run) * (config.checkpoint.keep + 1) - held, 0))
@@ -94,7 +94,7 @@ def _is_past(run: Run, line: dict) -> bool:
     return block < state.block or step + rated <= state.step
 
 
-def sequential(job: Job, where: Folder | None) -> None:
+def sequential(job: Job, where: Path | None) -> None:
     """One block after the other: trains it on the frozen blocks before, rates it, keeps its winner. ``where``: the
     checkpoint to go on from."""
     state = job.run.state
@@ -106,7 +106,7 @@ def sequential(job: Job, where: Folder | None) -> None:
         job.save({})
 
 
-def _train_block(job: Job, where: Folder | None) -> None:
+def _train_block(job: Job, where: Path | None) -> None:
     run, state = job.run, job.run.state
     block, total = state.block, total_steps(run)
     engine, steps = start_block(run)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path as Folder
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from bossnas.runs.metrics import Metrics
 from bossnas.search import rating, winners
 from bossnas.search.run import Run, make_engine, save
 from bossnas.spaces.ops import synchronise
-from bossnas.spaces.paths import Path, encode
+from bossnas.spaces.paths import Choices, encode
 from bossnas.supernet.supernet import Supernet
 from bossnas.supernet.train_block import RunState, Step, train_block
 
@@ -52,7 +52,7 @@ class Trace:
     def waited(self) -> float:
         return sum(self.seconds[name] for name in WAITS)
 
-    def write(self, file: Folder, rank: int) -> None:
+    def write(self, file: Path, rank: int) -> None:
         """The spans as events for chrome://tracing or ui.perfetto.dev; those of several ranks may be put together."""
         events = [
             {"name": name, "ph": "X", "pid": 0, "tid": rank, "ts": start * 1e6, "dur": took * 1e6}
@@ -66,7 +66,7 @@ class Job:
     """What a schedule works with: the run, and what writes, saves, stops and times it."""
 
     run: Run
-    folder: Folder
+    folder: Path
     metrics: Metrics
     saver: checkpoint.Saver
     guard: Guard
@@ -81,7 +81,7 @@ class Job:
             self.saver.wait()
             raise self.guard.stopped()
 
-    def rate_midway(self, block: int, prefix: Sequence[Path]) -> Path:
+    def rate_midway(self, block: int, prefix: Sequence[Choices]) -> Choices:
         """Rates a block that still trains on the paths of the blocks before; returns the best path."""
         run, step = self.run, self.run.state.step
         name = f"block_{block}_epoch_{step // run.steps_per_epoch}"
@@ -158,7 +158,7 @@ class Stage(NamedTuple):
     steps: Iterator[Step | None]
 
 
-def train_with(run: Run, position: RunState, inputs: Iterator[list[Tensor]], prefix: list[Path]) -> Stage:
+def train_with(run: Run, position: RunState, inputs: Iterator[list[Tensor]], prefix: list[Choices]) -> Stage:
     """A fresh engine for block ``position.block`` and the block's training on ``inputs`` (see `train_block`)."""
     config, block, train = run.config, position.block, run.config.train
     engine = make_engine(config, run.mesh)

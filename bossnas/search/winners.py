@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path as Folder
+from pathlib import Path
 
 from bossnas.distributed import dist
 from bossnas.distributed.engines.protocol import autocast
@@ -11,20 +11,20 @@ from bossnas.files import write_json
 from bossnas.log import logger
 from bossnas.search.rating import Scores, _Calibration, write
 from bossnas.search.run import Run
-from bossnas.spaces.paths import Path, encode
+from bossnas.spaces.paths import Choices, encode
 from bossnas.supernet.rate_block import best, calibrate
 from bossnas.supernet.scores import BETTER
 from bossnas.supernet.units import Unit
 
 
-def winner_of(run: Run, scores: Scores) -> tuple[Path, float]:
+def winner_of(run: Run, scores: Scores) -> tuple[Choices, float]:
     """The best path by the score that the config chooses, and its value."""
     values = scores[run.config.rating.score]
     winner = best(values, BETTER[run.config.rating.score])
     return winner, values[winner]
 
 
-def settle(run: Run, folder: Folder, scores: Scores) -> tuple[Path, float]:
+def settle(run: Run, folder: Path, scores: Scores) -> tuple[Choices, float]:
     """Writes the current block's rating and its winner, and freezes the block; the state is then at the next one.
 
     The block's buffers become the winner's calibrated batch-norm statistics. Returns the winner and its score.
@@ -46,7 +46,7 @@ def settle(run: Run, folder: Folder, scores: Scores) -> tuple[Path, float]:
     return winner, value
 
 
-def freeze_winner(run: Run, winner: Path) -> None:
+def freeze_winner(run: Run, winner: Choices) -> None:
     """Freezes the current block with the winner's calibrated statistics, and moves the state on to the next block."""
     block, state = run.state.block, run.state
     calibrate_path(run, block, state.winners, winner)
@@ -56,7 +56,7 @@ def freeze_winner(run: Run, winner: Path) -> None:
     state.block = block + 1
 
 
-def calibrate_path(run: Run, block: int, prefix: Sequence[Path], path: Path) -> None:
+def calibrate_path(run: Run, block: int, prefix: Sequence[Choices], path: Choices) -> None:
     """Writes the path's calibrated batch-norm statistics into the target block's buffers. The blocks before it are in
     evaluation mode with those of ``prefix``."""
     with autocast(run.device.type, run.config.train.precision):  # as when the path was rated

@@ -17,7 +17,7 @@ import numpy as np
 from bossnas.errors import ConfigError
 from bossnas.runs.ratings import BlockRating
 from bossnas.spaces.cost import COSTS, Cost, CostTable, Start
-from bossnas.spaces.paths import Path, decode, encode
+from bossnas.spaces.paths import Choices, decode, encode
 
 SCORE_BITS = 50  # scores are added as multiples of 2**-50 of the power of two above the largest
 NO_LIMIT = 2**62
@@ -27,7 +27,7 @@ NO_LIMIT = 2**62
 class Selected:
     """An architecture with its score, the sum over the blocks, and its cost."""
 
-    architecture: list[Path]
+    architecture: list[Choices]
     score: float
     cost: Cost
 
@@ -36,7 +36,7 @@ class Selected:
 class Options:
     """The rated paths of a block from one of its starts, in lexicographic order."""
 
-    paths: list[Path]
+    paths: list[Choices]
     scores: np.ndarray  # int64 [n], lower is better
     costs: np.ndarray  # int64 [n, 3], in the order of COSTS
     following: np.ndarray  # int [n]: which start of the next block each path leads to
@@ -77,7 +77,7 @@ class Graph:
             )
         return [self._from(block, start, values if start in held else {}) for start in starts]
 
-    def _from(self, block: int, start: Start, values: dict[Path, float]) -> Options:
+    def _from(self, block: int, start: Start, values: dict[Choices, float]) -> Options:
         paths = sorted(path for path in start.paths if path in values)
         costs = [self.table.path(block, path, start.shape)[0] for path in paths]
         following = self._following(block, start, paths)
@@ -89,7 +89,7 @@ class Graph:
             following,
         )
 
-    def _following(self, block: int, start: Start, paths: list[Path]) -> np.ndarray:
+    def _following(self, block: int, start: Start, paths: list[Choices]) -> np.ndarray:
         if block + 1 == len(self.table.starts):
             return np.zeros(len(paths), np.int64)
         index = {start: i for i, start in enumerate(self.table.starts[block + 1])}
@@ -99,7 +99,7 @@ class Graph:
         """The sum of scores that the integer ``value`` stands for."""
         return math.ldexp(self.sign * int(value), -self.exponent)
 
-    def selected(self, architecture: list[Path], value: int) -> Selected:
+    def selected(self, architecture: list[Choices], value: int) -> Selected:
         space = self.table.space
         if any(path not in space.paths(block, architecture[:block]) for block, path in enumerate(architecture)):
             raise ConfigError(

@@ -6,7 +6,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,7 +117,7 @@ def measure(
     return rows
 
 
-def attach(table: CostTable, file: File, command: str) -> CostTable:
+def attach(table: CostTable, file: Path, command: str) -> CostTable:
     """The table with the latencies of a file that `bossnas cost --measure --json` wrote.
 
     Nothing is interpolated: raises ConfigError with the first entry that the file lacks, or holds for a layer of
@@ -165,7 +165,7 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        lines = File("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

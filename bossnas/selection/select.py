@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path as Folder
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from bossnas.selection.graph import NO_LIMIT, Graph, Options, Selected, greedy, 
 from bossnas.selection.pareto import nondominated
 from bossnas.selection.sizes import log_channels
 from bossnas.spaces.cost import COSTS, CostTable
-from bossnas.spaces.paths import Path, decode, encode
+from bossnas.spaces.paths import Choices, decode, encode
 
 MERGED = 2_000_000  # rows of sums that are made at once
 NAMES = {"macs": "macs", "params": "params", "latency_ns": "latency_ms"}  # of the costs, in results
@@ -31,7 +31,7 @@ FLAGS = {"macs": "--max-macs", "params": "--max-params", "latency_ns": "--max-la
 
 
 def select(
-    folders: Sequence[Folder],
+    folders: Sequence[Path],
     *,
     score: str | None = None,
     how: str = "sum",
@@ -39,7 +39,7 @@ def select(
     limits: dict[str, int] | None = None,
     top: int = 5,
     front_cost: str | None = None,
-    latencies: Folder | None = None,
+    latencies: Path | None = None,
 ) -> dict[str, Any]:
     """Selects from the ratings of a finished run, or of several that differ in their seed; plain values, for JSON.
 
@@ -98,7 +98,7 @@ def select(
     return result
 
 
-def _read(folders: Sequence[Folder], score: str | None) -> list[list[BlockRating]]:
+def _read(folders: Sequence[Path], score: str | None) -> list[list[BlockRating]]:
     """The ratings of every run. Raises ConfigError where they cannot be summed."""
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ConfigError("RUN", "the same run is named twice", "name each run once")
@@ -209,7 +209,7 @@ def best(graph: Graph, limits: dict[str, int], count: int) -> list[Selected]:
     rest = completions(graph, limits, columns, first=1)
     found: list[Selected] = []
     # Best first. The first value is the exact least score of all completions of a prefix; then the prefix breaks ties.
-    queue: list[tuple[int, list[Path], int, int, np.ndarray]] = [(0, [], 0, 0, limit)]
+    queue: list[tuple[int, list[Choices], int, int, np.ndarray]] = [(0, [], 0, 0, limit)]
     while queue and len(found) < count:
         _, prefix, score, start, budget = heapq.heappop(queue)
         block = len(prefix)
@@ -268,7 +268,7 @@ def front(graph: Graph, limits: dict[str, int], cost: str) -> list[Selected]:
     return [graph.selected(_walk(graph, rest, int(i)), int(whole[i, 0])) for i in points[np.argsort(whole[points, 1])]]
 
 
-def _walk(graph: Graph, rest: list[list[Completions]], row: int) -> list[Path]:
+def _walk(graph: Graph, rest: list[list[Completions]], row: int) -> list[Choices]:
     architecture, start = [], 0
     for block, starts in enumerate(graph.blocks):
         here = rest[block][start]

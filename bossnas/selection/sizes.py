@@ -8,7 +8,7 @@ import numpy as np
 
 from bossnas.networks.from_space import head
 from bossnas.spaces.cost import CostTable, Shape
-from bossnas.spaces.paths import Path
+from bossnas.spaces.paths import Choices
 
 SIZE_DEFINITIONS = {
     "params": "parameters of the stand-alone network: stem, searched layers, classifier",
@@ -20,7 +20,7 @@ SIZE_DEFINITIONS = {
 }
 
 
-def size_baselines(table: CostTable, architectures: Sequence[Sequence[Path]], classes: int) -> dict[str, np.ndarray]:
+def size_baselines(table: CostTable, architectures: Sequence[Sequence[Choices]], classes: int) -> dict[str, np.ndarray]:
     """The sizes named in DEFINITIONS, each an array with one value per architecture; params and macs are int64."""
     sizes = table.networks(architectures)
     layers = _Layers(table)
@@ -36,7 +36,9 @@ def size_baselines(table: CostTable, architectures: Sequence[Sequence[Path]], cl
     }
 
 
-def log_channels(table: CostTable, block: int, prefix: Sequence[Path], paths: Iterable[Path]) -> dict[Path, float]:
+def log_channels(
+    table: CostTable, block: int, prefix: Sequence[Choices], paths: Iterable[Choices]
+) -> dict[Choices, float]:
     """The sum of log channels of a block's paths, behind those of the blocks before it; without ``prefix`` behind any
     that lead to them."""
     layers, result = _Layers(table), {}
@@ -51,13 +53,13 @@ class _Layers:
 
     def __init__(self, table: CostTable):
         self.table = table
-        self.known: dict[tuple[int, Path, Shape], tuple[np.ndarray, Shape]] = {}
+        self.known: dict[tuple[int, Choices, Shape], tuple[np.ndarray, Shape]] = {}
         offered: dict[tuple[int, int, Shape], list[int]] = {}
         for (block, layer, _, shape), entry in table.entries.items():
             offered.setdefault((block, layer, shape), []).append(entry.cost.params)
         self.median = {place: float(np.median(params)) for place, params in offered.items()}
 
-    def walk(self, architecture: Sequence[Path]) -> np.ndarray:
+    def walk(self, architecture: Sequence[Choices]) -> np.ndarray:
         """Sum of channels, sum of their logs, wide candidates, channels at the end."""
         total, shape = np.zeros(3), self.table.stem.shape
         for block, path in enumerate(architecture):
@@ -68,7 +70,7 @@ class _Layers:
         # rounded, so that sums of the same logs in another order are the ties that they are
         return np.append(total.round(9), shape[0])
 
-    def _path(self, block: int, path: Path, shape: Shape) -> tuple[np.ndarray, Shape]:
+    def _path(self, block: int, path: Choices, shape: Shape) -> tuple[np.ndarray, Shape]:
         total = np.zeros(3)
         for layer, choice in enumerate(path):
             entry = self.table.entries[block, layer, choice, shape]

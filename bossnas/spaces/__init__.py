@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from torch import nn
 
 from bossnas.errors import ConfigError
-from bossnas.spaces.paths import MAX_CANDIDATES, Path
+from bossnas.spaces.paths import MAX_CANDIDATES, Choices
 
 
 class Space(Protocol):
@@ -51,15 +51,15 @@ class Space(Protocol):
         """Channels that the block's projector takes."""
         ...
 
-    def paths(self, block: int, winners: list[Path]) -> list[Path]:
+    def paths(self, block: int, winners: list[Choices]) -> list[Choices]:
         """Every path of the block that can follow the winners of the blocks before it, in a fixed order."""
         ...
 
-    def sample(self, block: int, winners: list[Path], rng: np.random.Generator) -> list[Path]:
+    def sample(self, block: int, winners: list[Choices], rng: np.random.Generator) -> list[Choices]:
         """The paths of one micro-batch."""
         ...
 
-    def describe(self, architecture: list[Path]) -> dict[str, Any]:
+    def describe(self, architecture: list[Choices]) -> dict[str, Any]:
         """What architecture.json says beyond the paths, such as scales or widths."""
         ...
 
@@ -101,9 +101,9 @@ def make(name: str, *, width: float, image_size: int, restricted: bool, split: s
 
 def _own(name: str, width: float) -> Space:
     file, _, attribute = name.rpartition(":")
-    if not File(file).is_file():
+    if not Path(file).is_file():
         raise ConfigError("space.name", f"there is no file {file}", "name a Python file as path/to/file.py:ClassName")
-    spec = importlib.util.spec_from_file_location(f"bossnas_own_space_{File(file).stem}", file)
+    spec = importlib.util.spec_from_file_location(f"bossnas_own_space_{Path(file).stem}", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bossnas.errors import ConfigError
 from bossnas.spaces import Space
-from bossnas.spaces.paths import Path, decode, encode
+from bossnas.spaces.paths import Choices, decode, encode
 
 Shape = tuple[int, int, int]  # channels, height, width of one image's map
 Key = tuple[int, int, int, Shape]  # block, layer, candidate id, input shape
@@ -49,7 +49,7 @@ class Start(NamedTuple):
     """What a block can begin from: its input's shape (the image's for block 0) and the paths that may follow."""
 
     shape: Shape
-    paths: tuple[Path, ...]
+    paths: tuple[Choices, ...]
 
 
 class CostTable:
@@ -65,21 +65,21 @@ class CostTable:
         self.space = space
         self.image: Shape = (3, image_size, image_size)
         self.entries: dict[Key, Entry] = {}
-        self.starts: list[dict[Start, list[Path]]] = []
+        self.starts: list[dict[Start, list[Choices]]] = []
         self.has_latency = False
         stem = space.stem().eval()
         self.stem = run(lambda x: call_stem(stem, x), [stem], self.image)
-        self._known: dict[tuple[int, Path, Shape], Entry] = {}
+        self._known: dict[tuple[int, Choices, Shape], Entry] = {}
 
     @classmethod
     def of(cls, space: Space, image_size: int) -> CostTable:
         """Runs every candidate once per input shape with one image, one layer's weights in memory at a time."""
         table = cls(space, image_size)
-        starts: dict[Start, list[Path]] = {Start(table.image, tuple(space.paths(0, []))): []}
+        starts: dict[Start, list[Choices]] = {Start(table.image, tuple(space.paths(0, []))): []}
         for block in range(space.blocks):
             table.starts.append(starts)
             table._run_block(block)
-            following: dict[Start, list[Path]] = {}
+            following: dict[Start, list[Choices]] = {}
             for start, winners in starts.items():
                 for path in start.paths if block + 1 < space.blocks else ():
                     following.setdefault(table.after(block, start, path), [*winners, path])
@@ -100,12 +100,12 @@ class CostTable:
                 )
             reached = {key: self.entries[block, layer, key[1][layer], shape].shape for key, shape in reached.items()}
 
-    def after(self, block: int, start: Start, path: Path) -> Start:
+    def after(self, block: int, start: Start, path: Choices) -> Start:
         """What the next block begins from when this one takes ``path`` from ``start``."""
         shape = self.path(block, path, start.shape)[1]
         return Start(shape, tuple(self.space.paths(block + 1, [*self.starts[block][start], path])))
 
-    def path(self, block: int, path: Path, shape: Shape) -> tuple[Cost, Shape]:
+    def path(self, block: int, path: Choices, shape: Shape) -> tuple[Cost, Shape]:
         """Cost and output shape of a path on an input shape; in block 0 the input is the image and the stem counts.
 
         Raises ConfigError where the space does not let this path meet this input.
@@ -126,7 +126,7 @@ class CostTable:
         self._known[block, path, shape] = Entry(cost, out)
         return cost, out
 
-    def cost(self, architecture: Sequence[Path]) -> Cost:
+    def cost(self, architecture: Sequence[Choices]) -> Cost:
         """Cost of a network, one path per block (or of its first blocks)."""
         total, shape = Cost(0, 0), self.image
         for block, path in enumerate(architecture):
@@ -134,12 +134,12 @@ class CostTable:
             total = total + cost
         return total
 
-    def network(self, architecture: Sequence[Path]) -> dict[str, int]:
+    def network(self, architecture: Sequence[Choices]) -> dict[str, int]:
         """{"macs", "params"} of a network, one path per block."""
         total = self.cost(architecture)
         return {"macs": total.macs, "params": total.params}
 
-    def networks(self, architectures: Sequence[Sequence[Path]]) -> dict[str, np.ndarray]:
+    def networks(self, architectures: Sequence[Sequence[Choices]]) -> dict[str, np.ndarray]:
         """{"macs", "params"}, each an int64 array with one value per architecture."""
         costs = [self.cost(architecture) for architecture in architectures]
         return {name: np.array([getattr(cost, name) for cost in costs], np.int64) for name in ("macs", "params")}
@@ -171,13 +171,13 @@ class CostTable:
         ]
 
 
-def read_architecture(space: Space, text: str) -> list[Path]:
+def read_architecture(space: Space, text: str) -> list[Choices]:
     """ "5433|3230|0010|0000" -> one path per block. Raises ConfigError for what is not an architecture of the space."""
     fix = "write one path per block as bossnas search does, such as '5433|3230|0010|0000' for hytra"
     parts = text.split("|")
     if len(parts) != space.blocks:
         raise ConfigError("--architecture", f"{text!r} has {len(parts)} paths, the space {space.blocks} blocks", fix)
-    architecture: list[Path] = []
+    architecture: list[Choices] = []
     for block, part in enumerate(parts):
         if not (part.isascii() and part.isalnum()):
             raise ConfigError("--architecture", f"{part!r} is no path", fix)

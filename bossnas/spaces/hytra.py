@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from bossnas.spaces.ops import Attention, Chain, GroupedBatchNorm, Statistics, conv, conv_norm
-from bossnas.spaces.paths import Path, all_paths, uniform_sample
+from bossnas.spaces.paths import Choices, all_paths, uniform_sample
 
 KINDS = ("ATT", "CONV", "ATT", "CONV", "CONV", "CONV")  # by candidate id
 SCALES = (0, 0, 1, 1, 2, 3)  # by candidate id; scale s has stride 4 * 2**(3 - s)
@@ -21,7 +21,7 @@ PATHS_PER_STEP = 4
 
 
 @cache
-def path_set(depth: int, restricted: bool = True) -> tuple[Path, ...]:
+def path_set(depth: int, restricted: bool = True) -> tuple[Choices, ...]:
     """All paths of a block that starts at scale ``depth - 1``: no layer goes down more than one scale.
 
     Unrestricted, the first layer may start at any scale up to ``depth - 1``. Sizes: 51 / 131 (unrestricted) at depth
@@ -51,7 +51,7 @@ def count_runnable() -> int:
     return sum(ends.values())
 
 
-def retraining_encoding(architecture: list[Path]) -> list[list[int]]:
+def retraining_encoding(architecture: list[Choices]) -> list[list[int]]:
     """Layers grouped by stage (scale 3 first), 0 for attention and 1 for convolution (METHOD 4, hand-over)."""
     stages: list[list[int]] = [[], [], [], []]
     for path in architecture:
@@ -60,7 +60,7 @@ def retraining_encoding(architecture: list[Path]) -> list[list[int]]:
     return stages
 
 
-def _leads_on(block: int, path: Path) -> bool:
+def _leads_on(block: int, path: Choices) -> bool:
     """Whether the next block owns the scale at which the path ends (5555 and 4444 are dead ends)."""
     return block + 1 == len(DEPTHS) or SCALES[path[-1]] < DEPTHS[block + 1]
 
@@ -99,14 +99,14 @@ class HyTra:
     def neck_width(self, block: int) -> int:
         return 4 * self.inner(0)
 
-    def paths(self, block: int, winners: list[Path]) -> list[Path]:
+    def paths(self, block: int, winners: list[Choices]) -> list[Choices]:
         depth = DEPTHS[0] if block == 0 else SCALES[winners[block - 1][-1]] + 1
         return [p for p in path_set(depth, self.restricted or block > 0) if _leads_on(block, p)]
 
-    def sample(self, block: int, winners: list[Path], rng: np.random.Generator) -> list[Path]:
+    def sample(self, block: int, winners: list[Choices], rng: np.random.Generator) -> list[Choices]:
         return uniform_sample(self.paths(block, winners), PATHS_PER_STEP, rng)
 
-    def describe(self, architecture: list[Path]) -> dict:
+    def describe(self, architecture: list[Choices]) -> dict:
         return {
             "scales": [[SCALES[c] for c in path] for path in architecture],
             "retraining_encoding": retraining_encoding(architecture),

@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from bossnas.spaces.ops import Chain, GroupedBatchNorm, HalvePool, NoAdapter, SqueezeExcite, Statistics, conv, conv_norm
-from bossnas.spaces.paths import Path, all_paths, fair_sample
+from bossnas.spaces.paths import Choices, all_paths, fair_sample
 
 CANDIDATES = ((6, 3), (6, 5), (3, 3), (3, 5))  # (expansion, kernel) by candidate id
 BLOCKS = ((24, 2, 2), (40, 2, 4), (80, 2, 4), (112, 1, 4), (192, 2, 4))  # (width, first stride, layers)
@@ -56,13 +56,13 @@ class MBConv:
     def neck_width(self, block: int) -> int:
         return self.channels(block)
 
-    def paths(self, block: int, winners: list[Path]) -> list[Path]:
+    def paths(self, block: int, winners: list[Choices]) -> list[Choices]:
         return all_paths([len(CANDIDATES)] * self.layers(block))
 
-    def sample(self, block: int, winners: list[Path], rng: np.random.Generator) -> list[Path]:
+    def sample(self, block: int, winners: list[Choices], rng: np.random.Generator) -> list[Choices]:
         return fair_sample(len(CANDIDATES), self.layers(block), rng)
 
-    def describe(self, architecture: list[Path]) -> dict:
+    def describe(self, architecture: list[Choices]) -> dict:
         return {
             "candidates": [[self.candidates(0)[c] for c in path] for path in architecture],
             "widths": [self.channels(block) for block in range(len(architecture))],

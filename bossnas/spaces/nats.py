@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bossnas.spaces.ops import GroupedBatchNorm, HalvePool, PooledPointwise, SlimConv, Statistics
-from bossnas.spaces.paths import Path, all_paths, fair_sample
+from bossnas.spaces.paths import Choices, all_paths, fair_sample
 
 WIDTHS = tuple(range(8, 65, 8))  # by candidate id
 KINDS = ("N", "R", "N", "R", "N")  # normal cell or residual down-sampling, by layer of the network
@@ -47,13 +47,13 @@ class Nats:
     def neck_width(self, block: int) -> int:
         return self._neck_width
 
-    def paths(self, block: int, winners: list[Path]) -> list[Path]:
+    def paths(self, block: int, winners: list[Choices]) -> list[Choices]:
         return all_paths([len(self.widths)] * self.layers(block))
 
-    def sample(self, block: int, winners: list[Path], rng: np.random.Generator) -> list[Path]:
+    def sample(self, block: int, winners: list[Choices], rng: np.random.Generator) -> list[Choices]:
         return fair_sample(len(self.widths), self.layers(block), rng)
 
-    def describe(self, architecture: list[Path]) -> dict:
+    def describe(self, architecture: list[Choices]) -> dict:
         return {"widths": [[self.widths[c] for c in path] for path in architecture]}
 
 

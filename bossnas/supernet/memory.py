@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bossnas.spaces.ops import Statistics
-from bossnas.spaces.paths import Path
+from bossnas.spaces.paths import Choices
 from bossnas.supernet.supernet import Item, Supernet
 from bossnas.supernet.units import Unit, units
 
@@ -25,10 +25,10 @@ class Footprint:
     """
 
     @torch.no_grad()
-    def __init__(self, network: Supernet, block: int, paths: Sequence[Path], x: Tensor):
+    def __init__(self, network: Supernet, block: int, paths: Sequence[Choices], x: Tensor):
         self.paths, self.images = paths, len(x)
-        self.inputs: dict[Path, int] = {}  # bytes of the output of each node of the trie; () is the first layer's input
-        self.kinds: dict[Path, tuple] = {}  # which candidate makes it from which shape: those of a kind share a batch
+        self.inputs: dict[Choices, int] = {}  # output bytes of each node of the trie; () is the first layer's input
+        self.kinds: dict[Choices, tuple] = {}  # which candidate makes it from which shape: one kind, one batch
         self.inner: dict[tuple, int] = {}  # peak of each kind, its output included
         outputs: dict[tuple, Tensor] = {}
         entered = network.enter(block, x)  # as one node: every path shares it

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bossnas.distributed import dist
 from bossnas.spaces.ops import Statistics
-from bossnas.spaces.paths import Path
+from bossnas.spaces.paths import Choices
 from bossnas.supernet import losses, scores
 from bossnas.supernet.supernet import Item, Supernet
 from bossnas.supernet.units import Unit, units
@@ -45,7 +45,7 @@ def calibrate(
     target: Supernet,
     predictor: nn.Module,
     block: int,
-    paths: Sequence[Path],
+    paths: Sequence[Choices],
     chosen: Sequence[Unit],
     features: Iterable[Tensor],
 ) -> tuple[Statistics, Statistics]:
@@ -72,8 +72,8 @@ def rate_block(
     target: Supernet,
     predictor: nn.Module,
     block: int,
-    winners: Sequence[Path],
-    paths: Sequence[Path],
+    winners: Sequence[Choices],
+    paths: Sequence[Choices],
     calibration: Sequence[Tensor],
     validation: Validation,
     *,
@@ -82,7 +82,7 @@ def rate_block(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     pieces: Pieces | None = None,
     advance: Callable[[Pieces, int], None] = lambda pieces, paths: None,
-) -> dict[str, dict[Path, float]]:
+) -> dict[str, dict[Choices, float]]:
     """Every label-free score (`bossnas.supernet.scores`) of every path of the block, a mean over the validation images.
 
     calibration: batches [N, 3, S, S] of one training view. Both networks start from the target's frozen prefix along
@@ -152,7 +152,7 @@ class _Rating:
     target: Supernet
     predictor: nn.Module
     block: int
-    paths: Sequence[Path]
+    paths: Sequence[Choices]
     units: list[Unit]
     temperature: float
     of_target: Statistics
@@ -204,7 +204,7 @@ class _Rating:
         ]
         return torch.stack(rows, 1).double()
 
-    def collect(self, pieces: Pieces, sizes: Sequence[int]) -> dict[str, dict[Path, float]]:
+    def collect(self, pieces: Pieces, sizes: Sequence[int]) -> dict[str, dict[Choices, float]]:
         """The means over the images, summed in the order of the batches."""
         total = torch.zeros(len(self.paths), len(scores.BETTER), dtype=torch.float64)
         for batch, size in enumerate(sizes):
@@ -217,7 +217,7 @@ class _Rating:
 
 
 def _features(
-    network: Supernet, block: int, paths: Sequence[Path], chosen: Sequence[Unit], x: Tensor, stats: Statistics | None
+    network: Supernet, block: int, paths: Sequence[Choices], chosen: Sequence[Unit], x: Tensor, stats: Statistics | None
 ) -> Iterator[tuple[Unit, list[Item], list[Tensor]]]:
     """Each unit with its items and their features; the layers of a unit's prefix run once for all units behind it."""
 
@@ -253,6 +253,6 @@ def _share(pending: Sequence[int], rank: int, world: int, batches: int) -> list[
     return list(pending[size * member // len(team) : size * (member + 1) // len(team)])
 
 
-def best(values: dict[Path, float], better: str = "lower") -> Path:
+def best(values: dict[Choices, float], better: str = "lower") -> Choices:
     """The path with the best value; of equal ones the first. ``better``: lower | higher."""
     return (min if better == "lower" else max)(values, key=values.__getitem__)

@@ -13,14 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from bossnas.spaces import Space
 from bossnas.spaces.ops import Statistics
-from bossnas.spaces.paths import Path
+from bossnas.spaces.paths import Choices
 from bossnas.supernet.heads import Projector
 
 
 class Item(NamedTuple):
     """One thing to compute: ``x`` [groups*N, C, H, W] through ``path``; each of its groups is normalised alone."""
 
-    path: Path
+    path: Choices
     x: Tensor
     groups: int = 1
 
@@ -124,7 +124,7 @@ class Supernet(nn.Module):
         return other
 
     @torch.no_grad()
-    def features(self, winners: Sequence[Path], x: Tensor) -> Tensor:
+    def features(self, winners: Sequence[Choices], x: Tensor) -> Tensor:
         """Input of block ``len(winners)``: images through the finished blocks, each along its winning path.
 
         These blocks must be in evaluation mode with calibrated statistics (`freeze`), so that the result does not

@@ -18,7 +18,7 @@ from bossnas.distributed.engines.protocol import Engine, Outcome
 from bossnas.errors import ConfigError
 from bossnas.optim.schedules import ema_momentum, learning_rate
 from bossnas.spaces import Space
-from bossnas.spaces.paths import Path
+from bossnas.spaces.paths import Choices
 from bossnas.supernet import losses
 from bossnas.supernet.supernet import Item, Supernet
 
@@ -33,9 +33,9 @@ class RunState:
     step: int = 0  # optimizer steps done in the block
     images_seen: int = 0
     bad_steps: int = 0  # of the block, skipped because their gradient was not finite
-    winners: list[Path] = field(default_factory=list)
+    winners: list[Choices] = field(default_factory=list)
     # where all blocks train at once: the paths along which features are handed on, and the bad steps of every block
-    leaders: list[Path] = field(default_factory=list)
+    leaders: list[Choices] = field(default_factory=list)
     bad_by_block: list[int] = field(default_factory=list)
 
 
@@ -56,8 +56,8 @@ class Step:
 
 
 def sample_paths(
-    space: Space, block: int, winners: Sequence[Path], seed: int, micro: int, most: int | None = None
-) -> list[Path]:
+    space: Space, block: int, winners: Sequence[Choices], seed: int, micro: int, most: int | None = None
+) -> list[Choices]:
     """The paths of micro-batch ``micro`` of the block, at most ``most``: equal on all ranks, and after a resume."""
     return space.sample(block, list(winners), np.random.default_rng([seed, PATHS, block, micro]))[:most]
 
@@ -72,7 +72,7 @@ def train_block(
     state: RunState,
     settings: TrainConfig,
     *,
-    prefix: list[Path],
+    prefix: list[Choices],
     accumulate: int,
     steps_per_epoch: int,
     seed: int,
@@ -165,7 +165,7 @@ def train_block(
 def _targets(
     target: Supernet,
     block: int,
-    paths: list[Path],
+    paths: list[Choices],
     pairs: int,
     features: list[Tensor],
     order: Tensor | None,
@@ -203,7 +203,7 @@ def _predict(predictor: nn.Module, projections: list[Tensor]) -> list[Tensor]:
     return list(predictor(torch.cat(projections), len(projections)).split(sizes))
 
 
-def _check_paths(paths: list[Path], block: int, micro: int, group: Any) -> None:
+def _check_paths(paths: list[Choices], block: int, micro: int, group: Any) -> None:
     """Fails where ranks that share a batch have sampled different paths: their gradients would be mixed up."""
     digest = zlib.crc32(repr(paths).encode())
     everyone = [int(x) for x in dist.all_gather(torch.tensor(digest), group)]

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bossnas.spaces.paths import Path
+from bossnas.spaces.paths import Choices
 
 
 class Unit(NamedTuple):
     """Paths that are computed together, as positions in the block's list; all of them begin with ``prefix``."""
 
-    prefix: Path
+    prefix: Choices
     rows: tuple[int, ...]
 
 
-def units(paths: Sequence[Path], most: int) -> list[Unit]:
+def units(paths: Sequence[Choices], most: int) -> list[Unit]:
     """Cuts the trie of ``paths`` into units of at most ``most`` paths: runs of neighbouring subtrees."""
     result: list[Unit] = []
 
-    def cut(prefix: Path, rows: list[int]) -> None:
+    def cut(prefix: Choices, rows: list[int]) -> None:
         if len(rows) <= most:
             result.append(Unit(prefix, tuple(rows)))
             return

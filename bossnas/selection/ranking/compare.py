@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from bossnas.selection.ranking import correlation, proxies, tables
 from bossnas.selection.sizes import SIZE_DEFINITIONS, size_baselines
 from bossnas.spaces import Space
 from bossnas.spaces.cost import CostTable
-from bossnas.spaces.paths import Path, decode
+from bossnas.spaces.paths import Choices, decode
 
 IMAGE_SIZES = {"nats": 32, "mbconv": 224, "hytra": 224}  # pixels, as the spaces' public accuracies were measured
 CLASSES = {"nats": 10}  # otherwise ImageNet's 1000
@@ -35,7 +35,7 @@ LENGTHS = {
 CHANNELS = re.compile(r"\d+(:\d+)+")
 PROXY_IMAGES = 64  # per batch; random normal, as the labels are random
 
-Architecture = tuple[Path, ...]
+Architecture = tuple[Choices, ...]
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Comparison:
 
 
 def compare(
-    sources: list[File],
-    accuracy: File,
+    sources: list[Path],
+    accuracy: Path,
     *,
     space: str | None = None,
     score: str | None = None,
@@ -126,7 +126,7 @@ def compare(
     return Comparison(result, scores, truth)
 
 
-def _read(sources: list[File], score: str | None, better: str, seeds: bool) -> list[tables.Scores]:
+def _read(sources: list[Path], score: str | None, better: str, seeds: bool) -> list[tables.Scores]:
     """The ratings, of the same kind and score: one, or with ``seeds`` one of each source."""
     if not seeds:
         return [tables.read_scores(sources, score, better)]
@@ -187,7 +187,7 @@ class _Chosen:
 
 
 def _choose_space(
-    sources: list[File], rating: tables.Scores, table: dict[str, float], named: str | None, image_size: int | None
+    sources: list[Path], rating: tables.Scores, table: dict[str, float], named: str | None, image_size: int | None
 ) -> _Chosen:
     """The full-size space (width 1), as the networks of an accuracy table are, whatever width a run searched with."""
     if isinstance(rating, tables.BlockScores):
@@ -236,16 +236,16 @@ class _Reader:
 
     def __init__(self, space: Space):
         self.space = space
-        self._paths: dict[Architecture, frozenset[Path]] = {}
-        self._sets: dict[frozenset[Path], frozenset[Path]] = {}  # equal sets are kept once
+        self._paths: dict[Architecture, frozenset[Choices]] = {}
+        self._sets: dict[frozenset[Choices], frozenset[Choices]] = {}  # equal sets are kept once
 
-    def paths(self, winners: Architecture) -> frozenset[Path]:
+    def paths(self, winners: Architecture) -> frozenset[Choices]:
         if winners not in self._paths:
             found = frozenset(self.space.paths(len(winners), list(winners)))
             self._paths[winners] = self._sets.setdefault(found, found)
         return self._paths[winners]
 
-    def read_all(self, values: dict[str, float], field: str, source: File) -> dict[Architecture, float]:
+    def read_all(self, values: dict[str, float], field: str, source: Path) -> dict[Architecture, float]:
         """Raises ConfigError for a text that is no architecture of the space, or two that are the same one."""
         result: dict[Architecture, float] = {}
         for number, (text, value) in enumerate(values.items(), 1):
@@ -279,7 +279,7 @@ class _Reader:
             architecture += (path,)
         return architecture
 
-    def _channels(self, text: str) -> list[Path]:
+    def _channels(self, text: str) -> list[Choices]:
         widths = getattr(self.space, "widths", None)
         if widths is None:
             raise ValueError("channel numbers, but the space is written in paths")
@@ -298,7 +298,7 @@ class _Reader:
 
 
 def _rate_all(
-    reader: _Reader, ratings: list[tables.Scores], wanted: list[Architecture], sources: list[File], how: str
+    reader: _Reader, ratings: list[tables.Scores], wanted: list[Architecture], sources: list[Path], how: str
 ) -> tuple[list[Architecture], np.ndarray]:
     """Those of the architectures that every rating has, and the scores of their blocks, [ratings, blocks, n]; of a
     table [ratings, 1, n]."""
@@ -316,7 +316,7 @@ def _rate_all(
 
 
 def _rate(
-    reader: _Reader, rating: tables.Scores, wanted: list[Architecture], source: File, how: str
+    reader: _Reader, rating: tables.Scores, wanted: list[Architecture], source: Path, how: str
 ) -> dict[Architecture, tuple[float, ...]]:
     """The scores of the blocks of those of the architectures that have one.
 
@@ -350,7 +350,7 @@ def _rate(
     }
 
 
-def _allowed(reader: _Reader, block: int, prefix: list[str]) -> frozenset[Path] | None:
+def _allowed(reader: _Reader, block: int, prefix: list[str]) -> frozenset[Choices] | None:
     """The paths that may follow the winners on which a block was rated; None for a rating that holds everywhere."""
     if block and not prefix:
         return None
