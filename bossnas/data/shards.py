@@ -15,7 +15,6 @@ import logging
 import lzma
 import os
 import re
-import secrets
 import time
 import zipfile
 import zlib
@@ -30,6 +29,7 @@ import numpy as np
 from bossnas.data.images import EXTENSIONS, MAX_BYTES
 from bossnas.data.tars import TAR_ERRORS, entries
 from bossnas.errors import ConfigError
+from bossnas.files import draft
 
 log = logging.getLogger("bossnas.data.shards")
 OPENERS = {".tar": open, ".tar.gz": gzip.open, ".tgz": gzip.open, ".tar.xz": lzma.open}
@@ -216,17 +216,13 @@ def index_shard(path: Path, field: str) -> dict[str, np.ndarray]:
     stamp = _stamp(path)
     table = _scan(path, field)
     for cache in _caches(path):
-        temporary = cache.with_name(f".{secrets.token_hex(8)}.index.tmp")
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
+            with draft(cache) as made, open(made, "wb") as file:
                 np.savez(file, stamp=stamp, **table)
-            os.replace(temporary, cache)
             return table
         except OSError as error:
             log.debug("the index %s cannot be written (%s)", cache, error)
-            if temporary.exists():
-                temporary.unlink()
     log.info("the index of %s stays in memory", path)
     return table
 

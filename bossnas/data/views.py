@@ -21,18 +21,7 @@ from torchvision.transforms import InterpolationMode, functional as F
 from bossnas.config.shared import MEAN, STD
 from bossnas.errors import ConfigError
 from bossnas_kernels import Looks, augment_reference, augment_views, finish_views
-from bossnas_kernels.augment_reference import (
-    BOX,
-    BRIGHTNESS,
-    CONTRAST,
-    FLIP,
-    GREY,
-    HUE,
-    ORDER,
-    SATURATION,
-    SIGMA,
-    SOLARISE,
-)
+from bossnas_kernels.looks import BOX, BRIGHTNESS, CONTRAST, FLIP, GREY, HUE, ORDER, SATURATION, SIGMA, SOLARISE
 
 try:
     import cv2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bossnas.errors import ConfigError
-from bossnas.files import open_to_others
+from bossnas.files import draft
 from bossnas.networks import registry  # noqa: F401  (registers the networks in timm)
 
 FORMAT = "bossnas-network-1"
@@ -122,19 +121,14 @@ class Network:
 
 def save_network(path: Path, spec: Spec, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Writes a network to a safetensors file, which is there whole or not at all. Raises OSError."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # copies, as safetensors refuses weights that share memory
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
+    metadata = {"format": FORMAT, "spec": json.dumps(spec.to_json()), "about": json.dumps(about)}
     try:
-        # copies, as safetensors refuses weights that share memory
-        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
-        save_file(tensors, draft, {"format": FORMAT, "spec": json.dumps(spec.to_json()), "about": json.dumps(about)})
-        open_to_others(draft)
-        with open(draft, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
+        with draft(path) as made:
+            save_file(tensors, made, metadata)
     except SafetensorError as error:
         raise OSError(f"cannot write {path} ({error})") from None
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def load_network(path: Path) -> Network:

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from bossnas.distributed import dist
 from bossnas.distributed.engines.protocol import Engine
 from bossnas.errors import ConfigError
+from bossnas.files import sync, write_text
 from bossnas.runs import tensorfiles
 
 T = TypeVar("T")
@@ -166,11 +167,11 @@ class Saver:
         older, final = _by_age(self.root), self.root / name
         order = 1 + max((_manifest(path)["order"] for path in older), default=0)
         _write(temporary / MANIFEST, json.dumps({"order": order, "files": files}, indent=2))
-        _sync(temporary)
+        sync(temporary)
         if final.exists():  # written again after a resume
             final.rename(self.root / f"{name}.old")
         temporary.rename(final)
-        _sync(self.root)
+        sync(self.root)
         _point(self.root, name)
         _remove(self.root / f"{name}.old")
         others = [path for path in older if path != final]
@@ -301,7 +302,7 @@ def copy(path: Path, root: Path) -> None:
     root.mkdir(parents=True)
     shutil.copytree(path, root / f"{path.name}.tmp")
     for file in (root / f"{path.name}.tmp").iterdir():
-        _sync(file)
+        sync(file)
     (root / f"{path.name}.tmp").rename(root / path.name)
     _point(root, path.name)
 
@@ -377,9 +378,8 @@ def _fingerprint(path: Path) -> list[int]:
 
 
 def _point(root: Path, name: str) -> None:
-    _write(root / f"{LATEST}.tmp", name + "\n")
-    os.replace(root / f"{LATEST}.tmp", root / LATEST)
-    _sync(root)
+    write_text(root / LATEST, name + "\n")
+    sync(root)
 
 
 def _write(path: Path, text: str) -> None:
@@ -387,14 +387,6 @@ def _write(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

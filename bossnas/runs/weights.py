@@ -14,7 +14,7 @@ from torch import Tensor
 
 import bossnas
 from bossnas.errors import ConfigError
-from bossnas.files import open_to_others
+from bossnas.files import draft
 from bossnas.runs import checkpoint
 from bossnas.runs.folder import read_config
 
@@ -69,21 +69,15 @@ def export(run: Path, out: Path, name: str | None = None, force: bool = False) -
     metadata = {"format": FORMAT} | {
         key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()
     }
-    draft = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
-        save_file(checkpoint.read(where, KINDS), draft, metadata)
-        open_to_others(draft)
-        with open(draft, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, out)
+        with draft(out) as made:
+            save_file(checkpoint.read(where, KINDS), made, metadata)
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             "OUT",
             f"cannot write {out} ({getattr(error, 'strerror', None) or error})",
             "make room, or name a file in a folder that can be written",
         ) from None
-    finally:
-        draft.unlink(missing_ok=True)
     return about
 
 

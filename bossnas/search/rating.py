@@ -17,7 +17,7 @@ from bossnas.distributed import dist
 from bossnas.distributed.alive import Guard
 from bossnas.distributed.engines.protocol import autocast
 from bossnas.errors import ConfigError
-from bossnas.files import write_json
+from bossnas.files import draft, write_json
 from bossnas.log import logger
 from bossnas.runs.folder import FREE
 from bossnas.search.run import Run
@@ -233,9 +233,8 @@ class _Progress:
         due = at_once or time.monotonic() - self.saved >= SAVE_SECONDS
         if self.file is None or dist.rank() > 0 or not due:
             return
-        draft = self.file.with_name(self.file.name + ".tmp")
-        torch.save({"key": self.key, "pieces": pieces}, draft)
-        draft.replace(self.file)
+        with draft(self.file) as made:
+            torch.save({"key": self.key, "pieces": pieces}, made)
         self.saved = time.monotonic()
 
     def drop(self) -> None:

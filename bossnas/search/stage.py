@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from bossnas.data.batches import view_batches
 from bossnas.distributed import dist
 from bossnas.distributed.alive import Guard
 from bossnas.distributed.engines.protocol import Engine
+from bossnas.files import write_json
 from bossnas.log import logger
 from bossnas.optim.groups import parameter_groups
 from bossnas.optim.lars import LARS
@@ -58,7 +58,7 @@ class Trace:
             {"name": name, "ph": "X", "pid": 0, "tid": rank, "ts": start * 1e6, "dur": took * 1e6}
             for name, start, took in self.spans
         ]
-        file.write_text(json.dumps({"traceEvents": events}), encoding="utf-8")
+        write_json(file, {"traceEvents": events})
 
 
 @dataclass

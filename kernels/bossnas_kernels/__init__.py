@@ -9,7 +9,6 @@ which one runs.
 
 from __future__ import annotations
 
-from bossnas_kernels.augment_reference import Looks
 from bossnas_kernels.dispatch import (
     augment_views,
     byol_ensemble_loss,
@@ -24,6 +23,7 @@ from bossnas_kernels.dispatch import (
     mhsa2d_stats,
     use,
 )
+from bossnas_kernels.looks import Looks
 
 __all__ = [
     "Looks",

@@ -14,19 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from bossnas_kernels import checks, common
-from bossnas_kernels.augment_reference import (
-    BLUR_BITS,
-    CONTRAST,
-    GREY,
-    MAX_SIGMA,
-    ORDER,
-    SIGMA,
-    SOLARISE,
-    Looks,
-    blur_boxes,
-    factors_of,
-    normalisation,
-)
+from bossnas_kernels.augment_reference import BLUR_BITS, MAX_SIGMA, blur_boxes, factors_of, normalisation
+from bossnas_kernels.looks import CONTRAST, GREY, ORDER, SIGMA, SOLARISE, Looks
 
 # block: pixels, or bytes in a blur. chunk: pixels of a partial sum of luma.
 TABLE = {

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from bossnas_kernels import checks, common
-from bossnas_kernels.augment_reference import CROP_BITS, FLIP, Looks, columns_first
+from bossnas_kernels.augment_reference import CROP_BITS, columns_first
+from bossnas_kernels.looks import FLIP, Looks
 
 # tile: elements of a program of the resize.
 TABLE = {

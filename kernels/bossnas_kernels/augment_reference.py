@@ -9,37 +9,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bossnas_kernels import checks
-
-# Columns of Looks.ints and of Looks.floats.
-DOWN, RIGHT, FLIP, GREY, SOLARISE = 4, 5, 6, 11, 12
-BOX, ORDER, SIGMA = slice(0, 4), slice(7, 11), 4
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # as the order names them, and the columns of their factors
+from bossnas_kernels.looks import (
+    BRIGHTNESS,
+    CONTRAST,
+    GREY,
+    HUE,
+    ORDER,
+    SIGMA,
+    SOLARISE,
+    Looks,
+)
 
 CROP_BITS = 22  # of the weights of a crop, as in Pillow
 BLUR_BITS = 24  # and of a blur
 MAX_SIGMA = 2.4  # pixels; a box of Pillow's blur reaches two pixels up to sqrt(6)
 CHUNK = {"cpu": 2**16, "cuda": 2**24}  # pixels at a time: on a CPU they stay in its cache
-
-
-class Looks(NamedTuple):
-    """What is done to N pictures to make V views of each.
-
-    ints: int32 [V, N, 13]. 0 top, 1 left, 2 height, 3 width of the crop, in pixels of the picture; 4 down, 5 right:
-    shift of the view over the resized crop, black outside; 6 flip; 7..10 the colour operations in their order
-    (0 brightness, 1 contrast, 2 saturation, 3 hue, -1 none); 11 grey; 12 solarise.
-    floats: float32 [V, N, 5]. 0..2 factors of brightness, contrast, saturation; 3 hue in turns, -0.5..0.5; 4 sigma of
-    the blur in pixels of the view, 0 for none.
-    """
-
-    ints: Tensor
-    floats: Tensor
 
 
 def crop_views(pixels: Tensor, table: Tensor, looks: Looks, size: int) -> Tensor:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from bossnas_kernels.augment_reference import Looks
+from bossnas_kernels.looks import Looks
 
 ACTIVATIONS = ("none", "relu", "silu")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bossnas_kernels import augment_reference, reference
-from bossnas_kernels.augment_reference import Looks
+from bossnas_kernels.looks import Looks
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:

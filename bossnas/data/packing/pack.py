@@ -22,6 +22,7 @@ from bossnas.data.packing.image_sets import Item, Source, image_folder
 from bossnas.data.packing.imagenet import imagenet, looks_like_imagenet
 from bossnas.data.shards import index_shard
 from bossnas.errors import ConfigError
+from bossnas.files import draft, write_text
 from bossnas.log import progress as show_progress
 
 log = logging.getLogger("bossnas.data.packing.pack")
@@ -117,9 +118,8 @@ def write_shard(path: Path, samples: Iterable[tuple[tuple, tuple[bytes, str | No
     import webdataset
 
     count, bad = 0, []
-    temporary = _temporary(path)
-    try:
-        with open(temporary, "wb") as file:
+    with draft(path) as made:
+        with open(made, "wb") as file:
             hashed = _Hashed(file)
             with webdataset.TarWriter(
                 hashed, encoder=False, user="", group="", mode=0o644, mtime=0, format="PAX_FORMAT"
@@ -131,12 +131,8 @@ def write_shard(path: Path, samples: Iterable[tuple[tuple, tuple[bytes, str | No
                     sample = {"__key__": key, name.rsplit(".", 1)[1].lower(): data}
                     tar.write(sample | ({} if label < 0 else {"cls": str(label).encode()}))
                     count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        if count:
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        if not count:
+            made.unlink()
     if not count:
         return {"samples": 0, "bytes": 0, "sha256": None, "bad": bad}
     return {"samples": count, "bytes": path.stat().st_size, "sha256": hashed.digest.hexdigest(), "bad": bad}
@@ -235,7 +231,7 @@ def _make(
         lines = [f"{json.dumps(field)}: {json.dumps(value)}" for field, value in head.items()]
         rows = [f"  {json.dumps(name)}: {json.dumps(made)}" for name, made in shards.items()]
         lines.append('"shards": {\n' + ",\n".join(rows) + "\n}")
-        _write(out / RECORD, "{" + ",\n".join(lines) + "}\n")
+        write_text(out / RECORD, "{" + ",\n".join(lines) + "}\n")
 
     for leftover in out.glob(".*.tmp"):  # of a run that was killed; nobody else packs into this folder
         leftover.unlink(missing_ok=True)
@@ -259,7 +255,7 @@ def _make(
                 save()
                 raise
         done = {name: done[name] for name in plan}
-        _write(out / SUMS, "".join(f"{made['sha256']}  {name}\n" for name, made in done.items() if made["samples"]))
+        write_text(out / SUMS, "".join(f"{made['sha256']}  {name}\n" for name, made in done.items() if made["samples"]))
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -349,16 +345,3 @@ def _splits(shards: dict[str, dict]) -> dict[str, dict]:
             for field, amount in (("shards", 1), ("samples", shard["samples"]), ("bytes", shard["bytes"])):
                 split[field] += amount
     return splits
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = _temporary(path)
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bossnas.errors import ConfigError
+from bossnas.files import draft
 from bossnas.selection.ranking.correlation import BRIEF
 
 
@@ -149,9 +149,8 @@ def draw(
         axes.set(title=f"{name}: Kendall {_short(rows[name]['kendall']['value'])}", xlabel=name, ylabel="accuracy")
     for axes in figure.axes[len(scores) :]:
         axes.remove()
-    draft = out.with_name(out.name + ".tmp")
-    figure.savefig(draft, format=out.suffix[1:], dpi=120)
-    os.replace(draft, out)
+    with draft(out) as made:
+        figure.savefig(made, format=out.suffix[1:], dpi=120)
 
 
 def _short(value: float | None) -> str:
