@@ -110,7 +110,7 @@ def test_a_fault_changes_what_it_says_and_nothing_before(plain, images, fault, f
 def test_the_prefix_goes_on_training_and_the_target_follows_with_its_own(images, monkeypatch):
     config = study.load(None, [*study.BASE, f"data.train={images}/train-*.tar", f"data.val={images}/test-*.tar", *TINY])
     run = study.build(config)
-    study.rating.freeze_winner(run, (3, 5))
+    study.winners.freeze_winner(run, (3, 5))
     before = {
         name: [p.clone() for p in network.part(0)["block"].parameters()]
         for name, network in (("online", run.online), ("target", run.target))

@@ -229,7 +229,7 @@ class OneBatch(nn.Module):
 
 def test_a_network_that_a_format_cannot_hold(tmp_path, monkeypatch):
     model = OneBatch()
-    monkeypatch.setattr(export.networks, "build", lambda spec: model)
+    monkeypatch.setattr(export, "build_network", lambda spec: model)
     given = Network(Spec("one_batch", {}, 10, SIZE), model.state_dict(), {})
     with pytest.raises(ConfigError, match="torchscript: cannot be made of one_batch .*leave it out of --formats"):
         export.export_network(given, tmp_path / "out", ["torchscript"])

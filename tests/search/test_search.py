@@ -165,7 +165,7 @@ def test_memory_changes_the_parts_not_the_scores(finished, tmp_path):
 
 
 def test_a_rating_that_is_not_finite_chooses_nothing(finished):
-    run = rating.build(config(finished))
+    run = search.build(config(finished))
     with torch.no_grad():
         for network in (run.online, run.target):
             network.blocks[0][0].candidates[4].body[2].weight.fill_(torch.nan)
