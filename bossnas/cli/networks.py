@@ -13,7 +13,6 @@ from bossnas import log
 from bossnas.cli.options import ConfigFile, LocalRank, Overrides, Resume, check_writable
 from bossnas.config.loading import load
 from bossnas.config.shared import ReaderConfig
-from bossnas.distributed import dist
 from bossnas.errors import ConfigError
 
 app = typer.Typer()
@@ -59,7 +58,6 @@ def retrain(
 ) -> None:
     """Train a network on labelled images: a search's result, BossNet-T, or any of timm's."""
     from bossnas.config.retrain import RetrainConfig
-    from bossnas.retrain.train import retrain as run
 
     given = list(overrides or [])
     if from_run is not None:
@@ -72,7 +70,10 @@ def retrain(
         ]
     if checkpoint is not None:
         given.append(f"model.checkpoint={_quoted(checkpoint)}")
-    run(load(config, given, RetrainConfig), None if resume == "never" else resume)
+    settings = load(config, given, RetrainConfig)  # before torch: a mistake in it is told at once
+    from bossnas.retrain.train import retrain as run
+
+    run(settings, None if resume == "never" else resume)
 
 
 @app.command(
@@ -102,6 +103,7 @@ def evaluate(
     json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
 ) -> None:
     """Top-1 and top-5 accuracy of a network, every image counted once on any number of ranks."""
+    from bossnas.distributed import dist
     from bossnas.files import write_json
     from bossnas.retrain import evaluate as evaluation
 
@@ -161,6 +163,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
 ) -> None:
     """Export a network for use elsewhere. Every file is compared with the network before the command succeeds."""
+    from bossnas.distributed import dist
     from bossnas.networks.export import export as exporting
 
     if dist.world_size() > 1:

@@ -37,16 +37,17 @@ def plan_command(
     json: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
 ) -> None:
     """Memory, communication and hours of a search on a number of GPUs, on paper: nothing is trained."""
+    check_writable(json)
+    settings = load(config, overrides)
     from rich.console import Console
 
     from bossnas import log
     from bossnas.files import write_json
     from bossnas.planning import plan, tables
 
-    check_writable(json)
     log.setup(None)
     result = plan.plan(
-        load(config, overrides),
+        settings,
         plan.read_gpus(gpus),
         gpu,
         architecture=architecture,

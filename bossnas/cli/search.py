@@ -9,7 +9,6 @@ import typer
 
 from bossnas.cli.options import ConfigFile, LocalRank, Overrides, Resume
 from bossnas.config.loading import load
-from bossnas.distributed import dist
 from bossnas.errors import ConfigError
 
 app = typer.Typer()
@@ -20,9 +19,10 @@ def search_command(
     config: ConfigFile, overrides: Overrides = None, resume: Resume = "never", local_rank: LocalRank = 0
 ) -> None:
     """Search an architecture: train, rate and select block by block. Results go to the config's `out` folder."""
+    settings = load(config, overrides)  # before torch: a mistake in it is told at once
     from bossnas.search.search import search
 
-    search(load(config, overrides), None if resume == "never" else resume)
+    search(settings, None if resume == "never" else resume)
 
 
 @app.command(
@@ -37,8 +37,6 @@ def rate(
     overrides: Overrides = None,
 ) -> None:
     """Rate the finished blocks of a run again and rewrite their rating files, or rate a supernet without training."""
-    from bossnas.search import rerate
-
     if untrained == (run is not None):
         raise ConfigError(
             "RUN",
@@ -49,8 +47,12 @@ def rate(
         raise ConfigError("--untrained", "needs --config and rates all blocks", "see bossnas rate --help")
     if run is not None and config is not None:
         raise ConfigError("--config", "a run has its own config", "leave it out; --set rating.KEY=VALUE overrides it")
+    settings = load(config, overrides) if untrained else None
+    from bossnas.distributed import dist
+    from bossnas.search import rerate
+
     if untrained:
-        written = [rerate.rate_untrained(load(config, overrides)) / "ratings"]
+        written = [rerate.rate_untrained(settings) / "ratings"]
     else:
         written = [run / "ratings" / f"block_{done}.json" for done in rerate.rerate(run, block, overrides or [])]
     if dist.rank() == 0:

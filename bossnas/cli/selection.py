@@ -77,9 +77,6 @@ def cost(
     json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
 ) -> None:
     """Multiply-adds and parameters of one architecture, or of every candidate on every input that can occur."""
-    from bossnas.files import write_json
-    from bossnas.selection import latency
-
     if measure and (architecture is not None or json is None):
         raise ConfigError(
             "--measure",
@@ -87,9 +84,11 @@ def cost(
             "leave out --architecture and name a file with --json",
         )
     check_writable(json)
-    result = latency.report(
-        load(config, overrides).space, architecture, measured=measure, batch=batch, repeats=repeats, threads=threads
-    )
+    settings = load(config, overrides).space
+    from bossnas.files import write_json
+    from bossnas.selection import latency
+
+    result = latency.report(settings, architecture, measured=measure, batch=batch, repeats=repeats, threads=threads)
     typer.echo("\n".join(latency.lines(result)))
     if json is not None:
         write_json(json, result)

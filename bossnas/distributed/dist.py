@@ -6,7 +6,6 @@ One process makes no process group, and every function here then is the trivial 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from bossnas.distributed.environment import env_int
 from bossnas.errors import ConfigError
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ def world_size(group: Any = None) -> int:
 
 def local_rank() -> int:
     """This rank's number on its node."""
-    return _env_int("LOCAL_RANK", 0)
+    return env_int("LOCAL_RANK", 0)
 
 
 def device(name: str = "auto") -> torch.device:
@@ -233,11 +233,3 @@ def any_rank(flag: bool) -> bool:
     if world_size() == 1:
         return flag
     return bool(all_reduce_max(torch.tensor([int(flag)])).item())
-
-
-def _env_int(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    try:
-        return int(text)
-    except ValueError:
-        raise ConfigError(name, f"is {text!r} in the environment", "set a whole number or unset it") from None

@@ -35,7 +35,7 @@ LAYERS = 3  # random stream of dropout and stochastic depth: a function of (seed
 def retrain(config: RetrainConfig, resume: str | None = None) -> Path:
     """Runs or continues the training that ``config`` describes and returns the run folder.
 
-    Every rank calls it, after `launch.init`. ``resume``: None: begin; "auto": go on with the run that the folder holds,
+    Every rank calls it, after `group.init`. ``resume``: None: begin; "auto": go on with the run that the folder holds,
     or begin; else a checkpoint of that run. Raises ConfigError for what the user can mend, and Stopped when a signal
     asked the run to stop and its state is saved.
 

@@ -39,7 +39,7 @@ DONE = "done"  # the file that a finished run has
 def search(config: Config, resume: str | None = None, trace: Trace | None = None) -> Path:
     """Runs or continues the search that ``config`` describes and returns the run folder.
 
-    Every rank calls it, after `launch.init`. ``trace``: takes down where this rank's time goes. Raises ConfigError for
+    Every rank calls it, after `group.init`. ``trace``: takes down where this rank's time goes. Raises ConfigError for
     what the user can mend, and Stopped when a signal asked the run to stop and its state is saved.
     """
     main = dist.rank() == 0

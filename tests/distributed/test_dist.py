@@ -9,7 +9,7 @@ import pytest
 import ranks
 import torch
 
-from bossnas.distributed import dist, launch
+from bossnas.distributed import dist, environment, group, launch
 from bossnas.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ def clean(monkeypatch):
 
 
 def test_one_process_has_no_group(clean):
-    launch.init()
+    group.init()
     assert not torch.distributed.is_initialized()
     assert (dist.rank(), dist.world_size(), dist.local_rank()) == (0, 1, 0)
     x = torch.arange(6).view(3, 2)
@@ -30,19 +30,19 @@ def test_one_process_has_no_group(clean):
     assert dist.together(lambda: "x") == "x" and dist.all_reduce_sum(x) is x
     assert torch.equal(dist.shuffle(x, torch.tensor([2, 0, 1])), x[[2, 0, 1]])
     dist.barrier()
-    launch.shutdown(1)  # returns
+    group.shutdown(1)  # returns
 
 
 def test_missing_and_wrong_environment_is_named(clean):
     clean.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="RANK: is not set"):
-        launch.init()
+        group.init()
     clean.setenv("RANK", "0")
     with pytest.raises(ConfigError, match="MASTER_ADDR: is not set"):
-        launch.init()
+        group.init()
     clean.setenv("WORLD_SIZE", "two")
     with pytest.raises(ConfigError, match="WORLD_SIZE.*'two'"):
-        launch.init()
+        group.init()
 
 
 def test_srun_is_read_but_a_batch_script_is_one_process(clean):
@@ -53,7 +53,7 @@ def test_srun_is_read_but_a_batch_script_is_one_process(clean):
         "SLURM_JOB_ID": "7",
     }.items():
         clean.setenv(name, value)
-    launch.init()
+    group.init()
     assert dist.world_size() == 1 and "WORLD_SIZE" not in ranks.os.environ
     joined = {}
     clean.setattr(torch.distributed, "init_process_group", lambda backend, timeout: joined.update(t=timeout))
@@ -68,7 +68,7 @@ def test_srun_is_read_but_a_batch_script_is_one_process(clean):
         "SLURM_STEP_NODELIST": "gpu[07-08]",
     }.items():
         clean.setenv(name, value)
-    launch.init(timeout_minutes=2)
+    group.init(timeout_minutes=2)
     env = ranks.os.environ
     assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], env["MASTER_ADDR"]) == ("3", "4", "1", "gpu07")
     assert 20000 <= int(env["MASTER_PORT"]) < 32000 and joined["t"].seconds == 120
@@ -85,7 +85,7 @@ def test_srun_is_read_but_a_batch_script_is_one_process(clean):
     ],
 )
 def test_first_host(nodes, first):
-    assert launch.first_host(nodes) == first
+    assert environment.first_host(nodes) == first
 
 
 def test_device(clean):

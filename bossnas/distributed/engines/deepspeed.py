@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bossnas.distributed import dist, launch
+from bossnas.distributed import dist
 from bossnas.distributed.engines import protocol
 from bossnas.distributed.engines.protocol import LossScale, MakeOptimizer, Outcome
+from bossnas.distributed.group import ensure_group
 from bossnas.errors import ConfigError
 
 FIELD = "engine.deepspeed"
@@ -204,7 +205,7 @@ class DeepSpeedEngine:
             fields = deepspeed.runtime.zero.config.DeepSpeedZeroConfig.model_fields
             if "compute_grad_norm" in fields:  # otherwise a norm that nobody reads costs a copy per parameter
                 self.config["zero_optimization"].setdefault("compute_grad_norm", False)
-        launch.ensure_group()
+        ensure_group()
         self._client = make_optimizer(module, followers, self.sharded)
         self._scale = LossScale(self.precision)
         index = next(module.parameters()).device.index

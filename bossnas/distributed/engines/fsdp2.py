@@ -15,9 +15,9 @@ from torch.distributed import group as torch_group
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DeviceMesh, DTensor
 
-from bossnas.distributed import launch
 from bossnas.distributed.engines import protocol
 from bossnas.distributed.engines.protocol import LossScale, MakeOptimizer, Outcome
+from bossnas.distributed.group import ensure_group
 from bossnas.distributed.shares import local, shard
 from bossnas.errors import ConfigError
 
@@ -57,7 +57,7 @@ class FSDP2Engine:
         for part in (module, followers):
             if part is not None:
                 _check(part)
-        launch.ensure_group()
+        ensure_group()
         self._kind = next(module.parameters()).device.type
         mesh = DeviceMesh.from_group(self.group or torch_group.WORLD, self._kind)
         self._roots, self._pairs = [], []
