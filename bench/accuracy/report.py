@@ -25,7 +25,7 @@ root = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(root), str(root / "kernels")]
 
 from bossnas import spaces  # noqa: E402
-from bossnas.selection import combine
+from bossnas.selection import HOW, combine
 from bossnas.selection.ranking import correlation, tables
 from bossnas.selection.sizes import size_baselines
 from bossnas.spaces.cost import CostTable  # noqa: E402
@@ -99,7 +99,7 @@ def main() -> None:
     result["tables"] = {
         title: [compared(truth, rows[key], how) for key in keys if key in rows] for title, keys in TABLES.items()
     }
-    result["tables"]["How blocks are put together"] = [compared(truth, best, how) for how in combine.HOW]
+    result["tables"]["How blocks are put together"] = [compared(truth, best, how) for how in HOW]
     result["many"] = {
         f"{setting}, {score}": many(truth, row, how)
         for (setting, score), row in rows.items()
@@ -192,7 +192,7 @@ class Truth:
         return cls(list(table), np.array(list(table.values())))
 
     def total(self, rating: Rating, how: str, blocks: Iterable[int] = (0, 1, 2)) -> np.ndarray:
-        """The score of every architecture: the sum over the blocks, put together as combine.HOW says."""
+        """The score of every architecture: the sum over the blocks, put together as HOW says."""
         result = np.zeros(len(self.accuracy))
         for block in blocks:
             scores = combine.combined(rating[block], how)
@@ -237,7 +237,7 @@ def ranked(truth: Truth, rows: Mapping[Any, Row]) -> list[dict[str, Any]]:
     that on the reporting part, by which nothing is chosen."""
     found = []
     for row in rows.values():
-        for how in combine.HOW:
+        for how in HOW:
             totals = [truth.total(rating, how) for rating in row.of_seeds]
             found.append(
                 {

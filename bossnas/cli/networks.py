@@ -10,9 +10,7 @@ import typer
 import yaml
 
 from bossnas import log
-from bossnas.cli.options import ConfigFile, LocalRank, Overrides, Resume, check_writable
-from bossnas.config.loading import load
-from bossnas.config.shared import ReaderConfig
+from bossnas.cli.options import ConfigFile, LocalRank, Overrides, Resume, check_writable, load
 from bossnas.errors import ConfigError
 
 app = typer.Typer()
@@ -57,8 +55,6 @@ def retrain(
     local_rank: LocalRank = 0,
 ) -> None:
     """Train a network on labelled images: a search's result, BossNet-T, or any of timm's."""
-    from bossnas.config.retrain import RetrainConfig
-
     given = list(overrides or [])
     if from_run is not None:
         given += [
@@ -70,7 +66,7 @@ def retrain(
         ]
     if checkpoint is not None:
         given.append(f"model.checkpoint={_quoted(checkpoint)}")
-    settings = load(config, given, RetrainConfig)  # before torch: a mistake in it is told at once
+    settings = load(config, given, "retraining")  # before torch: a mistake in it is told at once
     from bossnas.retrain.train import retrain as run
 
     run(settings, None if resume == "never" else resume)
@@ -192,9 +188,10 @@ def _open(
     val: str | None,
     workers: int,
     images: int | None,
-) -> tuple[Any, ReaderConfig]:
+) -> tuple[Any, Any]:
     """The network, and how its images are read: those of its retraining unless --val names others."""
     from bossnas.config.retrain import RetrainConfig
+    from bossnas.config.shared import ReaderConfig
     from bossnas.networks import pretrained
     from bossnas.runs.folder import read_config
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
 from bossnas.errors import ConfigError
-from bossnas.selection.combine import HOW
+from bossnas.selection import HOW
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="JSON or YAML config file.")]
 Overrides = Annotated[
@@ -28,6 +28,14 @@ Combine = Annotated[
     str, typer.Option("--combine", help="How the scores of blocks are put together: " + " | ".join(HOW) + ".")
 ]
 LocalRank = Annotated[int, typer.Option("--local_rank", hidden=True)]  # DeepSpeed's launcher gives it
+
+
+def load(config: Path, overrides: list[str] | None = None, kind: Literal["search", "retraining"] = "search") -> Any:
+    """The config of a command, read and validated. Importing all keys takes a tenth of a second, which --help needs
+    not wait for."""
+    from bossnas import config as configs
+
+    return configs.load(config, overrides, configs.RetrainConfig if kind == "retraining" else configs.Config)
 
 
 def check_together(how: str, size_weight: float) -> None:

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bossnas.cli.options import ConfigFile, Overrides, check_writable
-from bossnas.config.loading import load
+from bossnas.cli.options import ConfigFile, Overrides, check_writable, load
 
 app = typer.Typer()
 

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bossnas.cli.options import ConfigFile, LocalRank, Overrides, Resume
-from bossnas.config.loading import load
+from bossnas.cli.options import ConfigFile, LocalRank, Overrides, Resume, load
 from bossnas.errors import ConfigError
 
 app = typer.Typer()

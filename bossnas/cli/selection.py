@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from bossnas.cli.options import Combine, ConfigFile, Overrides, check_together, check_writable
-from bossnas.config.loading import load
+from bossnas.cli.options import Combine, ConfigFile, Overrides, check_together, check_writable, load
 from bossnas.errors import ConfigError
 
 app = typer.Typer()

@@ -11,13 +11,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-HOW = {
-    "sum": "the scores as they are, as in the paper",
-    "standardised": "every block counts alike: its scores minus their mean, by their standard deviation",
-    "layers": "every layer counts alike: as standardised, times the root of the block's number of layers",
-    "ranks": "every block counts alike: the ranks of its paths, from 0 to 1",
-}
-
 
 def combined(scores: Mapping[str, float], how: str) -> dict[str, float]:
     """A block's scores (encoded path -> value), made fit to be added to those of other blocks; which of two values is

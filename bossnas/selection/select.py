@@ -43,7 +43,7 @@ def select(
 ) -> dict[str, Any]:
     """Selects from the ratings of a finished run, or of several that differ in their seed; plain values, for JSON.
 
-    ``how``: how the scores of blocks are put together, a name of combine.HOW. ``size_weight``: how much the sum of the
+    ``how``: how the scores of blocks are put together, a name of HOW. ``size_weight``: how much the sum of the
     logarithms of the layers' channels counts beside the rating, 1: as much. ``limits``: the highest value allowed of
     each cost, by name of COSTS. ``front_cost``: a name of COSTS, adds the Pareto front against it. ``latencies``: a
     file of `bossnas cost --measure`. Raises ConfigError for what the user can mend, such as limits that no rated

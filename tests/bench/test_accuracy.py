@@ -299,7 +299,7 @@ def test_the_report_is_printed_and_written(accuracy, tmp_path, monkeypatch, caps
     report.main()
     said, found = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
     assert found["chosen"]["setting"] == "untrained" and "instance-lr1.5" in said
-    assert [row["combine"] for row in found["tables"]["How blocks are put together"]] == list(report.combine.HOW)
+    assert [row["combine"] for row in found["tables"]["How blocks are put together"]] == list(report.HOW)
     assert "| untrained | effective_rank | sum |" in said and "| size, last layer x 1 |" in said
 
 

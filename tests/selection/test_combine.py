@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bossnas.selection import combine
+from bossnas.selection import HOW, combine
 
 
 def rating(seed, scale=1.0):
@@ -22,7 +22,7 @@ def rating(seed, scale=1.0):
 def test_a_block_keeps_its_order_and_gets_the_scale_that_is_asked_for(block):
     scores = rating(0)[block]
     values, layers = np.array(list(scores.values())), 2 - block
-    found = {how: combine.combined(scores, how) for how in combine.HOW}
+    found = {how: combine.combined(scores, how) for how in HOW}
     for of in found.values():
         assert list(of) == list(scores) and stats.spearmanr(list(of.values()), values)[0] == pytest.approx(1)
     assert found["sum"] == scores
@@ -32,7 +32,7 @@ def test_a_block_keeps_its_order_and_gets_the_scale_that_is_asked_for(block):
 
 
 def test_equal_scores_stay_equal():
-    for how in combine.HOW:
+    for how in HOW:
         found = combine.combined({"0": 0.1, "1": 0.1, "2": 0.1}, how)
         assert len(set(found.values())) == 1 and np.isfinite(list(found.values())).all()
     assert list(combine.combined({"0": 3, "1": 1, "2": 3, "3": 0}, "ranks").values()) == pytest.approx(

@@ -17,7 +17,7 @@ from bossnas import log, spaces
 from bossnas.errors import ConfigError
 from bossnas.networks.from_space import standalone
 from bossnas.runs.folder import read_config
-from bossnas.selection import combine
+from bossnas.selection import HOW, combine
 from bossnas.selection.ranking import correlation, proxies, tables
 from bossnas.selection.sizes import SIZE_DEFINITIONS, size_baselines
 from bossnas.spaces import Space
@@ -67,7 +67,7 @@ def compare(
     """Reads ratings and accuracies, matches their architectures and computes every figure.
 
     ``space`` names the space where the ratings are no run folder and the texts do not tell it. ``how``: how the scores
-    of blocks are put together, a name of combine.HOW. ``seeds``: every source is a rating of its own, of the same
+    of blocks are put together, a name of HOW. ``seeds``: every source is a rating of its own, of the same
     search with another seed; they are summed, after standardising each over the architectures that are compared.
     ``size_weight``: how much the sum of log channels counts in the figures of rating and size.
     Raises ConfigError for everything that cannot be read or matched.
@@ -122,7 +122,7 @@ def compare(
         result["seeds"] = _spread(ratings, blocks, truth, sizes)
     if proxy_names:
         result["proxies"] = _with_proxies(chosen, rated, scores, truth, sizes, proxy_names, sample, resamples, seed)
-    result["definitions"] = {**correlation.DEFINITIONS, **SIZE_DEFINITIONS, "combine": combine.HOW[how]}
+    result["definitions"] = {**correlation.DEFINITIONS, **SIZE_DEFINITIONS, "combine": HOW[how]}
     return Comparison(result, scores, truth)
 
 
