@@ -254,8 +254,8 @@ def test_a_rank_that_fails_says_where():
 
 def test_all_groups_get_the_timeout():
     program = (
-        "import torch.distributed as d\nfrom bossnas import dist\nfrom bossnas.distributed.alive import Guard\n"
-        "dist.ensure_group()\ngroups = [d.group.WORLD, d.new_group([0])]\ndist.set_timeout(2)\n"
+        "import torch.distributed as d\nfrom bossnas.distributed import dist, group\n"
+        "group.ensure_group()\ngroups = [d.group.WORLD, d.new_group([0])]\ndist.set_timeout(2)\n"
         "print([g._get_backend(dist.device('cpu')).options._timeout.total_seconds() for g in groups])\n"
     )
     done = subprocess.run(

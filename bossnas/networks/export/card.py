@@ -110,7 +110,7 @@ def readme(card: dict[str, Any], ours: bool) -> str:
         for row in card["files"]
     ]
     for row in card["files"]:
-        use = USE[row["format"]].format(name=card["name"], ours="import bossnas.networks.registry\n" if ours else "")
+        use = USE[row["format"]].format(name=card["name"], ours="import bossnas.timm_models\n" if ours else "")
         text += ["", f"## {row['format']}", "", use]
     return "\n".join(text) + "\n"
 

@@ -308,7 +308,7 @@ def _hub(subject: _Subject, folder: Path) -> list[Tensor]:
         model_config={"pretrained_cfg": about, "model_args": dict(spec.model_args)},
     )
     open_to_others(hub / "model.safetensors")
-    registered = "import bossnas.networks.registry\n" if subject.ours else ""
+    registered = "import bossnas.timm_models\n" if subject.ours else ""
     code = (
         f"import sys\nsys.path[:] = {sys.path!r}\n{registered}import timm\n"
         f"call = timm.create_model({f'local-dir:{hub}'!r}, pretrained=True).eval()\n"
