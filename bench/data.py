@@ -110,7 +110,7 @@ class Task:
             (folder / str(i)).write_bytes(self.index.read(i)[0])
 
     def collate(self, place: str) -> Collate:
-        return Collate(self.recipe, tuple(range(2 * self.pairs)), self.pairs, 0, 0, place)
+        return Collate(views.Views(self.recipe, tuple(range(2 * self.pairs)), self.pairs), 0, 0, place)
 
     def dataset(self, place: str, samples: list[int]) -> _Indexed:
         chunks = [np.array(samples[i : i + self.batch]) for i in range(0, len(samples), self.batch)]

@@ -42,7 +42,8 @@ from PIL import Image  # noqa: E402
 
 from bossnas.config.search import DataConfig  # noqa: E402
 from bossnas.data import views  # noqa: E402
-from bossnas.data.batches import _order, view_batches
+from bossnas.data.batches import view_batches
+from bossnas.data.order import EpochSlice, permutation
 from bossnas.data.shards import ShardIndex  # noqa: E402
 from bossnas.data.streams import ShardStream  # noqa: E402
 from bossnas.errors import ConfigError  # noqa: E402
@@ -76,17 +77,9 @@ def global_batches(
     ranks = [
         view_batches(
             index,
-            recipe,
-            range(2 * pairs),
-            pairs,
+            views.Views(recipe, tuple(range(2 * pairs)), pairs),
             settings,
-            seed=1,
-            epoch=3,
-            start=start,
-            steps=steps,
-            batch=batch // world,
-            rank=rank,
-            world=world,
+            EpochSlice(1, 3, start, steps, batch // world, rank, world),
         )
         for rank in range(world)
     ]
@@ -126,7 +119,7 @@ def order(options: argparse.Namespace) -> None:
                         f"{check(found == first, name)} | {check(rest == first[half:], name + ' resumed')} |",
                         flush=True,
                     )
-        drawn = _order(index, 1, 3, None)
+        drawn = permutation(index, 1, 3, None)
         print(
             f"\n{title}: every sample once in an epoch: "
             f"{check(sorted(drawn.tolist()) == list(range(len(index))), title + ' once')}\n"
@@ -189,15 +182,9 @@ def read_all(source, log: io.StringIO, during: Callable[[int], None] = lambda i:
         for i, (view,) in enumerate(
             view_batches(
                 source,
-                views.recipe("imagenet", 64),
-                [0],
-                4,
+                views.Views(views.recipe("imagenet", 64), (0,), 4),
                 settings,
-                seed=0,
-                epoch=0,
-                start=0,
-                steps=steps,
-                batch=10,
+                EpochSlice(0, 0, 0, steps, 10),
                 bad=bad,
             )
         ):
@@ -369,7 +356,7 @@ def epochs(index: ShardIndex, count: int) -> Iterator[tuple[int, float, int]]:
     for epoch in range(count):
         memory = 0.0
         for i, _ in enumerate(
-            view_batches(index, recipe, range(2), 1, settings, seed=0, epoch=epoch, start=0, steps=steps, batch=250)
+            view_batches(index, views.Views(recipe, (0, 1), 1), settings, EpochSlice(0, epoch, 0, steps, 250))
         ):
             if i == steps // 2:
                 memory = resident_mib(os.getpid())

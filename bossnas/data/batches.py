@@ -3,8 +3,8 @@
 Indexed shards: the global batch i of an epoch is a slice of one permutation seeded by (seed, epoch); a rank takes its
 part of every global batch. A view's randomness is seeded by (seed, epoch, sample, view). So the same images and pixels
 come for any ranks and workers of the same global batch, and a run may go on anywhere: its place is two numbers, the
-epoch and the micro-batch. `batches` and `fixed_batches` give views; `epoch_batches` and `same_batches`, on which they
-stand, what any batcher makes of the pictures and their labels.
+epoch and the micro-batch (`order.EpochSlice`). `view_batches` and `fixed_view_batches` give views; `epoch_batches` and
+`same_batches`, on which they stand, what any batcher makes of the pictures and their labels.
 
 Streamed shards: the shards of an epoch, in an order seeded by (seed, epoch), are dealt out to the readers, which are
 the workers of all ranks; the same place is exact as long as there are as many readers.
@@ -28,13 +28,13 @@ from bossnas.config.shared import ReaderConfig
 from bossnas.data.collate import Batcher, Collate, place
 from bossnas.data.images import BadImage, decode
 from bossnas.data.loader import Item, load
+from bossnas.data.order import FIXED_EPOCH, EpochSlice, FixedBatches, permutation
 from bossnas.data.shards import ShardIndex, is_remote
 from bossnas.data.streams import Sample, ShardStream, share
-from bossnas.data.views import Recipe
+from bossnas.data.views import Views
 from bossnas.errors import ConfigError
 
 SAMPLE = Path(__file__).parent / "sample"
-FIXED_EPOCH = 2**31 - 1  # the epoch of fixed batches: none that a training reaches
 CPU = torch.device("cpu")
 Source = ShardIndex | ShardStream
 
@@ -104,27 +104,19 @@ def readers(source: Source, settings: ReaderConfig, world: int) -> int | None:
 
 def view_batches(
     source: Source,
-    recipe: Recipe,
-    views: Sequence[int],
-    view_pairs: int,
+    views: Views,
     settings: DataConfig,
+    part: EpochSlice,
     *,
-    seed: int,
-    epoch: int,
-    start: int,
-    steps: int,
-    batch: int,
-    rank: int = 0,
-    world: int = 1,
     device: torch.device = CPU,
     bad: dict[str, str] | None = None,
 ) -> Iterator[list[Tensor]]:
-    """The micro-batches start..steps-1 of an epoch that has ``steps`` of them, for one rank.
+    """The micro-batches of a part of an epoch, for one rank.
 
-    Each is a list with a tensor [batch, 3, S, S] on ``device`` (channels_last) for every view in ``views`` (see
-    Recipe.draw). No sample of an index comes twice in an epoch; a reader of a stream whose shards end before the epoch
-    does begins them again, which is logged. settings.workers processes make whole micro-batches ahead (0: in this
-    process); close the iterator, or let it go, to end them (each ends with the micro-batch it is making).
+    Each is a list with a tensor [batch, 3, S, S] on ``device`` (channels_last) for every view in ``views``. No sample
+    of an index comes twice in an epoch; a reader of a stream whose shards end before the epoch does begins them again,
+    which is logged. settings.workers processes make whole micro-batches ahead (0: in this process); close the iterator,
+    or let it go, to end them (each ends with the micro-batch it is making).
 
     An unreadable image is replaced, by the next good one of the index or by a neighbour in its batch of a stream,
     logged with its shard and key, and put into ``bad`` (name -> problem). The rank stops with a ConfigError
@@ -132,49 +124,42 @@ def view_batches(
     max_bad = 0, at the first. Raises ConfigError at once when there are too few images for the epoch, or shards for
     the readers.
     """
-    collate = Collate(recipe, tuple(views), view_pairs, seed, epoch, place(settings.views_on, device))
-    return epoch_batches(
-        source, collate, settings, start=start, steps=steps, batch=batch, rank=rank, world=world, device=device, bad=bad
-    )
+    collate = Collate(views, part.seed, part.epoch, place(settings.views_on, device))
+    return epoch_batches(source, collate, settings, part, device=device, bad=bad)
 
 
 def epoch_batches(
     source: Source,
     collate: Batcher,
     settings: ReaderConfig,
+    part: EpochSlice,
     *,
-    start: int,
-    steps: int,
-    batch: int,
-    rank: int = 0,
-    world: int = 1,
     copies: int = 1,
     device: torch.device = CPU,
     bad: dict[str, str] | None = None,
 ) -> Iterator[Any]:
-    """As batches(), of whatever ``collate`` makes, in the order of its seed and epoch.
+    """As `view_batches`, of whatever ``collate`` makes.
 
     ``copies``, of an index: how often a sample comes, on different ranks if there are as many, so that the epoch has as
     many fewer samples. The collate gets the numbers sample * copies + copy in place of the samples'.
     """
-    need = steps * batch * world
-    if need > len(source):
+    start, steps, batch, rank, world = part.start, part.steps, part.batch, part.rank, part.world
+    if part.images > len(source):
         raise ConfigError(
             source.field,
             f"holds {len(source)} images, but an epoch of {steps} micro-batches of "
-            f"{batch} on {world} ranks takes {need}",
+            f"{batch} on {world} ranks takes {part.images}",
             "give more images or ask for fewer steps",
         )
     if not 0 <= start <= steps:
         raise ValueError(f"start {start}: expected 0..{steps}")
     if isinstance(source, ShardStream):
-        order, workers = source.order(collate.seed, collate.epoch), max(settings.workers, 1)
-        parts = [share(order, rank * workers + worker, world * workers) for worker in range(workers)]
+        order, workers = source.order(part.seed, part.epoch), max(settings.workers, 1)
         dataset = _Streamed(
             source,
             collate,
             _allowed(settings.max_bad, steps * batch),
-            parts,
+            [share(order, rank * workers + worker, world * workers) for worker in range(workers)],
             settings.buffer,
             range(start, steps),
             steps * batch,
@@ -182,93 +167,71 @@ def epoch_batches(
             is_endless=True,
         )
     else:
-        order = _order(source, collate.seed, collate.epoch, settings.shuffle_block)
+        order = permutation(source, part.seed, part.epoch, settings.shuffle_block)
         if copies == 1:
-            chunks = order[:need].reshape(steps, world, batch)[start:, rank]
+            # a rank's images lie side by side within the global micro-batch, so that it is the same for any world
+            chunks = order[: part.images].reshape(steps, world, batch)[start:, rank]
         else:
+            # the copies of an image go to neighbouring ranks, which see it at the same moment, as in DeiT
             numbers = (order[:, None] * copies + np.arange(copies)).reshape(-1)
-            chunks = numbers[:need].reshape(steps, batch, world)[start:, :, rank]
+            chunks = numbers[: part.images].reshape(steps, batch, world)[start:, :, rank]
         dataset = _Indexed(source, collate, _allowed(settings.max_bad, len(source) // world), list(chunks), copies)
     return load(dataset, collate, dataset.allowed, settings.workers, device, {} if bad is None else bad)
 
 
 def fixed_view_batches(
     source: Source,
-    recipe: Recipe,
-    views: Sequence[int],
-    view_pairs: int,
+    views: Views,
     settings: DataConfig,
+    fixed: FixedBatches,
     *,
-    seed: int,
-    count: int | None,
-    batch: int,
-    shuffle: bool,
-    only: Sequence[int] | None = None,
     device: torch.device = CPU,
     bad: dict[str, str] | None = None,
 ) -> Iterator[list[Tensor]]:
-    """Batches of ``count`` images (None, or more than there are: all) that are the same at every call.
+    """Batches of views that are the same at every call.
 
-    ``shuffle``: the first in a seeded order (for calibration), else the first of the shards (for validation). The last
-    batch may be short. ``only``: the numbers of the batches to give, in this order (None: all). A stream is read by
-    one process, from its beginning to the last batch asked for, and gives batches in ascending order alone.
-    Views, device, workers and unreadable images as in batches().
+    A stream is read by one process, from its beginning to the last batch asked for, and gives batches in ascending
+    order alone. Views, device, workers and unreadable images as in `view_batches`.
     """
-    collate = Collate(recipe, tuple(views), view_pairs, seed, FIXED_EPOCH, place(settings.views_on, device))
-    return same_batches(
-        source, collate, settings, count=count, batch=batch, shuffle=shuffle, only=only, device=device, bad=bad
-    )
+    collate = Collate(views, fixed.seed, FIXED_EPOCH, place(settings.views_on, device))
+    return same_batches(source, collate, settings, fixed, device=device, bad=bad)
 
 
 def same_batches(
     source: Source,
     collate: Batcher,
     settings: ReaderConfig,
+    fixed: FixedBatches,
     *,
-    count: int | None,
-    batch: int,
-    shuffle: bool,
-    only: Sequence[int] | None = None,
     device: torch.device = CPU,
     bad: dict[str, str] | None = None,
 ) -> Iterator[Any]:
-    """As fixed_batches(), of whatever ``collate`` makes, in the order of its seed."""
-    count = len(source) if count is None else min(count, len(source))
-    firsts = range(0, count, batch)
-    chosen = range(len(firsts)) if only is None else only
+    """As `fixed_view_batches`, of whatever ``collate`` makes."""
+    count = len(source) if fixed.count is None else min(fixed.count, len(source))
+    firsts = range(0, count, fixed.batch)
+    chosen = range(len(firsts)) if fixed.only is None else fixed.only
     allowed, workers = _allowed(settings.max_bad, len(source)), settings.workers
     if isinstance(source, ShardStream):
-        shards = source.order(collate.seed, FIXED_EPOCH) if shuffle else np.arange(len(source.urls))
+        shards = source.order(fixed.seed, FIXED_EPOCH) if fixed.shuffle else np.arange(len(source.urls))
         dataset = _Streamed(
             source,
             collate,
             allowed,
             [shards],
-            settings.buffer if shuffle else 0,
+            settings.buffer if fixed.shuffle else 0,
             chosen,
             count,
-            batch,
+            fixed.batch,
             is_endless=False,
         )
         workers = min(workers, 1)
     else:
-        order = _order(source, collate.seed, FIXED_EPOCH, settings.shuffle_block) if shuffle else np.arange(len(source))
-        dataset = _Indexed(source, collate, allowed, [order[:count][firsts[i] : firsts[i] + batch] for i in chosen])
+        order = np.arange(len(source))
+        if fixed.shuffle:
+            order = permutation(source, fixed.seed, FIXED_EPOCH, settings.shuffle_block)
+        chunks = [order[:count][firsts[i] : firsts[i] + fixed.batch] for i in chosen]
+        dataset = _Indexed(source, collate, allowed, chunks)
     return load(dataset, collate, allowed, workers, device, {} if bad is None else bad)
-
-
-def _order(index: ShardIndex, seed: int, epoch: int, block: int | None) -> np.ndarray:
-    """A seeded permutation of the samples. ``block``: of the shards instead, and within every so many samples: reads
-    then stay within a few shards at a time, for storage that is slow at random access."""
-    rng = np.random.Generator(np.random.PCG64([seed, epoch]))
-    if block is None:
-        return rng.permutation(len(index))
-    ends = index.ends
-    spans = list(zip([0, *ends[:-1]], ends, strict=True))
-    order = np.concatenate([np.arange(*spans[shard]) for shard in rng.permutation(len(spans))])
-    for first in range(0, len(order), block):
-        rng.shuffle(order[first : first + block])
-    return order
 
 
 def _allowed(share_bad: float, images: int) -> int:

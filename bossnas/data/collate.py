@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bossnas.data import views
-from bossnas.data.views import Recipe
+from bossnas.data.views import Views
 
 
 def place(views_on: str, device: torch.device) -> str:
@@ -35,11 +35,9 @@ class Batcher(Protocol):
 
 @dataclass(frozen=True)
 class Collate:
-    """The views ``views`` (numbers, see Recipe.draw) of pictures. ``place``: device | worker_crops | worker."""
+    """Views of pictures, drawn by seed and epoch. ``place``: device | worker_crops | worker."""
 
-    recipe: Recipe
-    views: tuple[int, ...]
-    view_pairs: int
+    views: Views
     seed: int
     epoch: int
     place: str
@@ -47,7 +45,9 @@ class Collate:
     def begin(self, pictures: list[np.ndarray], samples: list[int], labels: list[int | None]) -> dict[str, Tensor]:
         """What the loader does: tensors that travel to the run. pictures: uint8 [H, W, 3]; samples: their numbers."""
         sizes = np.array([picture.shape[:2] for picture in pictures])
-        looks = self.recipe.draw(sizes, samples, self.views, self.view_pairs, seed=self.seed, epoch=self.epoch)
+        looks = self.views.recipe.draw(
+            sizes, samples, self.views.ids, self.views.pairs, seed=self.seed, epoch=self.epoch
+        )
         if self.place == "device":
             lengths = sizes.prod(1) * 3
             pixels = torch.empty(int(lengths.sum()), dtype=torch.uint8)
@@ -57,14 +57,14 @@ class Collate:
                 into[start : start + length] = picture.reshape(-1)
             table = torch.from_numpy(np.column_stack([starts, sizes]).astype(np.int64))
             return {"pixels": pixels, "table": table, "ints": looks.ints, "floats": looks.floats}
-        size = self.recipe.image_size
-        crops = torch.empty(len(self.views), len(pictures), size, size, 3, dtype=torch.uint8)
+        size = self.views.recipe.image_size
+        crops = torch.empty(len(self.views.ids), len(pictures), size, size, 3, dtype=torch.uint8)
         made, ints, floats = crops.numpy(), looks.ints.tolist(), looks.floats.tolist()
         for n, picture in enumerate(pictures):
             views.crop(picture, [of_view[n][:7] for of_view in ints], made[:, n])
         if self.place == "worker_crops":
             return {"crops": crops, "ints": looks.ints, "floats": looks.floats}
-        if self.recipe.name != "cifar":  # a CIFAR view is a crop and a flip
+        if self.views.recipe.name != "cifar":  # a CIFAR view is a crop and a flip
             for v, n in np.ndindex(*crops.shape[:2]):
                 made[v, n] = views.paint(made[v, n], ints[v][n], floats[v][n])
         return {"pictures": crops}
@@ -72,11 +72,11 @@ class Collate:
     def complete(self, parts: dict[str, Tensor], device: torch.device) -> list[Tensor]:
         """The batch of each view on the device: float32 [n, 3, S, S], channels_last, normalised."""
         if "pictures" in parts:
-            made = views.normalise(parts["pictures"].to(device, non_blocking=True), self.recipe)
+            made = views.normalise(parts["pictures"].to(device, non_blocking=True), self.views.recipe)
         elif "crops" in parts:
             crops = parts["crops"].to(device, non_blocking=True)
-            made = views.finish(crops, views.Looks(parts["ints"], parts["floats"]), self.recipe)
+            made = views.finish(crops, views.Looks(parts["ints"], parts["floats"]), self.views.recipe)
         else:
             pixels = parts["pixels"].to(device, non_blocking=True)
-            made = views.augment(pixels, parts["table"], views.Looks(parts["ints"], parts["floats"]), self.recipe)
+            made = views.augment(pixels, parts["table"], views.Looks(parts["ints"], parts["floats"]), self.views.recipe)
         return list(made.unbind(0))

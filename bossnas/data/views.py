@@ -75,6 +75,15 @@ class Recipe:
         return _draw_imagenet(u, np.asarray(sizes), augmentations)
 
 
+@dataclass(frozen=True)
+class Views:
+    """Which views are made of every image: those numbered ``ids``, of ``pairs`` pairs (see `Recipe.draw`)."""
+
+    recipe: Recipe
+    ids: tuple[int, ...]
+    pairs: int
+
+
 def recipe(name: str, image_size: int) -> Recipe:
     """The named recipe. Raises ConfigError for an unknown name or an impossible size."""
     if name not in MEAN:

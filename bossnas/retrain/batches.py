@@ -27,7 +27,8 @@ from torchvision.transforms import Compose
 
 from bossnas.config.retrain import AugmentConfig
 from bossnas.config.shared import MEAN, STD, ReaderConfig
-from bossnas.data.batches import CPU, FIXED_EPOCH, Source, epoch_batches, same_batches
+from bossnas.data.batches import CPU, Source, epoch_batches, same_batches
+from bossnas.data.order import FIXED_EPOCH, EpochSlice, FixedBatches
 from bossnas.data.streams import ShardStream, shown
 from bossnas.errors import ConfigError
 
@@ -179,19 +180,13 @@ def train_batches(
     source: Source,
     transform: TrainTransform,
     settings: ReaderConfig,
+    part: EpochSlice,
     *,
     classes: int,
-    seed: int,
-    epoch: int,
-    start: int,
-    steps: int,
-    batch: int,
-    rank: int = 0,
-    world: int = 1,
     device: torch.device = CPU,
     bad: dict[str, str] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The micro-batches start..steps-1 of an epoch that has ``steps`` of them, for one rank.
+    """The micro-batches of a part of an epoch, for one rank.
 
     Each is images, float32 [batch, 3, S, S], channels_last, and soft targets, float32 [batch, classes], on ``device``:
     mixed within the micro-batch, by timm's Mixup ("batch" mode, as DeiT does), or smoothed labels. They depend on
@@ -209,10 +204,10 @@ def train_batches(
         )
     mixup = None
     if (augment.mixup or augment.cutmix) and augment.mix_probability:
-        if batch % 2:
+        if part.batch % 2:
             raise ConfigError(
                 "train.micro_batch",
-                f"{batch} is odd, and mixup and cutmix pair the images",
+                f"{part.batch} is odd, and mixup and cutmix pair the images",
                 "make it even, or set augment.mixup and augment.cutmix to 0",
             )
         mixup = Mixup(
@@ -223,26 +218,14 @@ def train_batches(
             num_classes=classes,
         )
     erase = RandomErasing(augment.erasing, mode=augment.erasing_mode, device=str(device)) if augment.erasing else None
-    collate = _Collate(transform, source.field, _shards(source), classes, seed, epoch)
-    begun = epoch_batches(
-        source,
-        collate,
-        settings,
-        start=start,
-        steps=steps,
-        batch=batch,
-        rank=rank,
-        world=world,
-        copies=copies,
-        device=device,
-        bad=bad,
-    )
+    collate = _Collate(transform, source.field, _shards(source), classes, part.seed, part.epoch)
+    begun = epoch_batches(source, collate, settings, part, copies=copies, device=device, bad=bad)
 
     def finish() -> Iterator[tuple[Tensor, Tensor]]:
         with closing(begun):
-            for number, (images, labels) in enumerate(begun, start):
+            for number, (images, labels) in enumerate(begun, part.start):
                 with _own_numbers(device):
-                    _seed((seed, epoch, number, rank), device)
+                    _seed((part.seed, part.epoch, number, part.rank), device)
                     if erase is not None:
                         images = erase(images)
                     if mixup is None:
@@ -258,35 +241,20 @@ def eval_batches(
     source: Source,
     transform: EvalTransform,
     settings: ReaderConfig,
+    fixed: FixedBatches,
     *,
-    count: int | None,
-    batch: int,
     classes: int | None = None,
-    rank: int = 0,
-    world: int = 1,
     device: torch.device = CPU,
     bad: dict[str, str] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first ``count`` images (None, or more than there are: all) in batches that are the same for any ranks, of
-    which this rank gets the numbers rank, rank + world, and so on. The last may be short.
+    """Labelled batches that are the same at every call; `FixedBatches.of_rank` deals them out to ranks.
 
     Each is images, float32 [n, 3, S, S], channels_last, and labels, int64 [n], on ``device``. Workers and unreadable
     images as in `bossnas.data.batches`; what comes in place of an unreadable one has its own label.
     ``classes``: raises ConfigError for a label that is none of so many.
     """
-    images = len(source) if count is None else min(count, len(source))
-    collate = _Collate(transform, source.field, _shards(source), classes, 0, FIXED_EPOCH)
-    return same_batches(
-        source,
-        collate,
-        settings,
-        count=images,
-        batch=batch,
-        shuffle=False,
-        only=range(rank, -(-images // batch), world),
-        device=device,
-        bad=bad,
-    )
+    collate = _Collate(transform, source.field, _shards(source), classes, fixed.seed, FIXED_EPOCH)
+    return same_batches(source, collate, settings, fixed, device=device, bad=bad)
 
 
 def _shards(source: Source) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from bossnas import log
 from bossnas.config.shared import ReaderConfig
 from bossnas.data.batches import Source, open_set
+from bossnas.data.order import FixedBatches
 from bossnas.distributed import dist
 from bossnas.distributed.engines import protocol
 from bossnas.networks import pretrained
@@ -114,20 +115,9 @@ def evaluate_network(
     protocol.check_precision(where.type, precision)
     model, images = dist.together(lambda: _prepare(network, settings, where, kernels, fuse, source))
     transform, classes = eval_transform(network.spec), network.spec.classes
-    count = min(settings.val_images or len(images), len(images))
-    batches = eval_batches(
-        images,
-        transform,
-        settings,
-        count=count,
-        batch=batch,
-        classes=classes,
-        rank=dist.rank(),
-        world=dist.world_size(),
-        device=where,
-    )
-    own = len(range(dist.rank(), -(-count // batch), dist.world_size()))
-    with log.progress("evaluate", own, show=dist.rank() == 0) as task:
+    own = FixedBatches(settings.val_images, batch).of_rank(len(images), dist.rank(), dist.world_size())
+    batches = eval_batches(images, transform, settings, own, classes=classes, device=where)
+    with log.progress("evaluate", len(own.only), show=dist.rank() == 0) as task:
         return evaluate(model, batches, classes, precision=precision, device=where, advance=lambda _: task.advance())
 
 

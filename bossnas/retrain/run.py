@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bossnas.config.retrain import RetrainConfig
 from bossnas.config.shared import MEAN, STD, accumulation
 from bossnas.data.batches import Source, open_data, open_set, readers
+from bossnas.data.order import EpochSlice
 from bossnas.distributed import dist, engines
 from bossnas.distributed.engines.protocol import Engine, MakeOptimizer
 from bossnas.errors import ConfigError
@@ -254,18 +255,21 @@ def _network(config: RetrainConfig, start: Beginning) -> tuple[nn.Module, dict[s
 def epoch_batches(run: Retraining, epoch: int, start: int) -> Any:
     """This rank's micro-batches of an epoch, from its step ``start`` on."""
     config = run.config
+    part = EpochSlice(
+        config.seed,
+        epoch,
+        start * run.accumulate,
+        run.steps_per_epoch * run.accumulate,
+        config.train.micro_batch,
+        dist.rank(),
+        dist.world_size(),
+    )
     return train_batches(
         run.train_set,
         train_transform(config.augment, run.spec.image_size),
         config.data,
+        part,
         classes=run.spec.classes,
-        seed=config.seed,
-        epoch=epoch,
-        start=start * run.accumulate,
-        steps=run.steps_per_epoch * run.accumulate,
-        batch=config.train.micro_batch,
-        rank=dist.rank(),
-        world=dist.world_size(),
         device=run.device,
         bad=run.bad,
     )

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from bossnas import __version__, log
 from bossnas.config.retrain import RetrainConfig, RetrainTrain
+from bossnas.data.order import FixedBatches
 from bossnas.distributed import dist
 from bossnas.distributed.alive import Guard
 from bossnas.errors import ConfigError
@@ -220,20 +221,11 @@ def _evaluate(run: Retraining, folder: Path, metrics: Metrics, guard: Guard) -> 
     state, config = run.state, run.config
     epoch = state.step // run.steps_per_epoch
     transform, results = eval_transform(run.spec), {}
+    own = FixedBatches(run.val_images, config.evaluate.batch).of_rank(len(run.val_set), dist.rank(), dist.world_size())
     for kind, home in {"model": run.model, "ema": run.average}.items():
         if home is None:
             continue
-        batches = eval_batches(
-            run.val_set,
-            transform,
-            config.data,
-            count=run.val_images,
-            batch=config.evaluate.batch,
-            classes=run.spec.classes,
-            rank=dist.rank(),
-            world=dist.world_size(),
-            device=run.device,
-        )
+        batches = eval_batches(run.val_set, transform, config.data, own, classes=run.spec.classes, device=run.device)
         results[kind] = evaluate.evaluate(
             home,
             batches,

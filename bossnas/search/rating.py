@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bossnas import log
 from bossnas.data.batches import fixed_view_batches
+from bossnas.data.order import FixedBatches
 from bossnas.distributed import dist
 from bossnas.distributed.alive import Guard
 from bossnas.distributed.engines.protocol import autocast
@@ -128,14 +129,9 @@ class _Calibration(Sequence):
             count = whole * rating.calibration_images or len(run.train_set)
             chosen = fixed_view_batches(
                 run.train_set,
-                run.recipe,
-                [CALIBRATION_VIEW],
-                run.space.view_pairs,
+                run.views(CALIBRATION_VIEW),
                 run.config.data,
-                shuffle=True,
-                seed=run.config.seed,
-                count=count,
-                batch=rating.calibration_images,
+                FixedBatches(count, rating.calibration_images, run.config.seed, shuffle=True),
                 device=run.device,
                 bad=run.bad,
             )
@@ -156,15 +152,9 @@ def _validation(run: Run) -> Validation:
     def take(batches: Sequence[int]) -> Iterator[list[Tensor]]:
         return fixed_view_batches(
             run.val_set,
-            run.recipe,
-            [0, run.space.view_pairs],
-            run.space.view_pairs,
+            run.views(0, run.space.view_pairs),
             run.config.data,
-            shuffle=False,
-            seed=run.config.seed,
-            count=count,
-            batch=batch,
-            only=batches,
+            FixedBatches(count, batch, run.config.seed, only=batches),
             device=run.device,
             bad={},
         )

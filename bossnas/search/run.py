@@ -48,9 +48,9 @@ class Run:
     bad: dict[str, str] = field(default_factory=dict)  # unreadable training images met so far
     calibration: list[Tensor] = field(default_factory=list)  # the calibration images, once they are drawn
 
-    @property
-    def view_ids(self) -> list[int]:
-        return list(range(2 * self.space.view_pairs))
+    def views(self, *ids: int) -> views.Views:
+        """These of the views that the space asks for."""
+        return views.Views(self.recipe, ids, self.space.view_pairs)
 
     @property
     def accumulate(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from bossnas.data.batches import view_batches
+from bossnas.data.order import EpochSlice
 from bossnas.distributed import dist
 from bossnas.distributed.alive import Guard
 from bossnas.distributed.engines.protocol import Engine
@@ -131,22 +132,17 @@ def train_batches(run: Run, first_epoch: int, step: int) -> Iterator[list[Tensor
     config, mesh = run.config, run.mesh
     first, start = divmod(step, run.steps_per_epoch)
     for epoch in range(first, config.train.epochs):
-        yield from view_batches(
-            run.train_set,
-            run.recipe,
-            run.view_ids,
-            run.space.view_pairs,
-            config.data,
-            seed=config.seed,
-            epoch=first_epoch + epoch,
-            start=start * run.accumulate,
-            steps=run.steps_per_epoch * run.accumulate,
-            batch=config.train.micro_batch,
-            rank=mesh.shard,
-            world=mesh.shards,
-            device=run.device,
-            bad=run.bad,
+        part = EpochSlice(
+            config.seed,
+            first_epoch + epoch,
+            start * run.accumulate,
+            run.steps_per_epoch * run.accumulate,
+            config.train.micro_batch,
+            mesh.shard,
+            mesh.shards,
         )
+        views = run.views(*range(2 * run.space.view_pairs))
+        yield from view_batches(run.train_set, views, config.data, part, device=run.device, bad=run.bad)
         start = 0
 
 

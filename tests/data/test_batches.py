@@ -10,6 +10,7 @@ import os
 import signal
 import tarfile
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from PIL import Image
 from bossnas.config.search import DataConfig
 from bossnas.data import collate, views
 from bossnas.data.batches import SAMPLE, Data, fixed_view_batches, open_data, readers, view_batches
+from bossnas.data.order import EpochSlice, FixedBatches
 from bossnas.data.shards import ShardIndex
 from bossnas.data.streams import ShardStream
 from bossnas.errors import ConfigError
@@ -81,14 +83,25 @@ def split(options: dict) -> tuple[DataConfig, dict]:
     )
 
 
-def batches(source, recipe, views, pairs, **options):
-    settings, rest = split(options)
-    return view_batches(source, recipe, views, pairs, settings, **rest)
+def grouped(group: type, options: dict) -> tuple:
+    """The group made of its fields among the options, and the rest."""
+    names = [field.name for field in fields(group)]
+    return (
+        group(**{name: options[name] for name in names if name in options}),
+        {name: value for name, value in options.items() if name not in names},
+    )
 
 
-def fixed(source, recipe, views, pairs, **options):
+def batches(source, recipe, ids, pairs, **options):
     settings, rest = split(options)
-    return fixed_view_batches(source, recipe, views, pairs, settings, **rest)
+    part, rest = grouped(EpochSlice, rest)
+    return view_batches(source, views.Views(recipe, tuple(ids), pairs), settings, part, **rest)
+
+
+def fixed(source, recipe, ids, pairs, **options):
+    settings, rest = split(options)
+    chosen, rest = grouped(FixedBatches, rest)
+    return fixed_view_batches(source, views.Views(recipe, tuple(ids), pairs), settings, chosen, **rest)
 
 
 def ids(source, **options) -> list[list[int]]:

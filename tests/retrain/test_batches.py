@@ -7,6 +7,7 @@ import logging
 import pickle
 import random
 import tarfile
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from bossnas.config.retrain import AugmentConfig
 from bossnas.config.shared import ReaderConfig
 from bossnas.data.batches import Data, open_data
 from bossnas.data.images import decode
+from bossnas.data.order import EpochSlice, FixedBatches
 from bossnas.data.shards import ShardIndex
 from bossnas.data.streams import ShardStream
 from bossnas.errors import ConfigError
@@ -73,12 +75,16 @@ def sample() -> Data:
 def train(source, augment: AugmentConfig = FULL, *, size: int = SIZE, workers: int = 0, **options):
     given = dict(classes=10, seed=5, epoch=2, start=0, steps=3, batch=8) | options
     settings = ReaderConfig(workers=workers, max_bad=given.pop("max_bad", 0.001), buffer=10)
-    return list(train_batches(source, train_transform(augment, size), settings, **given))
+    part = EpochSlice(**{field.name: given.pop(field.name) for field in fields(EpochSlice) if field.name in given})
+    return list(train_batches(source, train_transform(augment, size), settings, part, **given))
 
 
 def evaluated(source, size: int = SIZE, crop: float = 1.0, settings: ReaderConfig = HERE, **options):
     transform = eval_transform(Spec("any", image_size=size, crop=crop))
-    return list(eval_batches(source, transform, settings, **dict(count=None, batch=8) | options))
+    given = dict(count=None, batch=8, rank=0, world=1) | options
+    fixed = FixedBatches(given.pop("count"), given.pop("batch"))
+    fixed = fixed.of_rank(len(source), given.pop("rank"), given.pop("world"))
+    return list(eval_batches(source, transform, settings, fixed, **given))
 
 
 def same(a, b) -> bool:
@@ -140,7 +146,7 @@ def test_loading_leaves_the_runs_random_numbers_alone(sample):
     seed()
     settings, got = ReaderConfig(workers=0), [numbers()]
     transform = train_transform(AugmentConfig(auto=None, repeats=1, erasing=1), SIZE)  # jitter: torch's
-    for _ in train_batches(sample.train, transform, settings, classes=10, seed=0, epoch=0, start=0, steps=3, batch=4):
+    for _ in train_batches(sample.train, transform, settings, EpochSlice(0, 0, 0, 3, 4), classes=10):
         got.append(numbers())
     assert got == expected
 
