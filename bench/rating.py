@@ -39,8 +39,8 @@ from bossnas.spaces.ops import GroupedBatchNorm, PooledPointwise, SlimConv  # no
 from bossnas.spaces.paths import Choices, decode  # noqa: E402
 from bossnas.supernet import heads
 from bossnas.supernet.memory import Footprint, peak_bytes
-from bossnas.supernet.rate_block import Validation, calibrate, rate_block  # noqa: E402
-from bossnas.supernet.supernet import Item, Supernet  # noqa: E402
+from bossnas.supernet.rate_block import RatingOptions, Validation, calibrate, rate_block  # noqa: E402
+from bossnas.supernet.supernet import Item, Networks, Supernet  # noqa: E402
 from bossnas.supernet.units import Unit, units  # noqa: E402
 
 SIZES = {"hytra": 64, "mbconv": 64, "nats": 32}  # pixels
@@ -120,7 +120,7 @@ class Task:
             paths = self.space.paths(b, self.winners)
             winner = decode(PREFIX[space][b]) if space in PREFIX else paths[len(paths) // 2]
             features = [self.target.features(self.winners, many)]
-            stats, _ = calibrate(self.online, self.target, self.predictors[b], b, [winner], [Unit((), (0,))], features)
+            stats, _ = calibrate(self.networks(b), b, [winner], [Unit((), (0,))], features)
             stats.write()
             for network in (self.online, self.target):
                 network.freeze(b)
@@ -141,18 +141,18 @@ class Task:
         a, b = (image + 0.3 * torch.randn_like(image) for _ in range(2))
         return a.contiguous(memory_format=torch.channels_last), b.contiguous(memory_format=torch.channels_last)
 
+    def networks(self, block: int) -> Networks:
+        return Networks(self.online, self.target, self.predictors[block])
+
     def ours(self) -> list[float]:
         """Scores against the population centre."""
         found = rate_block(
-            self.online,
-            self.target,
-            self.predictors[self.block],
-            self.block,
+            self.networks(self.block),
             self.winners,
             self.paths,
             self.calibration[1:],
             Validation.held(self.validation),
-            most=self.most,
+            RatingOptions(most=self.most),
         )
         return list(found["population_centre"].values())
 

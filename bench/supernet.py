@@ -45,8 +45,8 @@ from bossnas.optim.groups import parameter_groups  # noqa: E402
 from bossnas.optim.lars import LARS
 from bossnas.spaces.paths import Choices, decode  # noqa: E402
 from bossnas.supernet import heads, losses
-from bossnas.supernet.rate_block import Validation, rate_block
-from bossnas.supernet.supernet import Item, Supernet  # noqa: E402
+from bossnas.supernet.rate_block import RatingOptions, Validation, rate_block
+from bossnas.supernet.supernet import Item, Networks, Supernet  # noqa: E402
 from bossnas_kernels import reference  # noqa: E402
 
 KERNELS = ("triton", "reference", "eager", "compile")
@@ -118,15 +118,12 @@ class Variant:
         """The rating procedure itself on one calibration and one validation batch; the mean score."""
         task = self.task
         scores = rate_block(
-            self.online,
-            self.target,
-            self.predictor,
-            task.block,
+            Networks(self.online, self.target, self.predictor),
             task.winners,
             task.rated,
             [task.images[0]],
             Validation.held([task.images]),
-            autocast=task.autocast,
+            RatingOptions(autocast=task.autocast),
         )
         return statistics.mean(scores["population_centre"].values())
 

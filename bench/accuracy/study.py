@@ -40,8 +40,11 @@ from bossnas.spaces.ops import Statistics  # noqa: E402
 from bossnas.spaces.paths import Choices, decode, encode  # noqa: E402
 from bossnas.supernet import rate_block
 from bossnas.supernet.scores import BETTER  # noqa: E402
-from bossnas.supernet.supernet import Item, Supernet  # noqa: E402
-from bossnas.supernet.train_block import train_block  # noqa: E402
+from bossnas.supernet.supernet import Item, Networks, Supernet  # noqa: E402
+from bossnas.supernet.train_block import (
+    Training,
+    train_block,  # noqa: E402
+)
 
 BASE = [
     "space.name=nats",
@@ -278,19 +281,13 @@ def training(run: Run, setting: Setting) -> Iterator[int]:
         run.online.part(b).requires_grad_(True)
     engine.wrap(trained, followers, optimizer)
     steps = train_block(
-        run.online,
-        target,
-        run.predictors[block],
+        Networks(run.online, target, run.predictors[block]),
         run.space,
         engine,
         inputs(),
         state,
-        config.train,
-        prefix=state.winners,
-        accumulate=run.accumulate,
-        steps_per_epoch=run.steps_per_epoch,
-        seed=config.seed,
-        device=run.device,
+        Training(config.train, run.steps_per_epoch, run.accumulate, config.seed),
+        state.winners,
     )
     half = total_steps(run) // 2
     for step in steps:
@@ -356,11 +353,11 @@ def _uncalibrated() -> Iterator[None]:
     """The predictor's batch norm keeps mean 0 and variance 1 in ratings, as in the original release."""
     whole = rate_block.calibrate
 
-    def calibrate(online, target, predictor, *rest):
-        of_target, of_online = whole(online, target, predictor, *rest)
+    def calibrate(networks, *rest):
+        of_target, of_online = whole(networks, *rest)
         for part in _parts(of_online):
             for norm, (mean, var) in part.table.items():
-                if norm in set(predictor.modules()):
+                if norm in set(networks.predictor.modules()):
                     part.table[norm] = (torch.zeros_like(mean), torch.ones_like(var))
         return of_target, of_online
 

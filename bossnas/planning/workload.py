@@ -27,8 +27,8 @@ from bossnas.spaces import Space, cost, ops
 from bossnas.spaces.cost import CostTable, Shape
 from bossnas.spaces.paths import Choices
 from bossnas.supernet import heads
-from bossnas.supernet.supernet import Supernet
-from bossnas.supernet.train_block import RunState, sample_paths, train_block
+from bossnas.supernet.supernet import Networks, Supernet
+from bossnas.supernet.train_block import RunState, Training, sample_paths, train_block
 
 DRAWS = 512  # micro-batches whose paths are looked at for the mean and the largest
 WEIGHT = 4  # bytes: parameters, gradients, momentum and targets are float32 in every precision
@@ -241,19 +241,13 @@ def count_micro(
     meter = Meter("start")
     engine = _Counting(meter, settings)
     loop = train_block(
-        online,
-        target,
-        predictor,
+        Networks(online, target, predictor),
         space,
         engine,
         iter([features]),
         RunState(block, step),
-        settings.model_copy(update={"epochs": 1, "warmup_epochs": 0}),
-        prefix=list(winners),
-        accumulate=2,
-        steps_per_epoch=step + 1,
-        seed=seed,
-        device=torch.device("cpu"),
+        Training(settings.model_copy(update={"epochs": 1, "warmup_epochs": 0}), step + 1, accumulate=2, seed=seed),
+        list(winners),
     )
     with meter:
         next(loop)

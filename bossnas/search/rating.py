@@ -24,7 +24,7 @@ from bossnas.runs.folder import FREE
 from bossnas.search.run import Run
 from bossnas.spaces.paths import Choices, encode
 from bossnas.supernet.memory import Footprint
-from bossnas.supernet.rate_block import Pieces, Validation, rate_block
+from bossnas.supernet.rate_block import Pieces, RatingOptions, Validation, rate_block
 from bossnas.supernet.scores import BETTER
 from bossnas.supernet.units import Unit, units
 
@@ -74,17 +74,12 @@ def rate(
                 raise guard.stopped()
 
         scores = rate_block(
-            run.online,
-            run.target,
-            run.predictors[block],
-            block,
+            run.networks(block),
             winners,
             paths,
             _Calibration(run),
             validation,
-            temperature=settings.temperature,
-            most=most,
-            autocast=lambda: autocast(run.device.type, run.config.train.precision),
+            RatingOptions(settings.temperature, most, lambda: autocast(run.device.type, run.config.train.precision)),
             pieces=pieces,
             advance=advance,
         )

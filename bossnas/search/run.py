@@ -25,7 +25,7 @@ from bossnas.runs.resume import check_data
 from bossnas.spaces import Space, cost, ops
 from bossnas.spaces.paths import decode, encode
 from bossnas.supernet import heads
-from bossnas.supernet.supernet import Supernet
+from bossnas.supernet.supernet import Networks, Supernet
 from bossnas.supernet.train_block import RunState
 
 
@@ -51,6 +51,10 @@ class Run:
     def views(self, *ids: int) -> views.Views:
         """These of the views that the space asks for."""
         return views.Views(self.recipe, ids, self.space.view_pairs)
+
+    def networks(self, block: int) -> Networks:
+        """What the training and the rating of a block work on."""
+        return Networks(self.online, self.target, self.predictors[block])
 
     @property
     def accumulate(self) -> int:

@@ -27,8 +27,8 @@ from bossnas.search import rating, winners
 from bossnas.search.run import Run, make_engine, save
 from bossnas.spaces.ops import synchronise
 from bossnas.spaces.paths import Choices, encode
-from bossnas.supernet.supernet import Supernet
-from bossnas.supernet.train_block import RunState, Step, train_block
+from bossnas.supernet.supernet import Networks, Supernet
+from bossnas.supernet.train_block import RunState, Step, Training, train_block
 
 WAITS = ("receive", "send", "vote")  # spans in which a rank does no work
 
@@ -175,28 +175,14 @@ def train_with(run: Run, position: RunState, inputs: Iterator[list[Tensor]], pre
     if train.sync_batch_norm:
         synchronise(trained, followers, average=partial(dist.average, group=run.mesh.group))
     trained, followers = engine.wrap(trained, followers, optimizer)
-    online, target = run.online.replaced(block, trained), run.target.replaced(block, followers)
-    return Stage(
-        engine,
-        target,
-        train_block(
-            online,
-            target,
-            trained["predictor"],
-            run.space,
-            engine,
-            inputs,
-            position,
-            train,
-            prefix=prefix,
-            accumulate=run.accumulate,
-            steps_per_epoch=run.steps_per_epoch,
-            seed=config.seed,
-            device=run.device,
-            group=run.mesh.group,
-            check_paths=config.engine.check_paths,
-        ),
+    networks = Networks(
+        run.online.replaced(block, trained), run.target.replaced(block, followers), trained["predictor"]
     )
+    training = Training(
+        train, run.steps_per_epoch, run.accumulate, config.seed, run.mesh.group, config.engine.check_paths
+    )
+    steps = train_block(networks, run.space, engine, inputs, position, training, prefix)
+    return Stage(engine, networks.target, steps)
 
 
 def measures(state: RunState, step: Step) -> dict[str, Any]:

@@ -61,7 +61,5 @@ def calibrate_path(run: Run, block: int, prefix: Sequence[Choices], path: Choice
     evaluation mode with those of ``prefix``."""
     with autocast(run.device.type, run.config.train.precision):  # as when the path was rated
         features = [run.target.features(prefix, x) for x in _Calibration(run)]
-        of_target, _ = calibrate(
-            run.online, run.target, run.predictors[block], block, [path], [Unit((), (0,))], features
-        )
+        of_target, _ = calibrate(run.networks(block), block, [path], [Unit((), (0,))], features)
     of_target.write()

@@ -20,7 +20,7 @@ from bossnas.distributed import dist
 from bossnas.spaces.ops import Statistics
 from bossnas.spaces.paths import Choices
 from bossnas.supernet import losses, scores
-from bossnas.supernet.supernet import Item, Supernet
+from bossnas.supernet.supernet import Item, Networks, Supernet
 from bossnas.supernet.units import Unit, units
 
 Pair = Sequence[Tensor]  # view A and view B of some images, each [n, 3, S, S]
@@ -39,11 +39,19 @@ class Validation(NamedTuple):
         return cls([len(a) for a, _ in pairs], lambda batches: (pairs[b] for b in batches))
 
 
+@dataclass(frozen=True)
+class RatingOptions:
+    """``temperature``: of instance discrimination; ``most``: paths of a unit at most (None: all); ``autocast``: makes
+    the context of the forward passes."""
+
+    temperature: float = 0.2
+    most: int | None = None
+    autocast: Callable[[], AbstractContextManager] = nullcontext
+
+
 @torch.no_grad()
 def calibrate(
-    online: Supernet,
-    target: Supernet,
-    predictor: nn.Module,
+    networks: Networks,
     block: int,
     paths: Sequence[Choices],
     chosen: Sequence[Unit],
@@ -54,6 +62,7 @@ def calibrate(
     ``features``: inputs of the block, [N, C, H, W] each. -> those of the target, and of the online network with the
     predictor, which is calibrated too.
     """
+    online, target, predictor = networks
     of_target, of_online = [], []
     for x in features:
         of_target.append(Statistics())
@@ -68,41 +77,36 @@ def calibrate(
 
 @torch.no_grad()
 def rate_block(
-    online: Supernet,
-    target: Supernet,
-    predictor: nn.Module,
-    block: int,
+    networks: Networks,
     winners: Sequence[Choices],
     paths: Sequence[Choices],
     calibration: Sequence[Tensor],
     validation: Validation,
+    how: RatingOptions | None = None,
     *,
-    temperature: float = 0.2,
-    most: int | None = None,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
     pieces: Pieces | None = None,
     advance: Callable[[Pieces, int], None] = lambda pieces, paths: None,
 ) -> dict[str, dict[Choices, float]]:
-    """Every label-free score (`bossnas.supernet.scores`) of every path of the block, a mean over the validation images.
+    """Every label-free score (`bossnas.supernet.scores`) of every path of the block behind ``winners``, a mean over the
+    validation images.
 
     calibration: batches [N, 3, S, S] of one training view. Both networks start from the target's frozen prefix along
     ``winners`` (those of the blocks before this one, never of this block itself). Instance discrimination, view
     agreement and effective rank are those of the target network, within each batch.
 
-    Units hold at most ``most`` paths (None: all). Ranks rate different batches, and where there are fewer batches than
+    Ranks rate different batches, and where there are fewer batches than
     ranks, different units; all return the same scores, to the bit those of one rank. ``pieces`` is what an earlier call
     has already rated, with the same units; ``advance(pieces, n)`` is called with all pieces so far whenever n more
     paths have been calibrated or have passed one network for one batch, on all ranks alike.
     """
-    assert len(winners) == block, "the prefix holds exactly the blocks before this one"
+    how = how or RatingOptions()
+    target = networks.target
     rating = _Rating(
-        online,
-        target,
-        predictor,
-        block,
+        networks,
+        len(winners),
         paths,
-        units(paths, most or len(paths)),
-        temperature,
+        units(paths, how.most or len(paths)),
+        how.temperature,
         Statistics(recording=False),
         Statistics(recording=False),
     )
@@ -112,7 +116,7 @@ def rate_block(
     waves = [pending[i : i + world] for i in range(0, len(pending), world)]
     mine = [wave[rank % len(wave)] for wave in waves]
     calibrated: set[int] = set()
-    with autocast():
+    with how.autocast():
         for wave, views in zip(waves, validation.take(mine), strict=True):
             batch = wave[rank % len(wave)]
             shares = {
@@ -148,9 +152,7 @@ def rate_block(
 class _Rating:
     """A rating at work; the statistics of a unit are kept from its first batch on."""
 
-    online: Supernet
-    target: Supernet
-    predictor: nn.Module
+    networks: Networks
     block: int
     paths: Sequence[Choices]
     units: list[Unit]
@@ -166,26 +168,27 @@ class _Rating:
         """Calibrates those of the wanted units that are not yet."""
         new = [self.units[u] for u in sorted(wanted) if self.units[u] not in self.of_target.parts]
         if new:
-            found = calibrate(self.online, self.target, self.predictor, self.block, self.paths, new, features())
+            found = calibrate(self.networks, self.block, self.paths, new, features())
             self.of_target.parts.update(found[0].parts)
             self.of_online.parts.update(found[1].parts)
 
     def run(self, network: str, batch: int, share: Sequence[int], x: Tensor, pieces: Pieces) -> Iterator[Pieces]:
         """Rates the units of a share one after another. ``x``: the block's input of both views, [2n, C, H, W]."""
+        networks = self.networks
         chosen, number = [self.units[u] for u in share], {self.units[u]: u for u in share}
         if network == "target":
-            for unit, items, features in _features(self.target, self.block, self.paths, chosen, x, self.of_target):
-                projections = self.target.project(self.block, items, features, self.of_target.at(unit))
+            for unit, items, features in _features(networks.target, self.block, self.paths, chosen, x, self.of_target):
+                projections = networks.target.project(self.block, items, features, self.of_target.at(unit))
                 u, t = number[unit], losses.full(torch.stack(projections))
                 pooled = [losses.full(f.mean((2, 3))) for f in features]
                 yield {("target", batch, u): self._view_scores(t, pooled).cpu(), ("sum", batch, u): t.sum(0).cpu()}
         elif share:
             sums = [pieces["sum", batch, u] for u in range(len(self.units))]
             centres = (torch.stack(sums).sum(0) / len(self.paths)).to(x.device).chunk(2)
-            for unit, items, features in _features(self.online, self.block, self.paths, chosen, x, self.of_online):
+            for unit, items, features in _features(networks.online, self.block, self.paths, chosen, x, self.of_online):
                 stats = self.of_online.at(unit)
-                projections = self.online.project(self.block, items, features, stats)
-                o = losses.full(_predict(self.predictor, projections, stats))
+                projections = networks.online.project(self.block, items, features, stats)
+                o = losses.full(_predict(networks.predictor, projections, stats))
                 a, b = o.view(len(projections), -1, o.shape[1]).chunk(2, 1)
                 score = scores.population_centre(a, b, *centres)
                 yield {("online", batch, number[unit]): score.double().cpu()[:, None]}

@@ -157,6 +157,14 @@ class Supernet(nn.Module):
         return outputs
 
 
+class Networks(NamedTuple):
+    """What the training and the rating of a block work on: both networks, and the block's predictor."""
+
+    online: Supernet
+    target: Supernet
+    predictor: nn.Module
+
+
 def recomputed(function: Callable, *args: object) -> Tensor:
     """``function(*args)``, of which a backward pass computes the inner values again."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

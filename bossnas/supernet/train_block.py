@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from bossnas.config.search import TrainConfig
 from bossnas.distributed import dist
-from bossnas.distributed.engines.protocol import Engine, Outcome
-from bossnas.errors import ConfigError
+from bossnas.distributed.engines.protocol import Engine, Outcome, check_bad_steps
 from bossnas.optim.schedules import ema_momentum, learning_rate
 from bossnas.spaces import Space
 from bossnas.spaces.paths import Choices
 from bossnas.supernet import losses
-from bossnas.supernet.supernet import Item, Supernet
+from bossnas.supernet.supernet import Item, Networks, Supernet
 
 PATHS, SHUFFLE = 1, 2  # random streams: everything drawn is a pure function of (seed, stream, block, micro-batch)
 
@@ -62,23 +61,32 @@ def sample_paths(
     return space.sample(block, list(winners), np.random.default_rng([seed, PATHS, block, micro]))[:most]
 
 
+@dataclass(frozen=True)
+class Training:
+    """How a block is trained. ``steps_per_epoch``: optimizer steps; ``accumulate``: micro-batches per step; ``group``:
+    the ranks that share a batch (None: all); ``check_paths``: compare the sampled paths over these ranks."""
+
+    settings: TrainConfig
+    steps_per_epoch: int
+    accumulate: int = 1
+    seed: int = 0
+    group: Any = None
+    check_paths: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a block's stage."""
+        return self.settings.epochs * self.steps_per_epoch
+
+
 def train_block(
-    online: Supernet,
-    target: Supernet,
-    predictor: nn.Module,
+    networks: Networks,
     space: Space,
     engine: Engine,
     inputs: Iterator[list[Tensor]],
     state: RunState,
-    settings: TrainConfig,
-    *,
+    training: Training,
     prefix: list[Choices],
-    accumulate: int,
-    steps_per_epoch: int,
-    seed: int,
-    device: torch.device,
-    group: Any = None,
-    check_paths: bool = False,
 ) -> Iterator[Step | None]:
     """Trains block ``state.block`` from ``state.step`` to the end of its stage.
 
@@ -86,14 +94,17 @@ def train_block(
     micro-batches from there on, for block 0 images, for others features of the block before: per view one tensor
     [n, C, H, W] on the device, channels_last, views 0..J-1 of kind A and J..2J-1 of kind B. ``prefix``: the paths of
     the blocks before, which say what paths this block has; it may change between two steps. ``engine`` wraps the
-    block's trainable modules; its optimizer moves the target network, too. ``group``: the ranks that share a batch
-    (None: all). The caller may rate or save between two steps.
+    block's trainable modules; its optimizer moves the target network, too. The caller may rate or save between two
+    steps.
 
     A step whose gradient is not finite is skipped and counted; raises ConfigError after more than
     settings.max_bad_steps of them.
     """
-    block, pairs, total = state.block, space.view_pairs, settings.epochs * steps_per_epoch
-    ranks = dist.world_size(group)
+    online, target, predictor = networks
+    settings, seed, group = training.settings, training.seed, training.group
+    accumulate, steps_per_epoch, total = training.accumulate, training.steps_per_epoch, training.steps
+    block, pairs, ranks = state.block, space.view_pairs, dist.world_size(group)
+    device = next(predictor.parameters()).device
     online.part(block).train()
     target.part(block).train()
     warmup = round(settings.warmup_epochs * steps_per_epoch * accumulate)
@@ -104,7 +115,7 @@ def train_block(
         for m in range(accumulate):
             micro = state.step * accumulate + m
             paths = sample_paths(space, block, prefix, seed, micro, settings.paths)
-            if check_paths:
+            if training.check_paths:
                 _check_paths(paths, block, micro, group)
             features = next(inputs)
             n = len(features[0])
@@ -142,13 +153,7 @@ def train_block(
         state.bad_steps += outcome == "bad"
         sums = torch.stack([loss_sum, spread_sum]) / accumulate
         means = torch.stack(dist.all_gather(sums, group)).mean(0).tolist()
-        if state.bad_steps > settings.max_bad_steps:
-            raise ConfigError(
-                "train.lr",
-                f"{state.bad_steps} steps of block {block} had a gradient that is not "
-                f"finite, the last one step {state.step}; train.max_bad_steps allows no more",
-                "lower it, or lengthen train.warmup_epochs; the last checkpoint is unharmed",
-            )
+        check_bad_steps(state.bad_steps, settings.max_bad_steps, f" of block {block}", state.step)
         yield Step(
             epoch,
             state.step % steps_per_epoch == 0,

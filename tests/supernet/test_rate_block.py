@@ -11,9 +11,9 @@ from bossnas import spaces
 from bossnas.spaces.ops import GroupedBatchNorm, PooledPointwise, Statistics
 from bossnas.supernet import heads
 from bossnas.supernet.memory import Footprint, peak_bytes
-from bossnas.supernet.rate_block import Validation, _features, best, calibrate, rate_block
+from bossnas.supernet.rate_block import RatingOptions, Validation, _features, best, calibrate, rate_block
 from bossnas.supernet.scores import BETTER
-from bossnas.supernet.supernet import Item, Supernet
+from bossnas.supernet.supernet import Item, Networks, Supernet
 from bossnas.supernet.units import Unit, units
 
 
@@ -45,7 +45,11 @@ def first_winners(space, block):
 
 
 def scored(networks, block, winners, paths, calibration, pairs, **how):
-    return rate_block(*networks, block, winners, paths, calibration, Validation.held(pairs), **how)
+    assert len(winners) == block
+    rest = {name: how.pop(name) for name in ("pieces", "advance") if name in how}
+    return rate_block(
+        Networks(*networks), winners, paths, calibration, Validation.held(pairs), RatingOptions(**how), **rest
+    )
 
 
 def plain_copy(network: nn.Module) -> nn.Module:
@@ -188,7 +192,7 @@ def test_calibration_averages_batches_and_covers_the_predictor():
     space, online, target, predictor, _, _ = setup()
     paths, unit = [(3, 4)], Unit((), (0,))
     batches = [torch.randn(8, 3, 32, 32, dtype=torch.float64) for _ in range(2)]
-    of_target, of_online = calibrate(online, target, predictor, 0, paths, [unit], batches)
+    of_target, of_online = calibrate(Networks(online, target, predictor), 0, paths, [unit], batches)
     single = []
     for x in batches:
         stats = Statistics()

@@ -17,8 +17,8 @@ from bossnas.optim.groups import parameter_groups
 from bossnas.optim.lars import LARS
 from bossnas.spaces.ops import Attention
 from bossnas.supernet import heads, losses
-from bossnas.supernet.supernet import Item, Supernet
-from bossnas.supernet.train_block import RunState, sample_paths, train_block
+from bossnas.supernet.supernet import Item, Networks, Supernet
+from bossnas.supernet.train_block import RunState, Training, sample_paths, train_block
 
 
 def setup(name="hytra", seed=0, block=0, winners=(), **settings):
@@ -64,19 +64,13 @@ def train(run, steps, accumulate=1, data_seed=1, n=8):
             yield [run.target.features(run.state.winners, x) for x in views]
 
     results = train_block(
-        run.online,
-        run.target,
-        run.predictor,
+        Networks(run.online, run.target, run.predictor),
         run.space,
         engine,
         inputs(),
         run.state,
-        run.config,
-        prefix=run.state.winners,
-        accumulate=accumulate,
-        steps_per_epoch=steps,
-        seed=0,
-        device=torch.device("cpu"),
+        Training(run.config, steps, accumulate),
+        run.state.winners,
     )
     return [step for step in results if step is not None]
 
@@ -245,19 +239,13 @@ def test_the_loss_falls():
     )
     steps = list(
         train_block(
-            run.online,
-            run.target,
-            run.predictor,
+            Networks(run.online, run.target, run.predictor),
             run.space,
             engine,
             iter([views] * 6),
             run.state,
-            run.config,
-            prefix=[],
-            accumulate=1,
-            steps_per_epoch=6,
-            seed=0,
-            device=torch.device("cpu"),
+            Training(run.config, steps_per_epoch=6),
+            [],
         )
     )
     assert steps[-1].loss < steps[0].loss - 0.5

@@ -26,9 +26,9 @@ from bossnas.optim.lars import LARS
 from bossnas.optim.schedules import ema_momentum, learning_rate
 from bossnas.spaces.ops import synchronise
 from bossnas.supernet import heads, losses
-from bossnas.supernet.rate_block import Validation, rate_block
-from bossnas.supernet.supernet import Item, Supernet
-from bossnas.supernet.train_block import SHUFFLE, RunState, sample_paths, train_block
+from bossnas.supernet.rate_block import RatingOptions, Validation, rate_block
+from bossnas.supernet.supernet import Item, Networks, Supernet
+from bossnas.supernet.train_block import SHUFFLE, RunState, Training, sample_paths, train_block
 
 N, ACCUMULATE, LR, STEPS = 4, 2, 0.1, 2
 EPOCHS, STEPS_PER_EPOCH = 2, 2
@@ -130,21 +130,13 @@ def train(case: dict, dtype: torch.dtype, batches: list[list[torch.Tensor]], gro
         paths=case.get("paths"),
     )
     steps = train_block(
-        online.replaced(0, part),
-        target.replaced(0, followers),
-        part["predictor"],
+        Networks(online.replaced(0, part), target.replaced(0, followers), part["predictor"]),
         space,
         engine,
         iter(batches),
         RunState(),
-        settings,
-        prefix=[],
-        accumulate=ACCUMULATE,
-        steps_per_epoch=STEPS_PER_EPOCH,
-        seed=0,
-        device=torch.device("cpu"),
-        group=group,
-        check_paths=True,
+        Training(settings, STEPS_PER_EPOCH, ACCUMULATE, group=group, check_paths=True),
+        [],
     )
     *others, step = islice(steps, STEPS * ACCUMULATE)
     assert [s is None for s in others] == [True, False] * (STEPS - 1) + [True]
@@ -201,15 +193,12 @@ def check_rating(space, online: Supernet, target: Supernet, predictor: nn.Module
 
     def rate(count: int, batch_count: int, most: int | None, **resume):
         return rate_block(
-            online,
-            target,
-            predictor,
-            0,
+            Networks(online, target, predictor),
             [],
             paths[:count],
             [x],
             Validation.held(batches[:batch_count]),
-            most=most,
+            RatingOptions(most=most),
             **resume,
         )
 
