@@ -60,12 +60,14 @@ def main() -> None:
         seconds.append(time.perf_counter() - started)
     gib = (
         torch.cuda.max_memory_allocated()
-        if run.device.type == "cuda"
+        if run.machine.device.type == "cuda"
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     ) / 2**30
     result = {
         "device": (
-            torch.cuda.get_device_name() if run.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+            torch.cuda.get_device_name()
+            if run.machine.device.type == "cuda"
+            else f"cpu, {torch.get_num_threads()} threads"
         ),
         "torch": torch.__version__,
         "space": run.config.space.name,

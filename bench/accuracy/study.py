@@ -247,7 +247,7 @@ def training(run: Run, setting: Setting) -> Iterator[int]:
     """Trains the state's block; the number of every step that is done."""
     config, state, block = run.config, run.state, run.state.block
     own_leader: list[Choices] = []  # of the fault "stacked"
-    engine = make_engine(config, run.mesh)
+    engine = make_engine(config, run.machine.mesh)
     before = range(block) if "prefix" in setting.faults else range(0)  # blocks that go on training
     target = _BehindOwnPrefix(run.target) if before else run.target
 

@@ -45,7 +45,7 @@ def block_parallel(job: Job, where: Path | None) -> None:
         with log.progress("all blocks train", total, state.step, dist.rank() == 0) as task:
             while state.step < total:
                 if rating_due(run, state.step):
-                    job.saver.wait()
+                    job.session.saver.wait()
                     row.share_weights()
                     row.follow(_rated_leaders(job))
                 stop = row.train(next(s for s in range(state.step + 1, total + 1) if save_due(run, s)), task)
@@ -97,7 +97,7 @@ class _Row:
     """
 
     def __init__(self, job: Job, where: Path | None):
-        run, state, mesh = job.run, job.run.state, job.run.mesh
+        run, state, mesh = job.run, job.run.state, job.run.machine.mesh
         self.job, self.run, self.trace = job, run, job.trace
         self.step = state.step
         self.positions, self.prefixes, self.stages, self.queues = {}, {}, {}, {}
@@ -116,7 +116,7 @@ class _Row:
         rows, queue_length = len(mesh.blocks), run.config.engine.queue
         self.source = self.sink = None
         if rows > 1:
-            link = pipe.connect(run.device, run.config.engine.timeout_minutes + MARGIN_SECONDS / 60)
+            link = pipe.connect(run.machine.device, run.config.engine.timeout_minutes + MARGIN_SECONDS / 60)
             if mesh.row > 0:
                 self.source = Receiver(link, dist.rank() - mesh.shards, queue_length)
             if mesh.row + 1 < rows:
@@ -130,7 +130,7 @@ class _Row:
 
     def train(self, until: int, task: log.Task) -> bool:
         """Trains the own blocks up to step ``until``, or to the step after which all ranks stop, which it tells."""
-        micros, own = range(self.run.accumulate), self.run.mesh.own
+        micros, own = range(self.run.accumulate), self.run.machine.mesh.own
         if self.source is not None:
             self.source.expect(Place(s, m) for s in range(self.step, until) for m in micros)
         name = f"block {own[0]}" if len(own) == 1 else f"blocks {own[0]} to {own[-1]}"
@@ -146,9 +146,9 @@ class _Row:
                         self._note(block, step)
                         losses.append(f"{step.loss:+.3f}")
             self.step += 1
-            self.job.guard.at(f"{name} step {self.step}")
+            self.job.session.guard.at(f"{name} step {self.step}")
             with self.trace.span("vote"):
-                stop = self.job.guard.should_stop(0 if self.step == until else self.lag)
+                stop = self.job.session.guard.should_stop(0 if self.step == until else self.lag)
             for _, _, values in self.records[-len(own) :]:
                 values["waited_seconds"] = round(self.trace.waited - waited, 4)
             task.advance(f"loss of {name} {' '.join(losses)}")
@@ -165,7 +165,7 @@ class _Row:
         else:
             with self.trace.span("receive"):
                 views = pipe.unpack(self.source.receive())
-        for block in self.run.mesh.own:
+        for block in self.run.machine.mesh.own:
             self.queues[block].append(views)
             if block + 1 == self.run.space.blocks:
                 return
@@ -178,7 +178,7 @@ class _Row:
                 self.sink.send(place, packed)
 
     def _note(self, block: int, step: Step) -> None:
-        if self.run.mesh.shard == 0:
+        if self.run.machine.mesh.shard == 0:
             warn(self.positions[block], step, self.run.config.train.collapse_below)
             self.records.append((self.positions[block].step, block, measures(self.positions[block], step)))
 
@@ -190,7 +190,7 @@ class _Row:
         self.records = []
         assert len({step for step, _, _ in everyone}) == 1, "the rows are at different steps"
         for step, block, values in sorted(chain(*(records for _, _, records in everyone)), key=lambda r: r[:2]):
-            self.job.metrics.write("train", block, step, **values)
+            self.job.session.metrics.write("train", block, step, **values)
         state, counts = self.run.state, {}
         for _, of_row, _ in everyone:
             counts |= of_row
@@ -205,7 +205,7 @@ class _Row:
 
     def share_weights(self) -> None:
         """Gives every block's weights to all ranks. All of them call it."""
-        run, mesh = self.run, self.run.mesh
+        run, mesh = self.run, self.run.machine.mesh
         for engine in self.engines.values():
             engine.gather()
         for row, blocks in enumerate(mesh.blocks):

@@ -79,7 +79,9 @@ def rate(
             paths,
             _Calibration(run),
             validation,
-            RatingOptions(settings.temperature, most, lambda: autocast(run.device.type, run.config.train.precision)),
+            RatingOptions(
+                settings.temperature, most, lambda: autocast(run.machine.device.type, run.config.train.precision)
+            ),
             pieces=pieces,
             advance=advance,
         )
@@ -120,14 +122,14 @@ class _Calibration(Sequence):
         self.run = run
         if not run.calibration:
             rating = run.config.rating
-            whole = min(rating.calibration_batches, len(run.train_set) // rating.calibration_images)
-            count = whole * rating.calibration_images or len(run.train_set)
+            whole = min(rating.calibration_batches, len(run.images.train) // rating.calibration_images)
+            count = whole * rating.calibration_images or len(run.images.train)
             chosen = fixed_view_batches(
-                run.train_set,
+                run.images.train,
                 run.views(CALIBRATION_VIEW),
                 run.config.data,
                 FixedBatches(count, rating.calibration_images, run.config.seed, shuffle=True),
-                device=run.device,
+                device=run.machine.device,
                 bad=run.bad,
             )
             run.calibration = [batch[0].cpu() for batch in chosen]
@@ -136,21 +138,21 @@ class _Calibration(Sequence):
         return len(self.run.calibration)
 
     def __getitem__(self, i: int) -> Tensor:
-        return self.run.calibration[i].to(self.run.device, memory_format=torch.channels_last)
+        return self.run.calibration[i].to(self.run.machine.device, memory_format=torch.channels_last)
 
 
 def _validation(run: Run) -> Validation:
     """Validation batches, one A and one B view of every image."""
     batch = run.config.rating.batch
-    count = min(run.config.data.val_images or len(run.val_set), len(run.val_set))
+    count = min(run.config.data.val_images or len(run.images.val), len(run.images.val))
 
     def take(batches: Sequence[int]) -> Iterator[list[Tensor]]:
         return fixed_view_batches(
-            run.val_set,
+            run.images.val,
             run.views(0, run.space.view_pairs),
             run.config.data,
             FixedBatches(count, batch, run.config.seed, only=batches),
-            device=run.device,
+            device=run.machine.device,
             bad={},
         )
 
@@ -161,15 +163,15 @@ def _units_fit(run: Run, block: int, winners: Sequence[Choices], paths: Sequence
     """How many paths are computed together within rating.max_gib; equal on all ranks."""
     rating, config = run.config.rating, run.config
     images = max(
-        2 * min(rating.batch, config.data.val_images or len(run.val_set), len(run.val_set)),
-        min(rating.calibration_images, len(run.train_set)),
+        2 * min(rating.batch, config.data.val_images or len(run.images.val), len(run.images.val)),
+        min(rating.calibration_images, len(run.images.train)),
     )
     gib = rating.max_gib
     if gib is None:
-        gib = GPU_SHARE * torch.cuda.mem_get_info()[0] / 2**30 if run.device.type == "cuda" else CPU_GIB
+        gib = GPU_SHARE * torch.cuda.mem_get_info()[0] / 2**30 if run.machine.device.type == "cuda" else CPU_GIB
     size = config.space.image_size
-    with autocast(run.device.type, config.train.precision), torch.no_grad():
-        x = torch.zeros(4, 3, size, size, device=run.device).contiguous(memory_format=torch.channels_last)
+    with autocast(run.machine.device.type, config.train.precision), torch.no_grad():
+        x = torch.zeros(4, 3, size, size, device=run.machine.device).contiguous(memory_format=torch.channels_last)
         footprint = Footprint(run.target, block, paths, run.target.features(winners, x))
     most = min(dist.all_gather_object(footprint.most(images, int(gib * 2**30))))
     if most == 0 and rating.max_gib is not None:

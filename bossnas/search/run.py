@@ -14,14 +14,14 @@ from bossnas import spaces
 from bossnas.config.search import Config
 from bossnas.config.shared import accumulation
 from bossnas.data import views
-from bossnas.data.batches import Source, open_data, readers
+from bossnas.data.batches import Data, open_data, readers
 from bossnas.distributed import dist, engines
 from bossnas.distributed.engines.protocol import Engine
-from bossnas.errors import ConfigError
 from bossnas.files import write_json
 from bossnas.log import logger
-from bossnas.runs import checkpoint
+from bossnas.runs import checkpoint, session
 from bossnas.runs.resume import check_data
+from bossnas.runs.session import Machine
 from bossnas.spaces import Space, cost, ops
 from bossnas.spaces.paths import decode, encode
 from bossnas.supernet import heads
@@ -38,19 +38,16 @@ class Run:
     online: Supernet
     target: Supernet
     predictors: nn.ModuleList
-    train_set: Source
-    val_set: Source
-    recipe: views.Recipe
-    device: torch.device
-    kernels: str  # which run: triton | reference
-    mesh: dist.Mesh
+    images: Data
+    machine: Machine
     state: RunState = field(default_factory=RunState)
     bad: dict[str, str] = field(default_factory=dict)  # unreadable training images met so far
     calibration: list[Tensor] = field(default_factory=list)  # the calibration images, once they are drawn
 
     def views(self, *ids: int) -> views.Views:
         """These of the views that the space asks for."""
-        return views.Views(self.recipe, ids, self.space.view_pairs)
+        recipe = views.recipe(self.config.data.recipe, self.config.space.image_size)
+        return views.Views(recipe, ids, self.space.view_pairs)
 
     def networks(self, block: int) -> Networks:
         """What the training and the rating of a block work on."""
@@ -59,11 +56,11 @@ class Run:
     @property
     def accumulate(self) -> int:
         """Micro-batches per optimizer step."""
-        return accumulation(self.config, self.mesh.shards)
+        return accumulation(self.config, self.machine.mesh.shards)
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.config.train.steps_per_epoch or len(self.train_set) // self.config.train.batch
+        return self.config.train.steps_per_epoch or len(self.images.train) // self.config.train.batch
 
 
 def build(config: Config, training: bool = True) -> Run:
@@ -72,26 +69,14 @@ def build(config: Config, training: bool = True) -> Run:
     ``training=False``: for a rating alone; what only the training needs is not checked.
     """
     device = dist.device(config.engine.device)
-    space = spaces.make(
-        config.space.name,
-        width=config.space.width,
-        image_size=config.space.image_size,
-        restricted=config.space.restricted,
-        split=config.space.split,
-    )
+    space = spaces.make(**config.space.model_dump())
     kernels = ops.use_kernels(config.kernels, device)
     mesh = dist.mesh(config.schedule if training else "sequential", space.blocks)
     if training:
         make_engine(config, mesh).check(device.type)
-    needed = config.train.batch * (config.train.steps_per_epoch or 1)
-    images = open_data(config.data, needed if config.train.steps_per_epoch else None)
-    train_set, val_set = images.train, images.val
-    if training and len(train_set) < needed:
-        raise ConfigError(
-            "train.steps_per_epoch" if config.train.steps_per_epoch else "train.batch",
-            f"an epoch takes {needed} images, but data.train has {len(train_set)}",
-            "lower it",
-        )
+    images = open_data(config.data, session.epoch_images(config))
+    if training:
+        session.check_epoch(config, len(images.train))
     torch.manual_seed(config.seed)
     online = Supernet(space, config.heads.hidden, config.heads.out)
     predictors = nn.ModuleList(heads.predictor(config.heads.hidden, config.heads.out) for _ in range(space.blocks))
@@ -102,12 +87,8 @@ def build(config: Config, training: bool = True) -> Run:
         online.to(device),
         target.to(device),
         predictors.to(device),
-        train_set,
-        val_set,
-        views.recipe(config.data.recipe, config.space.image_size),
-        device,
-        kernels,
-        mesh,
+        images,
+        Machine(device, kernels, mesh),
     )
 
 
@@ -129,8 +110,8 @@ def announce(run: Run, folder: Path, title: str) -> None:
         logger.warning(
             "DEMONSTRATION: no data.train is set, so this run uses the embedded sample of Fashion-MNIST "
             "(%d training, %d validation images of 28x28 pixels). Its result says nothing about your data.",
-            len(run.train_set),
-            len(run.val_set),
+            len(run.images.train),
+            len(run.images.val),
         )
     parameters = sum(p.numel() for p in run.online.parameters())
     logger.info(
@@ -138,22 +119,22 @@ def announce(run: Run, folder: Path, title: str) -> None:
         run.config.space.name,
         title,
         dist.world_size(),
-        run.device.type,
-        run.kernels,
+        run.machine.device.type,
+        run.machine.kernels,
         run.space.blocks,
         parameters / 1e6,
-        len(run.train_set),
+        len(run.images.train),
     )
     if run.state.block or run.state.step:
-        done = run.state.block == run.space.blocks
-        where = "this run is finished" if done else f"going on in block {run.state.block} at step {run.state.step}"
-        logger.info("%s: %s", folder, where)
+        session.log_position(
+            folder, run.state.block == run.space.blocks, f"in block {run.state.block} at step {run.state.step}"
+        )
 
 
 def write_architecture(run: Run, folder: Path) -> None:
     """architecture.json: the winners put together (greedy), with their cost."""
     winners, size = run.state.winners, run.config.space.image_size
-    x = torch.zeros(1, 3, size, size, device=run.device)
+    x = torch.zeros(1, 3, size, size, device=run.machine.device)
     networks: list[nn.Module] = [run.target.stem, run.target.blocks]
     price = cost.count(networks, lambda: run.target.features(winners, x))
     text = "|".join(encode(p) for p in winners)
@@ -184,7 +165,7 @@ def save(saver: checkpoint.Saver, run: Run, engines: dict[int, Engine]) -> None:
     for engine in engines.values():
         engine.gather()
     state = run.state
-    tensors = _weights(run, run.mesh.own if engines else range(run.space.blocks))
+    tensors = _weights(run, run.machine.mesh.own if engines else range(run.space.blocks))
     for block, engine in engines.items():
         tensors.update(checkpoint.momentum(block, engine))
     saver.save(
@@ -244,4 +225,7 @@ def _weights(run: Run, blocks: range) -> dict[str, Tensor]:
 
 def _data_state(run: Run) -> dict:
     """What the order of the images depends on, besides the position and the config."""
-    return {"images": len(run.train_set), "readers": readers(run.train_set, run.config.data, run.mesh.shards)}
+    return {
+        "images": len(run.images.train),
+        "readers": readers(run.images.train, run.config.data, run.machine.mesh.shards),
+    }

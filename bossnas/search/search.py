@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -11,13 +10,12 @@ from torch import Tensor, nn
 from bossnas import log
 from bossnas.config.search import Config
 from bossnas.distributed import dist
-from bossnas.distributed.alive import Guard
 from bossnas.distributed.engines.protocol import Engine
 from bossnas.files import write_json
 from bossnas.runs import checkpoint
 from bossnas.runs.folder import prepare_folder
-from bossnas.runs.metrics import Metrics
 from bossnas.runs.resume import begin_at, claim
+from bossnas.runs.session import opened, require_room
 from bossnas.search.block_parallel import block_parallel
 from bossnas.search.run import Run, announce, build, restore, write_architecture
 from bossnas.search.stage import (
@@ -46,23 +44,16 @@ def search(config: Config, resume: str | None = None, trace: Trace | None = None
     log.setup(None, main)
     folder = Path(config.out)
     run = dist.together(lambda: _start(config, resume))
-    run.mesh = dist.connected(run.mesh, config.engine.timeout_minutes)
+    run.machine.mesh = dist.connected(run.machine.mesh, config.engine.timeout_minutes)
     log.setup(folder, main)
     where = restore(run, folder)
     announce(run, folder, "search")
-    with (
-        closing(Metrics(folder if main else None, lambda line: _is_past(run, line))) as metrics,
-        Guard(config.engine.timeout_minutes) as guard,
-        closing(
-            checkpoint.Saver(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous)
-        ) as saver,
-    ):
-        job = Job(run, folder, metrics, saver, guard, trace or Trace())
+    with opened(config, lambda line: _is_past(run, line)) as session:
+        job = Job(run, session, trace or Trace())
         if config.schedule == "sequential":
             sequential(job, where)
         else:
             block_parallel(job, where)
-        saver.wait()
     if main:
         write_architecture(run, folder)
     dist.barrier()
@@ -77,8 +68,7 @@ def _start(config: Config, resume: str | None) -> Run:
         return build(config)
     folder, begin = Path(config.out), claim(config, resume)
     run = build(config)
-    held = sum(f.stat().st_size for f in (folder / "checkpoints").rglob("*") if f.is_file())
-    checkpoint.require_room(folder, max(_checkpoint_bytes(run) * (config.checkpoint.keep + 1) - held, 0))
+    require_room(config, _checkpoint_bytes(run))
     if begin is not None:
         begin_at(config, begin)
     prepare_folder(folder, config)
@@ -115,16 +105,16 @@ def _train_block(job: Job, where: Path | None) -> None:
     with log.progress(f"block {block} train", total, state.step, dist.rank() == 0) as task:
         while state.step < total:
             if rating_due(run, state.step):  # it informs; it never enters the block's own prefix
-                job.saver.wait()
+                job.session.saver.wait()
                 engine.gather()
                 job.rate_midway(block, state.winners)
             with job.trace.span(f"block {block}"):
                 step = next(step for step in steps if step is not None)
-            job.metrics.write("train", block, state.step, **measures(state, step))
+            job.session.metrics.write("train", block, state.step, **measures(state, step))
             warn(state, step, run.config.train.collapse_below)
             task.advance(f"loss {step.loss:+.3f}  {step.images_per_second:.0f} images/s")
-            job.guard.at(f"block {block} step {state.step}")
-            stop = job.guard.should_stop()
+            job.session.guard.at(f"block {block} step {state.step}")
+            stop = job.session.guard.should_stop()
             if stop or save_due(run, state.step):
                 job.save({block: engine}, stop)
     steps.close()

@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from bossnas.data.batches import view_batches
 from bossnas.data.order import EpochSlice
 from bossnas.distributed import dist
-from bossnas.distributed.alive import Guard
 from bossnas.distributed.engines.protocol import Engine
 from bossnas.files import write_json
 from bossnas.log import logger
 from bossnas.optim.groups import parameter_groups
 from bossnas.optim.lars import LARS
-from bossnas.runs import checkpoint
-from bossnas.runs.metrics import Metrics
+from bossnas.runs.session import Session, warn_bad_step
 from bossnas.search import rating, winners
 from bossnas.search.run import Run, make_engine, save
 from bossnas.spaces.ops import synchronise
@@ -64,30 +62,28 @@ class Trace:
 
 @dataclass
 class Job:
-    """What a schedule works with: the run, and what writes, saves, stops and times it."""
+    """What a schedule works with: the run, what writes, saves and stops it, and what takes down its time."""
 
     run: Run
-    folder: Path
-    metrics: Metrics
-    saver: checkpoint.Saver
-    guard: Guard
+    session: Session
     trace: Trace
 
     def save(self, engines: dict[int, Engine], stop: bool = False) -> None:
         """A checkpoint of the run, and of the engines of the blocks that train now; after it the run stops, if it
         must."""
         with self.trace.span("save"):
-            save(self.saver, self.run, engines)
+            save(self.session.saver, self.run, engines)
         if stop:
-            self.saver.wait()
-            raise self.guard.stopped()
+            self.session.stop()
 
     def rate_midway(self, block: int, prefix: Sequence[Choices]) -> Choices:
         """Rates a block that still trains on the paths of the blocks before; returns the best path."""
         run, step = self.run, self.run.state.step
         name = f"block_{block}_epoch_{step // run.steps_per_epoch}"
         with self.trace.span("rate"):
-            scores = rating.rate(run, block, self.folder / "ratings" / f"{name}.partial", prefix, self.guard)
+            scores = rating.rate(
+                run, block, self.session.folder / "ratings" / f"{name}.partial", prefix, self.session.guard
+            )
         leader, value = winners.winner_of(run, scores)
         logger.info(
             "block %d after %d epochs: leader %s with %s %+.4f",
@@ -97,18 +93,20 @@ class Job:
             run.config.rating.score,
             value,
         )
-        self.metrics.write("rating", block, step, best=value, path=encode(leader))
-        rating.write(self.folder, run, block, scores, f"{name}.json", prefix)
+        self.session.metrics.write("rating", block, step, best=value, path=encode(leader))
+        rating.write(self.session.folder, run, block, scores, f"{name}.json", prefix)
         return leader
 
     def finish_block(self) -> None:
         """Rates the state's block, whose training is done and saved, and freezes it along its winner."""
         run, block = self.run, self.run.state.block
-        self.saver.wait()
+        self.session.saver.wait()
         with self.trace.span("rate"):
-            scores = rating.rate(run, block, self.folder / "ratings" / f"block_{block}.partial", guard=self.guard)
-        winner, value = winners.settle(run, self.folder, scores)
-        self.metrics.write("rating", block, total_steps(run), best=value, path=encode(winner))
+            scores = rating.rate(
+                run, block, self.session.folder / "ratings" / f"block_{block}.partial", guard=self.session.guard
+            )
+        winner, value = winners.settle(run, self.session.folder, scores)
+        self.session.metrics.write("rating", block, total_steps(run), best=value, path=encode(winner))
 
 
 def total_steps(run: Run) -> int:
@@ -129,7 +127,7 @@ def save_due(run: Run, step: int) -> bool:
 
 def train_batches(run: Run, first_epoch: int, step: int) -> Iterator[list[Tensor]]:
     """The micro-batches of images of a stage whose epochs count from ``first_epoch``, from its ``step`` on."""
-    config, mesh = run.config, run.mesh
+    config, mesh = run.config, run.machine.mesh
     first, start = divmod(step, run.steps_per_epoch)
     for epoch in range(first, config.train.epochs):
         part = EpochSlice(
@@ -142,7 +140,7 @@ def train_batches(run: Run, first_epoch: int, step: int) -> Iterator[list[Tensor
             mesh.shards,
         )
         views = run.views(*range(2 * run.space.view_pairs))
-        yield from view_batches(run.train_set, views, config.data, part, device=run.device, bad=run.bad)
+        yield from view_batches(run.images.train, views, config.data, part, device=run.machine.device, bad=run.bad)
         start = 0
 
 
@@ -157,7 +155,7 @@ class Stage(NamedTuple):
 def train_with(run: Run, position: RunState, inputs: Iterator[list[Tensor]], prefix: list[Choices]) -> Stage:
     """A fresh engine for block ``position.block`` and the block's training on ``inputs`` (see `train_block`)."""
     config, block, train = run.config, position.block, run.config.train
-    engine = make_engine(config, run.mesh)
+    engine = make_engine(config, run.machine.mesh)
 
     def optimizer(module: nn.Module, followers: nn.Module | None, sharded: bool) -> LARS:
         return LARS(
@@ -173,13 +171,13 @@ def train_with(run: Run, position: RunState, inputs: Iterator[list[Tensor]], pre
     trained = nn.ModuleDict({**run.online.part(block), "predictor": run.predictors[block]})
     followers = run.target.part(block)
     if train.sync_batch_norm:
-        synchronise(trained, followers, average=partial(dist.average, group=run.mesh.group))
+        synchronise(trained, followers, average=partial(dist.average, group=run.machine.mesh.group))
     trained, followers = engine.wrap(trained, followers, optimizer)
     networks = Networks(
         run.online.replaced(block, trained), run.target.replaced(block, followers), trained["predictor"]
     )
     training = Training(
-        train, run.steps_per_epoch, run.accumulate, config.seed, run.mesh.group, config.engine.check_paths
+        train, run.steps_per_epoch, run.accumulate, config.seed, run.machine.mesh.group, config.engine.check_paths
     )
     steps = train_block(networks, run.space, engine, inputs, position, training, prefix)
     return Stage(engine, networks.target, steps)
@@ -203,12 +201,7 @@ def measures(state: RunState, step: Step) -> dict[str, Any]:
 def warn(state: RunState, step: Step, collapse_below: float) -> None:
     """Says in the log what is wrong with a step."""
     if step.outcome == "bad":
-        logger.warning(
-            "block %d step %d: its gradient is not finite, so it is skipped (%d so far)",
-            state.block,
-            state.step,
-            state.bad_steps,
-        )
+        warn_bad_step(f"block {state.block} step {state.step}", state.bad_steps)
     if step.spread < collapse_below:
         logger.warning(
             "block %d step %d: the embeddings are collapsing (spread %.3f < train.collapse_below %.3f); lower train.lr",

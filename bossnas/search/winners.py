@@ -59,7 +59,7 @@ def freeze_winner(run: Run, winner: Choices) -> None:
 def calibrate_path(run: Run, block: int, prefix: Sequence[Choices], path: Choices) -> None:
     """Writes the path's calibrated batch-norm statistics into the target block's buffers. The blocks before it are in
     evaluation mode with those of ``prefix``."""
-    with autocast(run.device.type, run.config.train.precision):  # as when the path was rated
+    with autocast(run.machine.device.type, run.config.train.precision):  # as when the path was rated
         features = [run.target.features(prefix, x) for x in _Calibration(run)]
         of_target, _ = calibrate(run.networks(block), block, [path], [Unit((), (0,))], features)
     of_target.write()

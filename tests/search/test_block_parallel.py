@@ -14,7 +14,7 @@ import torch
 from bossnas.config.loading import load
 from bossnas.distributed import dist, pipe
 from bossnas.errors import ConfigError, Stopped
-from bossnas.runs import checkpoint
+from bossnas.runs import checkpoint, session
 from bossnas.search import block_parallel, search
 from bossnas.search.stage import Job, Trace, train_batches
 from bossnas.spaces.paths import decode, encode
@@ -144,7 +144,7 @@ def test_features_are_the_target_networks_before_the_update(tmp_path, space, lea
     leaders = [decode(text) for text in leaders]
     run.state.leaders[:] = leaders
     assert all(path in run.space.paths(block, leaders[:block]) for block, path in enumerate(leaders))
-    row = block_parallel._Row(Job(run, tmp_path, None, None, None, Trace()), None)
+    row = block_parallel._Row(Job(run, None, Trace()), None)
     images = train_batches(run, 0, 0)
     for step in range(2):
         before = copy.deepcopy(run.target)
@@ -210,7 +210,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(alone, two):
 
 def test_one_process_stops_in_training_and_in_ratings(alone, tmp_path, monkeypatch):
     """At a step, before and in a mid-stage rating, twice in it, before and in the last ratings: to the same end."""
-    monkeypatch.setattr(search, "Guard", schedule_worker.Signalled)
+    monkeypatch.setattr(session, "Guard", schedule_worker.Signalled)
     out, resume = tmp_path / "run", None
     for place in (
         "blocks 0 to 2 step 1",

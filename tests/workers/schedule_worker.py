@@ -93,7 +93,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    from bossnas.search import search as module
+    from bossnas.runs import session
 
-    module.Guard = Signalled
+    session.Guard = Signalled
     sys.exit(launch.run(main, timeout_minutes=2))
