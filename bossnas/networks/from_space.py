@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bossnas.spaces import Space
+from bossnas.spaces import Space, traits
 from bossnas.spaces.cost import call_stem
-from bossnas.spaces.nats import Nats
 from bossnas.spaces.ops import GroupedBatchNorm, SlimConv
 from bossnas.spaces.paths import Choices
 
@@ -96,7 +95,7 @@ def standalone(
 
 def head(space: Space, channels: int, classes: int, drop_rate: float = 0.0) -> nn.Sequential:
     """Global average pool and linear classifier; NATS-Bench's networks normalise and rectify the map before."""
-    last = [GroupedBatchNorm(channels, "relu")] if isinstance(space, Nats) else []
+    last = [GroupedBatchNorm(channels, "relu")] if traits(space).norm_before_head else []
     return nn.Sequential(
         *last, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(drop_rate), nn.Linear(channels, classes)
     )

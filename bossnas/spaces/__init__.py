@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from torch import nn
@@ -64,29 +65,63 @@ class Space(Protocol):
         ...
 
 
-def make(name: str, *, width: float, image_size: int, restricted: bool, split: str) -> Space:
-    """Builds a space from the config's values. ``path/to/file.py:Class`` loads an own space, built with ``width``.
+@dataclass(frozen=True)
+class Traits:
+    """What is known of a space beside what the search needs. A space has them as the class attribute ``traits``; one of
+    a user's own may leave them out, and then has these defaults.
+
+    ``options``: keys of the config's section that its class takes beside ``width``, with their defaults.
+    ``variants``: values of the options that change how many layers it has, the usual one first.
+    ``image_size`` (pixels), ``classes``, ``recipe`` (whose mean and deviation): of its published networks.
+    ``as_searched``: arguments with which its network computes what the supernet did, where its definition differs.
+    ``norm_before_head``: its networks normalise and rectify the last map before the classifier.
+
+    A space whose networks have a definition of their own also has ``network(architecture)``: their name in timm's
+    registry, and its arguments (`networks.registry`). The networks of others are cut out of the supernet's layers.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    variants: tuple[dict[str, Any], ...] = ({},)
+    image_size: int | None = None
+    classes: int = 1000
+    recipe: Literal["imagenet", "cifar"] = "imagenet"
+    as_searched: dict[str, Any] = field(default_factory=dict)
+    norm_before_head: bool = False
+
+
+def known() -> dict[str, type]:
+    """The classes of the built-in spaces by name."""
+    from bossnas.spaces import hytra, mbconv, nats
+
+    return {"hytra": hytra.HyTra, "mbconv": mbconv.MBConv, "nats": nats.Nats}
+
+
+def traits(space: Space | type) -> Traits:
+    """What is known of a space."""
+    return getattr(space, "traits", None) or Traits()
+
+
+def make(name: str, *, width: float = 1.0, image_size: int, **options: Any) -> Space:
+    """Builds a space from the values of the config's section. ``path/to/file.py:Class`` loads a space of one's own,
+    built with ``width``. ``options``: the section's other keys, of which a space takes its own; the others must have
+    their default.
 
     Raises ConfigError for an unknown name or an image too small for the space's scales.
     """
-    from bossnas.spaces import hytra, mbconv, nats
-
-    if name == "hytra":
-        space: Space = hytra.HyTra(width, restricted)
-    elif name == "mbconv":
-        space = mbconv.MBConv(width)
-    elif name == "nats":
-        space = nats.Nats(width, split)
-    elif ".py:" in name:
+    kind = known().get(name)
+    if kind is None and ".py:" not in name:
+        raise ConfigError(
+            "space.name", f"there is no space {name!r}", f"choose {', '.join(known())} or path/to/file.py:ClassName"
+        )
+    takes = traits(kind).options if kind is not None else {}
+    defaults = {key: value for other in known().values() for key, value in traits(other).options.items()}
+    for key, value in options.items():
+        if key not in takes and value != defaults[key]:
+            raise ConfigError(f"space.{key}", f"does nothing for {name}", "leave it out")
+    if kind is None:
         space = _own(name, width)
     else:
-        raise ConfigError(
-            "space.name", f"there is no space {name!r}", "choose hytra, mbconv, nats or path/to/file.py:ClassName"
-        )
-    if split != "cifar10" and name != "nats":
-        raise ConfigError("space.split", f"does nothing for {name}", "leave it out")
-    if not restricted and name != "hytra":
-        raise ConfigError("space.restricted", f"does nothing for {name}", "leave it out")
+        space = kind(width, **{key: options[key] for key in takes if key in options})
     most = max(len(space.candidates(block)) for block in range(space.blocks))
     if most > MAX_CANDIDATES:
         raise ConfigError("space.name", f"{name} has {most} candidates in a layer", f"use at most {MAX_CANDIDATES}")

@@ -5,11 +5,13 @@ Four blocks of four layers. A candidate id names its output scale, so a path say
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
 from torch import Tensor, nn
 
+from bossnas.spaces import Traits
 from bossnas.spaces.ops import Attention, Chain, GroupedBatchNorm, Statistics, conv, conv_norm
 from bossnas.spaces.paths import Choices, all_paths, uniform_sample
 
@@ -72,6 +74,7 @@ class HyTra:
     blocks = len(DEPTHS)
     view_pairs = 4
     stride = 32
+    traits = Traits(options={"restricted": True}, image_size=224)
 
     def __init__(self, width: float = 1.0, restricted: bool = True):
         self.restricted = restricted
@@ -111,6 +114,9 @@ class HyTra:
             "scales": [[SCALES[c] for c in path] for path in architecture],
             "retraining_encoding": retraining_encoding(architecture),
         }
+
+    def network(self, architecture: Sequence[Choices]) -> tuple[str, dict]:
+        return "bossnet", {"encoding": retraining_encoding(list(architecture)), "width": self.stem_width}
 
 
 class _Layer(nn.Module):

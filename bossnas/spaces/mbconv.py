@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch import Tensor, nn
 
+from bossnas.spaces import Traits
 from bossnas.spaces.ops import Chain, GroupedBatchNorm, HalvePool, NoAdapter, SqueezeExcite, Statistics, conv, conv_norm
-from bossnas.spaces.paths import Choices, all_paths, fair_sample
+from bossnas.spaces.paths import Choices, all_paths, encode, fair_sample
 
 CANDIDATES = ((6, 3), (6, 5), (3, 3), (3, 5))  # (expansion, kernel) by candidate id
 BLOCKS = ((24, 2, 2), (40, 2, 4), (80, 2, 4), (112, 1, 4), (192, 2, 4))  # (width, first stride, layers)
@@ -23,6 +26,7 @@ class MBConv:
     blocks = len(BLOCKS)
     view_pairs = 4
     stride = 32
+    traits = Traits(image_size=224)
 
     def __init__(self, width: float = 1.0):
         self.width = width
@@ -67,6 +71,9 @@ class MBConv:
             "candidates": [[self.candidates(0)[c] for c in path] for path in architecture],
             "widths": [self.channels(block) for block in range(len(architecture))],
         }
+
+    def network(self, architecture: Sequence[Choices]) -> tuple[str, dict]:
+        return "bossnas_mbconv", {"paths": [encode(path) for path in architecture], "width": self.width}
 
 
 class _Layer(nn.Module):

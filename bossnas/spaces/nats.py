@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bossnas.spaces import Traits
 from bossnas.spaces.ops import GroupedBatchNorm, HalvePool, PooledPointwise, SlimConv, Statistics
 from bossnas.spaces.paths import Choices, all_paths, fair_sample
 
@@ -21,6 +24,15 @@ class Nats:
     blocks = 3
     view_pairs = 1
     stride = 4
+    traits = Traits(
+        options={"split": "cifar10"},
+        variants=tuple({"split": split} for split in SPLITS),
+        image_size=32,
+        classes=10,
+        recipe="cifar",
+        as_searched={"skip_relu": True},  # the benchmark's skips to another width have no ReLU, the supernet's have
+        norm_before_head=True,
+    )
 
     def __init__(self, width: float = 1.0, split: str = "cifar10"):
         self.split = SPLITS[split]
@@ -55,6 +67,9 @@ class Nats:
 
     def describe(self, architecture: list[Choices]) -> dict:
         return {"widths": [[self.widths[c] for c in path] for path in architecture]}
+
+    def network(self, architecture: Sequence[Choices]) -> tuple[str, dict]:
+        return "bossnas_nats", {"widths": [self.widths[choice] for path in architecture for choice in path]}
 
 
 class _Op(nn.Module):
