@@ -6,7 +6,7 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import timm.optim
 import torch
@@ -36,6 +36,13 @@ class Algorithm:
     steps: Literal["state"] | Callable[[int], Any] | None = None
 
 
+class ChosenOptimizer(NamedTuple):
+    """What builds the optimizer for an engine, and the name of the implementation that runs."""
+
+    make: MakeOptimizer
+    name: str
+
+
 def choose_optimizer(
     kind: Kind,
     fused: Fused,
@@ -46,7 +53,7 @@ def choose_optimizer(
     beta2: float,
     eps: float,
     clip: float = 0.0,
-) -> tuple[MakeOptimizer, str]:
+) -> ChosenOptimizer:
     """What builds the optimizer for an engine, and the name of the implementation that runs.
 
     ``fused``: auto: apex's where it is installed on a GPU, else torch's; none: plain torch. ``weight_decay`` spares
@@ -61,7 +68,7 @@ def choose_optimizer(
             group["target"] = targets.get(group["name"])
         return LibraryOptimizer(groups, found, weight_decay=weight_decay, clip=clip, sharded=sharded)
 
-    return make, found.name
+    return ChosenOptimizer(make, found.name)
 
 
 def check_optimizer(kind: Kind, sharded: bool) -> None:

@@ -13,24 +13,25 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from bossnas.config.retrain import RetrainConfig
+from bossnas.config.retrain import RetrainConfig, RetrainTrain
 from bossnas.config.shared import MEAN, STD, accumulation
-from bossnas.data.batches import Source, open_data, open_set, readers
+from bossnas.data.batches import Data, open_data, open_set, readers
 from bossnas.data.order import EpochSlice
 from bossnas.distributed import dist, engines
-from bossnas.distributed.engines.protocol import Engine, MakeOptimizer
+from bossnas.distributed.engines.protocol import Engine
 from bossnas.errors import ConfigError
 from bossnas.files import write_json
 from bossnas.log import logger
 from bossnas.networks import pretrained
 from bossnas.networks.kernel_layers import use_kernels
 from bossnas.networks.spec import Spec, build_network, load_network, refused_images
-from bossnas.optim.library import check_optimizer, choose_optimizer
+from bossnas.optim.library import ChosenOptimizer, check_optimizer, choose_optimizer
 from bossnas.retrain import inherit
 from bossnas.retrain.batches import check_labels, count_classes, train_batches, train_transform
-from bossnas.runs import checkpoint
+from bossnas.runs import checkpoint, session
 from bossnas.runs.folder import prepare_folder
 from bossnas.runs.resume import check_data, claim
+from bossnas.runs.session import Machine
 from bossnas.spaces import cost
 
 NETWORK = "network.json"  # the file of a run folder that describes its network
@@ -59,35 +60,40 @@ class Beginning:
 
 
 @dataclass
-class Retraining:
-    """Everything a retraining holds. ``model``, ``average``: the plain homes of the weights and of their moving
-    average (None: there is none), which an engine may train in copies."""
+class TrainedNetwork:
+    """The network of a retraining. ``model``, ``average``: the plain homes of the weights and of their moving average
+    (None: there is none), which an engine may train in copies. ``price``: macs and params. ``inherited``: what came
+    from a supernet."""
 
-    config: RetrainConfig
     spec: Spec
-    where: Path | None  # the checkpoint from which it goes on
     model: nn.Module
     average: nn.Module | None
-    engine: Engine
-    make_optimizer: MakeOptimizer
-    optimizer: str  # which implementation
-    kernels: str  # which run: triton | reference | off
-    price: dict[str, int]  # macs, params
-    train_set: Source
-    val_set: Source
-    device: torch.device
+    price: dict[str, int]
     inherited: inherit.Report | None
+
+
+@dataclass
+class Retraining:
+    """Everything a retraining holds. ``where``: the checkpoint from which it goes on, None: it begins."""
+
+    config: RetrainConfig
+    network: TrainedNetwork
+    images: Data
+    machine: Machine
+    engine: Engine
+    optimizer: ChosenOptimizer
+    where: Path | None
     state: Position = field(default_factory=Position)
     bad: dict[str, str] = field(default_factory=dict)  # unreadable training images met so far
 
     @property
     def accumulate(self) -> int:
         """Micro-batches per optimizer step."""
-        return accumulation(self.config, dist.world_size())
+        return accumulation(self.config, self.machine.mesh.shards)
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.config.train.steps_per_epoch or len(self.train_set) // self.config.train.batch
+        return self.config.train.steps_per_epoch or len(self.images.train) // self.config.train.batch
 
     @property
     def total_steps(self) -> int:
@@ -95,7 +101,7 @@ class Retraining:
 
     @property
     def val_images(self) -> int:
-        return min(self.config.data.val_images or len(self.val_set), len(self.val_set))
+        return min(self.config.data.val_images or len(self.images.val), len(self.images.val))
 
 
 def begin(config: RetrainConfig, resume: str | None) -> Beginning:
@@ -124,7 +130,7 @@ def _read_spec(file: Path) -> Spec:
 def _spec(config: RetrainConfig) -> Spec:
     """The network that the config's model section means, and its images."""
     model = config.model
-    classes = model.classes or count_classes(open_set(config.data, "train", _images(config)))
+    classes = model.classes or count_classes(open_set(config.data, "train", session.epoch_images(config)))
     if model.run is not None:
         spec = inherit.spec_of_run(Path(model.run), classes, model.image_size, model.options, inherited=model.inherit)
     elif model.architecture is not None:
@@ -142,11 +148,6 @@ def _spec(config: RetrainConfig) -> Spec:
     )
 
 
-def _images(config: RetrainConfig) -> int | None:
-    """Images of an epoch, where the config says it."""
-    return config.train.batch * config.train.steps_per_epoch if config.train.steps_per_epoch else None
-
-
 def build(config: RetrainConfig, start: Beginning) -> Retraining:
     """Network, data and engine of a config, all checked against each other. Weights are drawn from the seed, or come
     from where the config says; those of a run that goes on are still to be restored."""
@@ -161,7 +162,7 @@ def build(config: RetrainConfig, start: Beginning) -> Retraining:
     )
     engine.check(device.type)
     check_optimizer(train.optimizer, engine.sharded)
-    make_optimizer, optimizer = choose_optimizer(
+    optimizer = choose_optimizer(
         train.optimizer,
         train.fused,
         device,
@@ -171,20 +172,31 @@ def build(config: RetrainConfig, start: Beginning) -> Retraining:
         eps=train.eps,
         clip=train.clip,
     )
-    images = open_data(config.data, _images(config))
-    needed = _images(config) or train.batch
-    if len(images.train) < needed:
-        raise ConfigError(
-            "train.steps_per_epoch" if train.steps_per_epoch else "train.batch",
-            f"an epoch takes {needed} images, but data.train has {len(images.train)}",
-            "lower it",
-        )
+    images = open_data(config.data, session.epoch_images(config))
+    session.check_epoch(config, len(images.train))
     for source in (images.train, images.val):
         check_labels(source, spec.classes)
     model, price, inherited = _network(config, start)
-    model = model.to(device)
+    model = _adapted(model.to(device), train, spec.architecture)
+    kernels = "off" if config.kernels == "off" else use_kernels(model, config.kernels, device)
+    average = copy.deepcopy(model).requires_grad_(False).eval() if train.ema else None
+    run = Retraining(
+        config,
+        TrainedNetwork(spec, model, average, price, inherited),
+        images,
+        Machine(device, kernels, dist.mesh("sequential", 1)),
+        engine,
+        optimizer,
+        start.where,
+    )
+    epoch_batches(run, 0, 0)  # raises what does not go together
+    return run
+
+
+def _adapted(model: nn.Module, train: RetrainTrain, name: str) -> nn.Module:
+    """The network with synchronised batch norms, and with activation checkpointing, where the config has them on."""
     if train.sync_batch_norm:
-        if device.type != "cuda":
+        if next(model.parameters()).device.type != "cuda":
             raise ConfigError(
                 "train.sync_batch_norm",
                 "is on, but torch has synchronised batch norms for GPUs alone",
@@ -194,36 +206,15 @@ def build(config: RetrainConfig, start: Beginning) -> Retraining:
         if not any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
             raise ConfigError(
                 "train.sync_batch_norm",
-                f"is on, but {spec.architecture} has no batch norm that torch can synchronise",
+                f"is on, but {name} has no batch norm that torch can synchronise",
                 "set it to false",
             )
-    kernels = "off" if config.kernels == "off" else use_kernels(model, config.kernels, device)
     if train.activation_checkpointing:
         try:
             model.set_grad_checkpointing(True)
         except (AttributeError, AssertionError, NotImplementedError):
-            raise ConfigError(
-                "train.activation_checkpointing", f"{spec.architecture} has none", "set it to false"
-            ) from None
-    average = copy.deepcopy(model).requires_grad_(False).eval() if train.ema else None
-    run = Retraining(
-        config,
-        spec,
-        start.where,
-        model,
-        average,
-        engine,
-        make_optimizer,
-        optimizer,
-        kernels,
-        price,
-        images.train,
-        images.val,
-        device,
-        inherited,
-    )
-    epoch_batches(run, 0, 0)  # raises what does not go together
-    return run
+            raise ConfigError("train.activation_checkpointing", f"{name} has none", "set it to false") from None
+    return model
 
 
 def _network(config: RetrainConfig, start: Beginning) -> tuple[nn.Module, dict[str, int], inherit.Report | None]:
@@ -265,24 +256,25 @@ def epoch_batches(run: Retraining, epoch: int, start: int) -> Any:
         dist.world_size(),
     )
     return train_batches(
-        run.train_set,
-        train_transform(config.augment, run.spec.image_size),
+        run.images.train,
+        train_transform(config.augment, run.network.spec.image_size),
         config.data,
         part,
-        classes=run.spec.classes,
-        device=run.device,
+        classes=run.network.spec.classes,
+        device=run.machine.device,
         bad=run.bad,
     )
 
 
 def prepare(run: Retraining, folder: Path) -> None:
     """Makes the run folder ready, now that all is checked. For rank 0."""
-    state = [*run.model.parameters(), *run.model.buffers()]
-    size = sum(t.numel() * t.element_size() for t in state) * (4 if run.average is not None else 3)  # two moments
-    held = sum(f.stat().st_size for f in (folder / "checkpoints").rglob("*") if f.is_file())
-    checkpoint.require_room(folder, max(size * (run.config.checkpoint.keep + 1) - held, 0))
+    state = [*run.network.model.parameters(), *run.network.model.buffers()]
+    size = sum(t.numel() * t.element_size() for t in state) * (
+        4 if run.network.average is not None else 3
+    )  # two moments
+    session.require_room(run.config, size)
     prepare_folder(folder, run.config)
-    write_json(folder / NETWORK, run.spec.to_json())
+    write_json(folder / NETWORK, run.network.spec.to_json())
     if run.where is not None and (newer := checkpoint.rewind(run.where)):
         logger.info(
             "%s: going back to checkpoint %s, newer ones are removed: %s", folder, run.where.name, ", ".join(newer)
@@ -293,7 +285,7 @@ def prepare(run: Retraining, folder: Path) -> None:
 
 def weights(run: Retraining) -> dict[str, Tensor]:
     """Weights and buffers of the network and its average by the names that they have in a checkpoint."""
-    homes = {"model": run.model} | ({} if run.average is None else {"ema": run.average})
+    homes = {"model": run.network.model} | ({} if run.network.average is None else {"ema": run.network.average})
     return {f"{kind}.{name}": tensor for kind, home in homes.items() for name, tensor in home.state_dict().items()}
 
 
@@ -325,13 +317,13 @@ def restore(run: Retraining) -> None:
 
 def _data_state(run: Retraining) -> dict[str, Any]:
     """What the order of the images depends on, besides the position and the config."""
-    return {"images": len(run.train_set), "readers": readers(run.train_set, run.config.data, dist.world_size())}
+    return {"images": len(run.images.train), "readers": readers(run.images.train, run.config.data, dist.world_size())}
 
 
 def bring_home(run: Retraining) -> None:
     """The trained weights into the plain networks, whose running statistics become the mean over the ranks."""
     run.engine.gather()
-    found = [s for home in (run.model, run.average) if home is not None for s in statistics(home)]
+    found = [s for home in (run.network.model, run.network.average) if home is not None for s in statistics(home)]
     if dist.world_size() == 1 or not found:
         return
     flat = dist.all_reduce_sum(torch.cat([s.flatten() for s in found])).div_(dist.world_size())

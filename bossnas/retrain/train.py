@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from bossnas import __version__, log
 from bossnas.config.retrain import RetrainConfig, RetrainTrain
 from bossnas.data.order import FixedBatches
 from bossnas.distributed import dist
-from bossnas.distributed.alive import Guard
+from bossnas.distributed.engines import protocol
 from bossnas.errors import ConfigError
 from bossnas.files import write_json
 from bossnas.log import logger
@@ -26,8 +26,8 @@ from bossnas.networks.spec import save_network
 from bossnas.retrain import evaluate
 from bossnas.retrain.batches import eval_batches, eval_transform
 from bossnas.retrain.run import Retraining, begin, bring_home, build, epoch_batches, prepare, restore, save, statistics
-from bossnas.runs import checkpoint
-from bossnas.runs.metrics import Metrics
+from bossnas.runs import checkpoint, session
+from bossnas.runs.session import Session, warn_bad_step
 
 SHOWN = 12  # modules that the log names
 LAYERS = 3  # random stream of dropout and stochastic depth: a function of (seed, stream, epoch, micro-batch, rank)
@@ -51,15 +51,8 @@ def retrain(config: RetrainConfig, resume: str | None = None) -> Path:
     log.setup(folder, main)
     dist.together(lambda: restore(run))
     _announce(run, folder)
-    with (
-        closing(Metrics(folder if main else None, lambda line: _is_past(run, line))) as metrics,
-        Guard(config.engine.timeout_minutes) as guard,
-        closing(
-            checkpoint.Saver(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous)
-        ) as saver,
-    ):
-        results = _train(run, folder, metrics, guard, saver)
-        saver.wait()
+    with session.opened(config, lambda line: _is_past(run, line)) as opened:
+        results = _train(run, opened)
     _finish(run, folder, results)
     return folder
 
@@ -70,107 +63,122 @@ def _is_past(run: Retraining, line: dict) -> bool:
     return line["step"] + (line["kind"] == "eval") <= run.state.step
 
 
-def _train(
-    run: Retraining, folder: Path, metrics: Metrics, guard: Guard, saver: checkpoint.Saver
-) -> dict[str, evaluate.Result]:
+def _train(run: Retraining, session: Session) -> dict[str, evaluate.Result]:
     """Trains to the end and returns the last evaluation.
 
     A step whose gradient is not finite changes nothing and is counted; raises ConfigError after more than
     train.max_bad_steps of them.
     """
     config, train, state, engine = run.config, run.config.train, run.state, run.engine
-    total, ranks, rank = run.total_steps, dist.world_size(), dist.rank()
-    trained, _ = engine.wrap(run.model, run.average, run.make_optimizer)
+    total, guard = run.total_steps, session.guard
+    trained, _ = engine.wrap(run.network.model, run.network.average, run.optimizer.make)
     if run.where is not None:
         checkpoint.load_engine(run.where, 0, engine)
     network = torch.compile(trained) if train.compile else trained
-    learning_rate = schedule(train, run.steps_per_epoch)
-    running = statistics(run.model)
-    followers = [] if run.average is None else statistics(run.average)
+    rates = learning_rates(train, run.steps_per_epoch)
+    running = statistics(run.network.model)
+    followers = [] if run.network.average is None else statistics(run.network.average)
     results: dict[str, evaluate.Result] = {}
     trained.train()
 
-    with log.progress("train", total, state.step, rank == 0) as task, closing(_batches(run)) as batches:
+    with log.progress("train", total, state.step, dist.rank() == 0) as task, closing(_batches(run)) as batches:
         while True:
             if _evaluation_due(run):
-                results = _evaluate(run, folder, metrics, guard)
+                results = _evaluate(run, session)
                 if state.step < total and guard.should_stop():
-                    save(run, saver)
-                    saver.wait()
-                    raise guard.stopped()
+                    save(run, session.saver)
+                    session.stop()
             if state.step == total:
                 break
             started = time.perf_counter()
-            epoch, step = divmod(state.step, run.steps_per_epoch)
-            loss_sum, before = torch.zeros((), device=run.device), [s.clone() for s in running]
-            for m in range(run.accumulate):
-                images, targets = next(batches)
-                if not train.channels_last:
-                    images = images.contiguous()
-                torch.manual_seed(_seed(config.seed, epoch, step * run.accumulate + m, rank))
-                with engine.autocast():
-                    loss = F.cross_entropy(network(images).float(), targets)
-                seen = [s.clone() for s in running] if train.activation_checkpointing else []
-                engine.micro(loss, last=m == run.accumulate - 1)
-                if seen:  # the forward passes within the backward pass are not to count in the running statistics
-                    torch._foreach_copy_(running, seen)
-                loss_sum += loss.detach()
-            lr, ema = learning_rate(state.step), ema_decay(train, state.step)
-            outcome = engine.step(lr, ema)
-            if outcome != "applied" and before:
-                torch._foreach_copy_(running, before)
-            elif followers:
-                torch._foreach_lerp_(followers, running, 1 - ema)
-            state.step += 1
-            state.images_seen += train.batch
-            state.bad_steps += outcome == "bad"
-            mean = torch.stack(dist.all_gather(loss_sum / run.accumulate)).mean().item()
+            epoch = state.step // run.steps_per_epoch
+            step = _step(run, network, batches, rates(state.step), running, followers)
             seconds = time.perf_counter() - started
             state.seconds += seconds
-            metrics.write(
+            session.metrics.write(
                 "train",
                 None,
                 state.step,
                 epoch=epoch,
-                loss=mean,
-                lr=lr,
-                ema=ema,
+                loss=step.loss,
+                lr=step.lr,
+                ema=step.ema,
                 images=state.images_seen,
                 images_per_second=round(train.batch / seconds, 2),
-                outcome=outcome,
+                outcome=step.outcome,
                 loss_scale=engine.loss_scale,
             )
-            if outcome == "bad":
-                logger.warning(
-                    "step %d: its gradient is not finite, so it is skipped (%d so far)", state.step, state.bad_steps
-                )
-            if state.bad_steps > train.max_bad_steps:
-                raise ConfigError(
-                    "train.lr",
-                    f"{state.bad_steps} steps had a gradient that is not finite, the last "
-                    f"one step {state.step}; train.max_bad_steps allows no more",
-                    "lower it, or lengthen train.warmup_epochs; the last checkpoint is unharmed",
-                )
-            task.advance(f"epoch {epoch + 1}/{train.epochs}  loss {mean:.3f}  {train.batch / seconds:.0f} images/s")
+            if step.outcome == "bad":
+                warn_bad_step(f"step {state.step}", state.bad_steps)
+            protocol.check_bad_steps(state.bad_steps, train.max_bad_steps, "", state.step)
+            task.advance(
+                f"epoch {epoch + 1}/{train.epochs}  loss {step.loss:.3f}  {train.batch / seconds:.0f} images/s"
+            )
             guard.at(f"epoch {epoch + 1} step {state.step}")
             stop = guard.should_stop()
             if stop or state.step % config.checkpoint.every_steps == 0 or state.step == total:
-                save(run, saver)
+                save(run, session.saver)
             if stop:
-                saver.wait()
-                raise guard.stopped()
+                session.stop()
     engine.close()
     logger.info(
         "%d steps in %.0f s on %d rank(s), %.1f images/s",
         total,
         state.seconds,
-        ranks,
+        dist.world_size(),
         state.images_seen / max(state.seconds, 1e-9),
     )
     return results
 
 
-def schedule(train: RetrainTrain, steps_per_epoch: int) -> Callable[[int], float]:
+class _Step(NamedTuple):
+    """What one optimizer step reports. ``loss``: the mean over micro-batches and ranks."""
+
+    loss: float
+    lr: float
+    ema: float
+    outcome: protocol.Outcome
+
+
+def _step(
+    run: Retraining,
+    network: nn.Module,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    lr: float,
+    running: list[Tensor],
+    followers: list[Tensor],
+) -> _Step:
+    """One optimizer step. ``running``, ``followers``: the running statistics of the network and of its average."""
+    config, train, state, engine = run.config, run.config.train, run.state, run.engine
+    epoch, step = divmod(state.step, run.steps_per_epoch)
+    loss_sum, before = torch.zeros((), device=run.machine.device), [s.clone() for s in running]
+    for m in range(run.accumulate):
+        images, targets = next(batches)
+        if not train.channels_last:
+            images = images.contiguous()
+        # dropout and stochastic depth draw from torch's generator: their numbers, too, depend on the place alone
+        torch.manual_seed(_seed(config.seed, epoch, step * run.accumulate + m, dist.rank()))
+        with engine.autocast():
+            loss = F.cross_entropy(network(images).float(), targets)
+        seen = [s.clone() for s in running] if train.activation_checkpointing else []
+        engine.micro(loss, last=m == run.accumulate - 1)
+        if seen:  # the forward passes within the backward pass are not to count in the running statistics
+            torch._foreach_copy_(running, seen)
+        loss_sum += loss.detach()
+    ema = ema_decay(train, state.step)
+    outcome = engine.step(lr, ema)
+    if outcome != "applied" and before:
+        torch._foreach_copy_(running, before)
+    elif followers:  # the engine moves the average's weights; its running statistics follow here
+        torch._foreach_lerp_(followers, running, 1 - ema)
+    state.step += 1
+    state.images_seen += train.batch
+    state.bad_steps += outcome == "bad"
+    mean = torch.stack(dist.all_gather(loss_sum / run.accumulate)).mean().item()
+    return _Step(mean, lr, ema, outcome)
+
+
+def learning_rates(train: RetrainTrain, steps_per_epoch: int) -> Callable[[int], float]:
     """The learning rate by step: linear from warmup_lr to lr, then the cosine down to min_lr at the end."""
     group = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=train.lr)  # timm's schedules set that of an optimizer
     cosine = CosineLRScheduler(
@@ -215,32 +223,36 @@ def _evaluation_due(run: Retraining) -> bool:
     return run.state.step == run.total_steps or rest == 0 and epoch > 0 and every > 0 and epoch % every == 0
 
 
-def _evaluate(run: Retraining, folder: Path, metrics: Metrics, guard: Guard) -> dict[str, evaluate.Result]:
+def _evaluate(run: Retraining, session: Session) -> dict[str, evaluate.Result]:
     """Evaluates the network and its average ("model", "ema") and keeps the weights if they are the best so far."""
     bring_home(run)
     state, config = run.state, run.config
     epoch = state.step // run.steps_per_epoch
-    transform, results = eval_transform(run.spec), {}
-    own = FixedBatches(run.val_images, config.evaluate.batch).of_rank(len(run.val_set), dist.rank(), dist.world_size())
-    for kind, home in {"model": run.model, "ema": run.average}.items():
+    transform, results = eval_transform(run.network.spec), {}
+    own = FixedBatches(run.val_images, config.evaluate.batch).of_rank(
+        len(run.images.val), dist.rank(), dist.world_size()
+    )
+    for kind, home in {"model": run.network.model, "ema": run.network.average}.items():
         if home is None:
             continue
-        batches = eval_batches(run.val_set, transform, config.data, own, classes=run.spec.classes, device=run.device)
+        batches = eval_batches(
+            run.images.val, transform, config.data, own, classes=run.network.spec.classes, device=run.machine.device
+        )
         results[kind] = evaluate.evaluate(
             home,
             batches,
-            run.spec.classes,
+            run.network.spec.classes,
             precision=config.train.precision,
-            device=run.device,
-            advance=lambda _: guard.at(f"the evaluation after epoch {epoch}"),
+            device=run.machine.device,
+            advance=lambda _: session.guard.at(f"the evaluation after epoch {epoch}"),
         )
     state.evaluation_seconds += sum(result.seconds for result in results.values())
     kind, best = _better(results)
     is_best = state.best is None or best.top1 > state.best["top1"]
     if is_best:
         state.best = {"top1": best.top1, "top5": best.top5, "epoch": epoch, "step": state.step, "ema": kind == "ema"}
-        _write_weights(run, folder / "best.safetensors", kind, best)
-    metrics.write(
+        _write_weights(run, session.folder / "best.safetensors", kind, best)
+    session.metrics.write(
         "eval",
         None,
         state.step,
@@ -270,7 +282,7 @@ def _better(results: dict[str, evaluate.Result]) -> tuple[str, evaluate.Result]:
 
 def _write_weights(run: Retraining, file: Path, kind: str, result: evaluate.Result) -> None:
     """By rank 0: the network's weights, or their average's (``kind``), with what was measured with them."""
-    home = run.model if kind == "model" else run.average
+    home = run.network.model if kind == "model" else run.network.average
     about = {
         "run": file.absolute().parent.name,
         "step": run.state.step,
@@ -285,7 +297,7 @@ def _write_weights(run: Retraining, file: Path, kind: str, result: evaluate.Resu
 
     def write() -> None:
         try:
-            save_network(file, run.spec, home.state_dict(), about)
+            save_network(file, run.network.spec, home.state_dict(), about)
         except OSError as error:
             raise ConfigError(
                 "out", f"cannot write {file} ({error.strerror or error})", "make room and go on with --resume auto"
@@ -302,7 +314,7 @@ def _finish(run: Retraining, folder: Path, results: dict[str, evaluate.Result]) 
         return
     state = run.state
     result: dict[str, Any] = {
-        "architecture": run.spec.architecture,
+        "architecture": run.network.spec.architecture,
         "top1": last.top1,
         "top5": last.top5,
         "loss": last.to_json()["loss"],
@@ -312,8 +324,8 @@ def _finish(run: Retraining, folder: Path, results: dict[str, evaluate.Result]) 
         "epochs": run.config.train.epochs,
         "steps": state.step,
         "images": state.images_seen,
-        **run.price,
-        "optimizer": run.optimizer,
+        **run.network.price,
+        "optimizer": run.optimizer.name,
         "ranks": dist.world_size(),
         "seconds": round(state.seconds, 3),
         "evaluation_seconds": round(state.evaluation_seconds, 3),
@@ -332,51 +344,39 @@ def _finish(run: Retraining, folder: Path, results: dict[str, evaluate.Result]) 
 
 def _announce(run: Retraining, folder: Path) -> None:
     """The log's first lines: what is trained on what, and from where it goes on."""
-    config, state, spec = run.config, run.state, run.spec
-    if config.data.train is None and dist.rank() == 0:
-        logger.warning(
-            "DEMONSTRATION: no data.train is set, so this run uses the embedded sample of Fashion-MNIST "
-            "(%d training, %d validation images of 28x28 pixels). Its result says nothing about your data.",
-            len(run.train_set),
-            len(run.val_set),
-        )
+    config, state, spec = run.config, run.state, run.network.spec
+    session.warn_of_sample(config, len(run.images.train), len(run.images.val))
     logger.info(
         "retraining of %s: %.2f M parameters, %.2f M multiply-adds at %d pixels, %d classes, %d training and "
         "%d validation images",
         spec.architecture,
-        run.price["params"] / 1e6,
-        run.price["macs"] / 1e6,
+        run.network.price["params"] / 1e6,
+        run.network.price["macs"] / 1e6,
         spec.image_size,
         spec.classes,
-        len(run.train_set),
+        len(run.images.train),
         run.val_images,
     )
     logger.info(
         "%s on %d %s rank(s): optimizer %s, precision %s, kernels %s%s",
         config.engine.name,
         dist.world_size(),
-        run.device.type,
-        run.optimizer,
+        run.machine.device.type,
+        run.optimizer.name,
         config.train.precision,
-        run.kernels,
+        run.machine.kernels,
         ", compiled" if config.train.compile else "",
     )
-    if run.inherited is not None:
-        modules = list(dict.fromkeys(name.rpartition(".")[0] for name in run.inherited.fresh))
+    if run.network.inherited is not None:
+        modules = list(dict.fromkeys(name.rpartition(".")[0] for name in run.network.inherited.fresh))
         more = f" and {len(modules) - SHOWN} more" if len(modules) > SHOWN else ""
         logger.info(
             "%d tensors are from the supernet of %s; fresh are %d, of %s%s",
-            len(run.inherited.taken),
+            len(run.network.inherited.taken),
             config.model.run,
-            len(run.inherited.fresh),
+            len(run.network.inherited.fresh),
             ", ".join(modules[:SHOWN]) or "none",
             more,
         )
     if state.step:
-        logger.info(
-            "%s: %s",
-            folder,
-            "this run is finished"
-            if state.step == run.total_steps
-            else f"going on at step {state.step} of {run.total_steps}",
-        )
+        session.log_position(folder, state.step == run.total_steps, f"at step {state.step} of {run.total_steps}")

@@ -87,6 +87,17 @@ def require_room(config: RunConfig | Any, size: int) -> None:
     checkpoint.require_room(folder, max(size * (config.checkpoint.keep + 1) - held, 0))
 
 
+def warn_of_sample(config: RunConfig | Any, training: int, validation: int) -> None:
+    """Says in the log that a run uses the embedded images, where its config names no others."""
+    if config.data.train is None and dist.rank() == 0:
+        logger.warning(
+            "DEMONSTRATION: no data.train is set, so this run uses the embedded sample of Fashion-MNIST "
+            "(%d training, %d validation images of 28x28 pixels). Its result says nothing about your data.",
+            training,
+            validation,
+        )
+
+
 def log_position(folder: Path, is_finished: bool, place: str) -> None:
     """Says in the log where a run that has begun goes on, such as "at step 12 of 40"."""
     logger.info("%s: %s", folder, "this run is finished" if is_finished else f"going on {place}")

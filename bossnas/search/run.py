@@ -106,13 +106,7 @@ def make_engine(config: Config, mesh: dist.Mesh) -> Engine:
 
 def announce(run: Run, folder: Path, title: str) -> None:
     """The log's first lines: what runs on what, and from where it goes on."""
-    if run.config.data.train is None and dist.rank() == 0:
-        logger.warning(
-            "DEMONSTRATION: no data.train is set, so this run uses the embedded sample of Fashion-MNIST "
-            "(%d training, %d validation images of 28x28 pixels). Its result says nothing about your data.",
-            len(run.images.train),
-            len(run.images.val),
-        )
+    session.warn_of_sample(run.config, len(run.images.train), len(run.images.val))
     parameters = sum(p.numel() for p in run.online.parameters())
     logger.info(
         "%s %s on %d %s rank(s), %s kernels: %d blocks, %.1f M supernet parameters, %d training images",

@@ -23,6 +23,7 @@ from bossnas.networks.bossnet import BossNet
 from bossnas.networks.spec import Spec, build_network, load_network
 from bossnas.retrain import evaluate, inherit, train as training
 from bossnas.retrain.run import begin, build, epoch_batches
+from bossnas.runs.metrics import Metrics
 
 
 def config(out, *more):
@@ -112,7 +113,7 @@ def test_top_5_needs_six_classes():
 @pytest.fixture
 def stop_after(monkeypatch):
     """Sends SIGTERM once the metrics of a step, or of the evaluation after it, are written."""
-    write = training.Metrics.write
+    write = Metrics.write
 
     def arrange(step, wanted="train"):
         def stopping(self, kind, block, at, **values):
@@ -120,7 +121,7 @@ def stop_after(monkeypatch):
             if kind == wanted and at == step:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        monkeypatch.setattr(training.Metrics, "write", stopping)
+        monkeypatch.setattr(Metrics, "write", stopping)
 
     return arrange
 
@@ -268,7 +269,7 @@ def test_activation_checkpointing_and_compiling_change_nothing_but_rounding(tmp_
 
 def test_the_schedule_warms_up_and_ends_at_the_least_rate():
     train = RetrainTrain(epochs=10, lr=1.0, min_lr=0.1, warmup_epochs=2, warmup_lr=0.01)
-    at = training.schedule(train, 5)
+    at = training.learning_rates(train, 5)
     assert at(0) == pytest.approx(0.01) and at(5) == pytest.approx(0.01 + 0.99 / 2)
     assert at(25) == pytest.approx(0.55) and at(50) == pytest.approx(0.1) and at(49) > 0.1
     assert at(10) == max(at(step) for step in range(50))
@@ -279,7 +280,9 @@ def test_weights_to_begin_with(finished, tmp_path):
     shutil.copy(finished / "last.safetensors", file)
     settings = config(tmp_path / "b", f"model.checkpoint={file}")
     built = build(settings, begin(settings, None))
-    assert same(built.model.state_dict(), load_file(file)) and same(built.average.state_dict(), load_file(file))
+    assert same(built.network.model.state_dict(), load_file(file)) and same(
+        built.network.average.state_dict(), load_file(file)
+    )
     with pytest.raises(ConfigError, match="^model.checkpoint: "):
         run(tmp_path / "c", "model.options={width: 16}", f"model.checkpoint={file}")
     assert not (tmp_path / "c").exists()
