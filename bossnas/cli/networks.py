@@ -15,7 +15,7 @@ from bossnas.errors import ConfigError
 
 app = typer.Typer()
 
-Source = Annotated[
+NetworkFile = Annotated[
     Path,
     typer.Argument(
         metavar="NETWORK",
@@ -77,7 +77,7 @@ def retrain(
     "bossnet_t0 --val 'data/imagenet/val-*.tar'"
 )
 def evaluate(
-    network: Source,
+    network: NetworkFile,
     model: Model = None,
     options: Options = None,
     classes: Classes = None,
@@ -139,7 +139,7 @@ def evaluate(
     "bossnas export BossNet-T0-80_8.pth bossnet_t0 --model bossnet_t0 --formats hub"
 )
 def export(
-    network: Source,
+    network: NetworkFile,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     model: Model = None,
     options: Options = None,

@@ -27,7 +27,7 @@ from bossnas.config.search import DataConfig
 from bossnas.config.shared import ReaderConfig
 from bossnas.data.collate import Batcher, Collate, place
 from bossnas.data.images import BadImage, decode
-from bossnas.data.loader import Item, load
+from bossnas.data.loader import BegunBatch, load
 from bossnas.data.order import FIXED_EPOCH, EpochSlice, FixedBatches, permutation
 from bossnas.data.shards import ShardIndex, is_remote
 from bossnas.data.streams import Sample, ShardStream, share
@@ -36,15 +36,15 @@ from bossnas.errors import ConfigError
 
 SAMPLE = Path(__file__).parent / "sample"
 CPU = torch.device("cpu")
-Source = ShardIndex | ShardStream
+ShardSet = ShardIndex | ShardStream
 
 
 @dataclass(frozen=True)
 class Data:
     """Training and validation images; ``is_sample``: the small set that comes with the package."""
 
-    train: Source
-    val: Source
+    train: ShardSet
+    val: ShardSet
     is_sample: bool
 
 
@@ -63,7 +63,7 @@ def open_data(settings: ReaderConfig, train_images: int | None = None) -> Data:
     return Data(open_set(settings, "train", train_images), open_set(settings, "val"), train is None)
 
 
-def open_set(settings: ReaderConfig, name: Literal["train", "val"], train_images: int | None = None) -> Source:
+def open_set(settings: ReaderConfig, name: Literal["train", "val"], train_images: int | None = None) -> ShardSet:
     """Opens the shards of one set, or the packaged sample's when neither set is named. Else as `open_data`."""
     pattern = settings.train if name == "train" else settings.val
     if pattern is None:
@@ -76,7 +76,7 @@ def open_set(settings: ReaderConfig, name: Literal["train", "val"], train_images
     return _open(pattern, f"data.{name}", settings, images, key)
 
 
-def _open(pattern: str | list[str], field: str, settings: ReaderConfig, images: int | None, key: str) -> Source:
+def _open(pattern: str | list[str], field: str, settings: ReaderConfig, images: int | None, key: str) -> ShardSet:
     remote = [is_remote(text) for text in ([pattern] if isinstance(pattern, str) else pattern)]
     if not (any(remote) if settings.reader == "auto" else settings.reader == "stream"):
         return ShardIndex.open(pattern, field)
@@ -97,13 +97,13 @@ def _open(pattern: str | list[str], field: str, settings: ReaderConfig, images: 
     return stream
 
 
-def readers(source: Source, settings: ReaderConfig, world: int) -> int | None:
+def readers(source: ShardSet, settings: ReaderConfig, world: int) -> int | None:
     """How many readers share the shards of a stream; None for an index, whose order has nothing to do with it."""
     return world * max(settings.workers, 1) if isinstance(source, ShardStream) else None
 
 
 def view_batches(
-    source: Source,
+    source: ShardSet,
     views: Views,
     settings: DataConfig,
     part: EpochSlice,
@@ -129,7 +129,7 @@ def view_batches(
 
 
 def epoch_batches(
-    source: Source,
+    source: ShardSet,
     collate: Batcher,
     settings: ReaderConfig,
     part: EpochSlice,
@@ -180,7 +180,7 @@ def epoch_batches(
 
 
 def fixed_view_batches(
-    source: Source,
+    source: ShardSet,
     views: Views,
     settings: DataConfig,
     fixed: FixedBatches,
@@ -198,7 +198,7 @@ def fixed_view_batches(
 
 
 def same_batches(
-    source: Source,
+    source: ShardSet,
     collate: Batcher,
     settings: ReaderConfig,
     fixed: FixedBatches,
@@ -252,15 +252,15 @@ class _Indexed(Dataset):
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def __getitem__(self, i: int) -> Item:
+    def __getitem__(self, i: int) -> BegunBatch:
         bad: dict[str, str] = {}
         numbers = self.chunks[i].tolist()
         try:
             good = [self._good_picture(number // self.copies, bad) for number in numbers]
             pictures, labels = [picture for picture, _ in good], [label for _, label in good]
-            return Item(self.collate.begin(pictures, numbers, labels), bad)
+            return BegunBatch(self.collate.begin(pictures, numbers, labels), bad)
         except ConfigError as error:
-            return Item.failed(error, bad)
+            return BegunBatch.failed(error, bad)
 
     def _good_picture(self, sample: int, bad: dict[str, str]) -> tuple[np.ndarray, int | None]:
         """The sample, with its label, or the next good one; an error when more are bad than is allowed."""
@@ -290,7 +290,7 @@ class _Streamed(IterableDataset):
     batch: int
     is_endless: bool  # whether shards are begun again when they have come to their end
 
-    def __iter__(self) -> Iterator[Item]:
+    def __iter__(self) -> Iterator[BegunBatch]:
         workers, info = len(self.parts), get_worker_info()
         if not len(self.chosen):
             return
@@ -314,7 +314,7 @@ class _Streamed(IterableDataset):
                     )
                 yield self._item(chunk, notes)
         except ConfigError as error:
-            yield Item.failed(error, {})
+            yield BegunBatch.failed(error, {})
 
     def _samples(self, worker: int, notes: list[str]) -> Iterator[Sample]:
         key = [self.collate.seed, self.collate.epoch, int(self.parts[worker][0])]
@@ -327,7 +327,7 @@ class _Streamed(IterableDataset):
                 f"in epoch {self.collate.epoch} and begins them again"
             )
 
-    def _item(self, chunk: list[Sample], notes: list[str]) -> Item:
+    def _item(self, chunk: list[Sample], notes: list[str]) -> BegunBatch:
         bad: dict[str, str] = {}
         good: list[tuple[np.ndarray, int | None] | None] = []
         for sample in chunk:
@@ -338,7 +338,7 @@ class _Streamed(IterableDataset):
                 good.append(good[-1] if good else None)
         first = next((pair for pair in good if pair is not None), None)
         if first is None:
-            return Item.failed(
+            return BegunBatch.failed(
                 ConfigError(
                     "data.max_bad", f"none of the {len(chunk)} images of a batch can be read", "pack the images again"
                 ),
@@ -346,4 +346,4 @@ class _Streamed(IterableDataset):
             )
         said, notes[:] = list(notes), []
         pictures, labels = zip(*(first if pair is None else pair for pair in good), strict=True)
-        return Item(self.collate.begin(list(pictures), [sample.id for sample in chunk], list(labels)), bad, said)
+        return BegunBatch(self.collate.begin(list(pictures), [sample.id for sample in chunk], list(labels)), bad, said)

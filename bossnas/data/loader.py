@@ -29,7 +29,7 @@ SHOWN = 10  # unreadable images that an error lists
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
-class Item(NamedTuple):
+class BegunBatch(NamedTuple):
     """What a worker hands over: a batch that a collate began, the unreadable images met (name -> problem), things to be
     logged, and a ConfigError's parts (the whole would not travel)."""
 
@@ -39,7 +39,7 @@ class Item(NamedTuple):
     error: tuple[str, ...] = ()
 
     @classmethod
-    def failed(cls, error: ConfigError, bad: dict[str, str]) -> Item:
+    def failed(cls, error: ConfigError, bad: dict[str, str]) -> BegunBatch:
         return cls({}, bad, [], (error.field, error.problem, error.fix))
 
 
@@ -73,7 +73,7 @@ def load(
             yield collate.complete(parts, device)
 
 
-def _here(dataset: Dataset) -> Iterator[Item]:
+def _here(dataset: Dataset) -> Iterator[BegunBatch]:
     if isinstance(dataset, IterableDataset):
         yield from dataset
     else:
@@ -119,7 +119,7 @@ def _context(dataset: Dataset) -> multiprocessing.context.BaseContext:
     return context
 
 
-def _from_workers(dataset: Dataset, workers: int, device: torch.device) -> Iterator[Item]:
+def _from_workers(dataset: Dataset, workers: int, device: torch.device) -> Iterator[BegunBatch]:
     # its own generator: the loader must not draw from the run's random numbers
     loader = DataLoader(
         dataset,

@@ -170,7 +170,7 @@ def shown(url: str) -> str:
 
 
 @dataclass
-class Source:
+class Connection:
     """An open connection. ``start``: the byte it begins at; ``sure``: whether its end is the file's end for certain."""
 
     read: Callable[[int], bytes]
@@ -189,7 +189,7 @@ class ByteStream:
     def __init__(self, url: str, field: str, retries: int, timeout: float, backoff: float, is_tar: bool):
         self.url, self.field, self.retries, self.timeout, self.backoff = url, field, retries, timeout, backoff
         self.is_tar = is_tar
-        self._source: Source | None = None
+        self._source: Connection | None = None
         self._chunk, self._used = b"", 0
         self._fetched = 0  # bytes of the stream up to the end of the chunk
         self._has_ended = False
@@ -280,12 +280,12 @@ class ByteStream:
             position += len(skipped)
 
 
-def _open(url: str, position: int, timeout: float) -> Source:
+def _open(url: str, position: int, timeout: float) -> Connection:
     if not is_remote(url):
         file = open(url, "rb", buffering=0)
     elif url.startswith("pipe:"):
         pipe = _Pipe(url.removeprefix("pipe:"), timeout)
-        return Source(pipe.read, pipe.close, 0, False)
+        return Connection(pipe.read, pipe.close, 0, False)
     elif url.startswith(("http://", "https://")):
         return _open_http(url, position, timeout)
     else:
@@ -294,10 +294,10 @@ def _open(url: str, position: int, timeout: float) -> Source:
         store, path = fsspec.url_to_fs(url)
         file = store.open(path, "rb", block_size=STORE_BLOCK)
     file.seek(position)
-    return Source(file.read, file.close, position, True)
+    return Connection(file.read, file.close, position, True)
 
 
-def _open_http(url: str, position: int, timeout: float) -> Source:
+def _open_http(url: str, position: int, timeout: float) -> Connection:
     """One request for all from ``position`` on. The answer begins at 0 where the server does not know ranges."""
     import aiohttp
     import fsspec
@@ -312,8 +312,8 @@ def _open_http(url: str, position: int, timeout: float) -> Source:
     except aiohttp.ClientResponseError as error:
         if error.status != NO_SUCH_RANGE or not position:
             raise
-        return Source(lambda size: b"", lambda: None, position, True)
-    return Source(file.read, file.close, position if file.r.status == 206 else 0, False)
+        return Connection(lambda size: b"", lambda: None, position, True)
+    return Connection(file.read, file.close, position if file.r.status == 206 else 0, False)
 
 
 class _Pipe:

@@ -27,7 +27,7 @@ from torchvision.transforms import Compose
 
 from bossnas.config.retrain import AugmentConfig
 from bossnas.config.shared import MEAN, STD, ReaderConfig
-from bossnas.data.batches import CPU, Source, epoch_batches, same_batches
+from bossnas.data.batches import CPU, ShardSet, epoch_batches, same_batches
 from bossnas.data.order import FIXED_EPOCH, EpochSlice, FixedBatches
 from bossnas.data.streams import ShardStream, shown
 from bossnas.errors import ConfigError
@@ -138,7 +138,7 @@ def eval_transform(spec: Any) -> EvalTransform:
     return EvalTransform(spec.image_size, spec.mean, spec.std, resize)
 
 
-def check_labels(source: Source, classes: int) -> None:
+def check_labels(source: ShardSet, classes: int) -> None:
     """Raises ConfigError for a sample without a label and for labels that are no class. A stream is not read: its
     batches raise the same when such a sample comes."""
     if isinstance(source, ShardStream):
@@ -151,7 +151,7 @@ def check_labels(source: Source, classes: int) -> None:
         raise _no_class(source.field, int(labels.max()), classes)
 
 
-def count_classes(source: Source) -> int:
+def count_classes(source: ShardSet) -> int:
     """The largest label + 1. Raises ConfigError for a stream, for samples without a label and for one class alone."""
     if isinstance(source, ShardStream):
         raise ConfigError(
@@ -177,7 +177,7 @@ def _no_class(field: str, label: int, classes: int) -> ConfigError:
 
 
 def train_batches(
-    source: Source,
+    source: ShardSet,
     transform: TrainTransform,
     settings: ReaderConfig,
     part: EpochSlice,
@@ -238,7 +238,7 @@ def train_batches(
 
 
 def eval_batches(
-    source: Source,
+    source: ShardSet,
     transform: EvalTransform,
     settings: ReaderConfig,
     fixed: FixedBatches,
@@ -257,7 +257,7 @@ def eval_batches(
     return same_batches(source, collate, settings, fixed, device=device, bad=bad)
 
 
-def _shards(source: Source) -> tuple[str, ...]:
+def _shards(source: ShardSet) -> tuple[str, ...]:
     return tuple(map(shown, source.urls)) if isinstance(source, ShardStream) else ()
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from bossnas import log
 from bossnas.config.shared import ReaderConfig
-from bossnas.data.batches import Source, open_set
+from bossnas.data.batches import ShardSet, open_set
 from bossnas.data.order import FixedBatches
 from bossnas.distributed import dist
 from bossnas.distributed.engines import protocol
@@ -123,7 +123,7 @@ def evaluate_network(
 
 def _prepare(
     network: Network, settings: ReaderConfig, device: torch.device, kernels: str, fuse: bool, source: str
-) -> tuple[nn.Module, Source]:
+) -> tuple[nn.Module, ShardSet]:
     model = build_network(network.spec)
     pretrained.fit(model, network.weights, source)
     images = open_set(settings, "val")

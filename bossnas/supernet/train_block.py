@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bossnas.config.search import TrainConfig
 from bossnas.distributed import dist
 from bossnas.distributed.engines.protocol import Engine, Outcome, check_bad_steps
-from bossnas.optim.schedules import ema_momentum, learning_rate
+from bossnas.optim.cosine import ema_momentum, learning_rate
 from bossnas.spaces import Space
 from bossnas.spaces.paths import Choices
 from bossnas.supernet import losses

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from bossnas.optim.cosine import ema_momentum, learning_rate
 from bossnas.optim.groups import ema_update, parameter_groups
 from bossnas.optim.lars import LARS
-from bossnas.optim.schedules import ema_momentum, learning_rate
 
 
 class OwnNorm(nn.Module):

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from bossnas import spaces
 from bossnas.config.search import TrainConfig
 from bossnas.distributed import dist, engines, launch
+from bossnas.optim.cosine import ema_momentum, learning_rate
 from bossnas.optim.groups import parameter_groups
 from bossnas.optim.lars import LARS
-from bossnas.optim.schedules import ema_momentum, learning_rate
 from bossnas.spaces.ops import synchronise
 from bossnas.supernet import heads, losses
 from bossnas.supernet.rate_block import RatingOptions, Validation, rate_block

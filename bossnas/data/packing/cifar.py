@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bossnas.data.packing.image_sets import Item, Source
+from bossnas.data.packing.image_sets import ImageFile, ImageSet
 from bossnas.errors import ConfigError
 
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
@@ -41,7 +41,7 @@ def find_cifar(folder: Path) -> dict[str, Path]:
     return found
 
 
-def cifar(place: Path, kind: str) -> Source:
+def cifar(place: Path, kind: str) -> ImageSet:
     """CIFAR-10 or CIFAR-100 (with its fine labels) from what ``find_cifar`` found; items are read as PNG files.
 
     Its test split is called "val". Keys are ``class/number``. Raises ConfigError for missing and damaged files, and for
@@ -64,7 +64,7 @@ def cifar(place: Path, kind: str) -> Source:
             raise ConfigError("folder", f"{place} has the label {labels.max()}", "download it again")
         keys = [f"{classes[label]}/{i:05d}" for i, label in enumerate(labels)]
         splits[split] = [
-            Item(f"{split}/{key}.png", key, int(label), PIXELS, rows + i)
+            ImageFile(f"{split}/{key}.png", key, int(label), PIXELS, rows + i)
             for i, (key, label) in enumerate(zip(keys, labels, strict=True))
         ]
         rows += len(images)
@@ -72,12 +72,12 @@ def cifar(place: Path, kind: str) -> Source:
         pixels.append(images)
     images_n3hw = np.concatenate(pixels).reshape(-1, 3, SIDE, SIDE)
 
-    def read(item: Item) -> bytes:
+    def read(item: ImageFile) -> bytes:
         png = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(images_n3hw[item.offset].transpose(1, 2, 0))).save(png, "PNG")
         return png.getvalue()
 
-    return Source(kind, classes, splits, read, digest.hexdigest())
+    return ImageSet(kind, classes, splits, read, digest.hexdigest())
 
 
 class _Files:

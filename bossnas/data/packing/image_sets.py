@@ -15,7 +15,7 @@ from bossnas.errors import ConfigError
 SUFFIXES = tuple(f".{ext}" for ext in EXTENSIONS)
 
 
-class Item(NamedTuple):
+class ImageFile(NamedTuple):
     """One image of a set."""
 
     file: str  # its name below the set's folder or in its archive, for messages
@@ -26,17 +26,17 @@ class Item(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
+class ImageSet:
     """A set of images as it lies on the disk. ``read`` gives an item's file content and may be called by threads."""
 
     kind: str  # folder | imagenet | cifar10 | cifar100
     classes: list[str]  # label -> name
-    splits: dict[str, list[Item]]  # "train", and "val" where there is one; the order is always the same
-    read: Callable[[Item], bytes]
+    splits: dict[str, list[ImageFile]]  # "train", and "val" where there is one; the order is always the same
+    read: Callable[[ImageFile], bytes]
     fingerprint: str = ""  # of content that the items' names and sizes do not tell
 
 
-def image_folder(folder: Path) -> Source:
+def image_folder(folder: Path) -> ImageSet:
     """The JPEG, PNG and WebP files under a folder.
 
     ``train/`` and ``val/`` become splits of these names; a folder without ``train/`` is all "train". Where the images
@@ -54,7 +54,7 @@ def image_folder(folder: Path) -> Source:
         prefix = f"{split}/" if has_splits else ""
         if names:
             splits[split] = items_in_classes(root, names, classes, prefix)
-    return Source("folder", classes, splits, reader(folder))
+    return ImageSet("folder", classes, splits, reader(folder))
 
 
 def list_images(root: Path, split: str = "train") -> list[str]:
@@ -70,7 +70,7 @@ def classes_of(names: list[str]) -> list[str]:
     return sorted({name.split("/")[0] for name in names if "/" in name})
 
 
-def items_in_classes(root: Path, names: list[str], classes: list[str], prefix: str) -> list[Item]:
+def items_in_classes(root: Path, names: list[str], classes: list[str], prefix: str) -> list[ImageFile]:
     """The images ``names`` below ``root``, labelled by their class folder, or all unlabelled where there are none."""
     tops = [name.split("/")[0] if "/" in name else None for name in names]
     if None in tops and any(tops):
@@ -86,7 +86,7 @@ def items_in_classes(root: Path, names: list[str], classes: list[str], prefix: s
             "give both splits the same class folders",
         )
     return [
-        Item(prefix + name, key, labels.get(top, -1), _size(root / name))
+        ImageFile(prefix + name, key, labels.get(top, -1), _size(root / name))
         for name, key, top in zip(names, sample_keys(names), tops, strict=True)
     ]
 
@@ -106,10 +106,10 @@ def sample_keys(names: list[str]) -> list[str]:
     return keys
 
 
-def reader(folder: Path) -> Callable[[Item], bytes]:
+def reader(folder: Path) -> Callable[[ImageFile], bytes]:
     """Reads items that are files below ``folder``: of an absurdly large one only as much as shows that it is."""
 
-    def read(item: Item) -> bytes:
+    def read(item: ImageFile) -> bytes:
         with open(folder / item.file, "rb") as file:
             return file.read(min(os.fstat(file.fileno()).st_size, MAX_BYTES + 1))
 

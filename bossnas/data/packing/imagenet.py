@@ -13,8 +13,8 @@ from typing import BinaryIO
 from bossnas.data.images import MAX_BYTES
 from bossnas.data.packing.image_sets import (
     SUFFIXES,
-    Item,
-    Source,
+    ImageFile,
+    ImageSet,
     classes_of,
     items_in_classes,
     list_images,
@@ -45,7 +45,7 @@ def looks_like_imagenet(folder: Path) -> bool:
     return bool(names) and all(map(WNID.fullmatch, names))
 
 
-def imagenet(folder: Path, val_labels: Path | None = None, show: bool = False) -> Source:
+def imagenet(folder: Path, val_labels: Path | None = None, show: bool = False) -> ImageSet:
     """The images of ImageNet, or of any set laid out like it; ``show`` shows progress in reading archives.
 
     ``train`` and ``val`` are folders, or the archives ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, which are
@@ -101,7 +101,7 @@ def imagenet(folder: Path, val_labels: Path | None = None, show: bool = False) -
         raise ConfigError("val_labels", f"there is no val split in {root}", "leave --val-labels out")
     for items in splits.values():
         items.sort(key=lambda item: item.key)
-    return Source("imagenet", classes, splits, _reader(root))
+    return ImageSet("imagenet", classes, splits, _reader(root))
 
 
 def _list(root: Path, split: str, show: bool) -> tuple[list[str], dict[str, tuple[int, int]]]:
@@ -157,12 +157,14 @@ def _members(file: BinaryIO, start: int, end: int) -> Iterator[tuple[str, int, i
             raise tarfile.ReadError(f"no valid header at byte {tar.offset}")
 
 
-def _items(root: Path, split: str, names: list[str], classes: list[str], places: dict) -> list[Item]:
+def _items(root: Path, split: str, names: list[str], classes: list[str], places: dict) -> list[ImageFile]:
     if not places:
         return items_in_classes(root / split, names, classes, f"{split}/")
     labels = {name: number for number, name in enumerate(classes)}
     return [
-        Item(f"{ARCHIVES[split]}/{name}", key, labels.get(name.split("/")[0], -1), places[name][1], places[name][0])
+        ImageFile(
+            f"{ARCHIVES[split]}/{name}", key, labels.get(name.split("/")[0], -1), places[name][1], places[name][0]
+        )
         for name, key in zip(names, sample_keys(names), strict=True)
     ]
 
@@ -170,7 +172,7 @@ def _items(root: Path, split: str, names: list[str], classes: list[str], places:
 def _reader(root: Path):
     read_file = reader(root)
 
-    def read(item: Item) -> bytes:
+    def read(item: ImageFile) -> bytes:
         top = item.file.split("/", 1)[0]
         if top not in ARCHIVES.values():
             return read_file(item)

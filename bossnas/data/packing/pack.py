@@ -18,7 +18,7 @@ import numpy as np
 
 from bossnas.data.images import BadImage, decode
 from bossnas.data.packing.cifar import cifar, find_cifar
-from bossnas.data.packing.image_sets import Item, Source, image_folder
+from bossnas.data.packing.image_sets import ImageFile, ImageSet, image_folder
 from bossnas.data.packing.imagenet import imagenet, looks_like_imagenet
 from bossnas.data.shards import index_shard
 from bossnas.errors import ConfigError
@@ -80,7 +80,7 @@ def pack(
     return {"kind": source.kind, "classes": source.classes, "splits": splits, "bad": bad, "kept": kept}
 
 
-def open_source(folder: Path, kind: str = "auto", val_labels: Path | None = None, show: bool = False) -> Source:
+def open_source(folder: Path, kind: str = "auto", val_labels: Path | None = None, show: bool = False) -> ImageSet:
     """The set of images in ``folder``, which may be CIFAR's archive as well. ``kind`` as for ``pack``."""
     if kind not in KINDS:
         raise ConfigError("kind", f"{kind!r} is not known", f"choose {', '.join(KINDS)}")
@@ -175,9 +175,9 @@ class _Stopped(Exception):
     """Another shard has failed or Ctrl-C was pressed: this one is not finished."""
 
 
-def _plan(source: Source, limit: int) -> dict[str, list[Item]]:
+def _plan(source: ImageSet, limit: int) -> dict[str, list[ImageFile]]:
     """For each shard its items, in shuffled order."""
-    plan: dict[str, list[Item]] = {}
+    plan: dict[str, list[ImageFile]] = {}
     for split, items in source.splits.items():
         size, number = limit, 0
         for i in np.random.Generator(np.random.PCG64(0)).permutation(len(items)):
@@ -190,7 +190,7 @@ def _plan(source: Source, limit: int) -> dict[str, list[Item]]:
     return plan
 
 
-def _digest(shard_mb: int, source: Source, plan: dict[str, list[Item]]) -> str:
+def _digest(shard_mb: int, source: ImageSet, plan: dict[str, list[ImageFile]]) -> str:
     digest = hashlib.sha256(json.dumps([shard_mb, source.classes, source.fingerprint]).encode())
     for name, items in plan.items():
         digest.update(json.dumps([name, items]).encode())
@@ -198,8 +198,8 @@ def _digest(shard_mb: int, source: Source, plan: dict[str, list[Item]]) -> str:
 
 
 def _make(
-    plan: dict[str, list[Item]],
-    source: Source,
+    plan: dict[str, list[ImageFile]],
+    source: ImageSet,
     out: Path,
     record: dict,
     workers: int,
@@ -268,8 +268,8 @@ def _has_made(future: Future) -> bool:
 
 
 def _read(
-    items: list[Item],
-    read: Callable[[Item], bytes],
+    items: list[ImageFile],
+    read: Callable[[ImageFile], bytes],
     stop: threading.Event,
     advance: Callable[[int], None],
 ) -> Iterator[tuple[bytes, str | None]]:
