@@ -118,8 +118,12 @@ def test_pack_resumes_and_redoes_a_torn_shard(tmp_path):
 def test_pack_stopped_in_the_first_shard_resumes(tmp_path, monkeypatch):
     image_folder(tmp_path / "images")
 
-    def stop(*_):
-        raise KeyboardInterrupt
+    synced = []
+
+    def stop(_):
+        synced.append(1)
+        if len(synced) == 2:  # after pack.json, the first shard
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "fsync", stop)
