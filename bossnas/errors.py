@@ -4,7 +4,11 @@ from __future__ import annotations
 
 
 class ConfigError(ValueError):
-    """A mistake that the user can mend. Reads "field: problem; fix" on one line."""
+    """A mistake that the user can mend. Reads "field: problem; fix" on one line.
+
+    ``field`` is an argument of the function, the thing itself or a key of the config, such as train.lr; ``fix`` names
+    other arguments as `force`. Neither speaks of options: on the command line, `bossnas.cli.flags` makes them so.
+    """
 
     def __init__(self, field: str, problem: str, fix: str):
         super().__init__(f"{field}: {problem}; {fix}")

@@ -7,15 +7,20 @@ from typing import Annotated
 
 import typer
 
+from bossnas.cli.flags import Command
 from bossnas.errors import ConfigError
 
 app = typer.Typer()
 
 
-@app.command(epilog="Example: bossnas pack ~/pictures shards/pictures   or: bossnas pack --verify shards/pictures")
+@app.command(
+    cls=Command, epilog="Example: bossnas pack ~/pictures shards/pictures   or: bossnas pack --verify shards/pictures"
+)
 def pack(
-    folder: Annotated[Path | None, typer.Argument(help="Images: a folder, ImageNet, or CIFAR's download.")] = None,
-    out: Annotated[Path | None, typer.Argument(help="Folder for the shards.")] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="FOLDER", help="Images: a folder, ImageNet, or CIFAR's download.")
+    ] = None,
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="Folder for the shards.")] = None,
     kind: Annotated[str, typer.Option(help="auto | folder | imagenet | cifar10 | cifar100.")] = "auto",
     val_labels: Annotated[
         Path | None,

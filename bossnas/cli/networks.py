@@ -10,6 +10,7 @@ import typer
 import yaml
 
 from bossnas import log
+from bossnas.cli.flags import Command
 from bossnas.cli.options import ConfigFile, LocalRank, Overrides, Resume, check_writable, load
 from bossnas.errors import ConfigError
 
@@ -32,12 +33,28 @@ Options = Annotated[
 ]
 Classes = Annotated[int | None, typer.Option(min=1, help="Of --model; default: as many as the checkpoint has.")]
 ImageSize = Annotated[int | None, typer.Option(min=1, help="Side of the images, pixels; default: the network's.")]
+OF_NETWORK = {  # what the library calls the parameters above, see Command.knowing
+    "run": "network",
+    "checkpoint": "network",
+    "model.checkpoint": "network",
+    "model.name": "model",
+    "model.options": "options",
+    "model.classes": "classes",
+    "model.image_size": "image_size",
+}
 
 
 @app.command(
+    cls=Command.knowing(
+        {
+            "model.run": "from_run",
+            "model.checkpoint": "checkpoint",
+            "checkpoint": "checkpoint",  # also a section of the config
+        }
+    ),
     epilog="Example: bossnas retrain --config configs/bossnet_cifar10.yaml --from-run runs/quickstart   or, "
     "on 8 GPUs: torchrun --nproc-per-node 8 launch/retrain.py --config "
-    "configs/bossnet_t0_imagenet.yaml"
+    "configs/bossnet_t0_imagenet.yaml",
 )
 def retrain(
     config: ConfigFile,
@@ -73,8 +90,18 @@ def retrain(
 
 
 @app.command(
+    cls=Command.knowing(
+        {
+            **OF_NETWORK,
+            "data.val": "val",
+            "data.val_images": "images",
+            "data.workers": "workers",
+            "train.precision": "precision",
+            "engine.device": "device",
+        }
+    ),
     epilog="Example: bossnas evaluate runs/bossnet_cifar10   or: bossnas evaluate BossNet-T0-80_8.pth --model "
-    "bossnet_t0 --val 'data/imagenet/val-*.tar'"
+    "bossnet_t0 --val 'data/imagenet/val-*.tar'",
 )
 def evaluate(
     network: NetworkFile,
@@ -135,8 +162,9 @@ def evaluate(
 
 
 @app.command(
+    cls=Command.knowing(OF_NETWORK),
     epilog="Example: bossnas export runs/bossnet_cifar10 exported --formats safetensors,onnx,standalone   or: "
-    "bossnas export BossNet-T0-80_8.pth bossnet_t0 --model bossnet_t0 --formats hub"
+    "bossnas export BossNet-T0-80_8.pth bossnet_t0 --model bossnet_t0 --formats hub",
 )
 def export(
     network: NetworkFile,

@@ -8,12 +8,14 @@ from typing import Annotated
 
 import typer
 
+from bossnas.cli.flags import Command
 from bossnas.cli.options import ConfigFile, Overrides, check_writable, load
 
 app = typer.Typer()
 
 
 @app.command(
+    cls=Command.knowing({"measured": "kernel_rates"}),
     name="plan",
     epilog="Example: bossnas plan --config configs/hytra_ds.json --gpus 8,64,256 --gpu h100 "
     "--set data.views_on=device --json plan.json",

@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
+from bossnas.cli.flags import Command
 from bossnas.cli.options import ConfigFile, LocalRank, Overrides, Resume, load
 from bossnas.errors import ConfigError
 
 app = typer.Typer()
 
 
-@app.command(name="search", epilog="Example: bossnas search --config configs/quickstart_ds.json --set out=runs/a")
+@app.command(
+    cls=Command, name="search", epilog="Example: bossnas search --config configs/quickstart_ds.json --set out=runs/a"
+)
 def search_command(
     config: ConfigFile, overrides: Overrides = None, resume: Resume = "never", local_rank: LocalRank = 0
 ) -> None:
@@ -25,11 +28,12 @@ def search_command(
 
 
 @app.command(
+    cls=Command.knowing({"blocks": "block"}),
     epilog="Example: bossnas rate runs/quickstart --block 0 --set rating.temperature=0.1   or, without a run: "
-    "bossnas rate --untrained --config configs/quickstart_ds.json --set out=runs/untrained"
+    "bossnas rate --untrained --config configs/quickstart_ds.json --set out=runs/untrained",
 )
 def rate(
-    run: Annotated[Path | None, typer.Argument(help="Run folder.")] = None,
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="Run folder.")] = None,
     block: Annotated[list[int] | None, typer.Option(help="Block to rate, from 0; default: all finished.")] = None,
     untrained: Annotated[bool, typer.Option("--untrained", help="Rate a supernet with random weights.")] = False,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="Config file, with --untrained.")] = None,
@@ -59,10 +63,12 @@ def rate(
 
 
 @app.command(
-    name="export-weights", epilog="Example: bossnas export-weights runs/quickstart quickstart.safetensors --force"
+    cls=Command,
+    name="export-weights",
+    epilog="Example: bossnas export-weights runs/quickstart quickstart.safetensors --force",
 )
 def export_weights(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="File to write.")],
     checkpoint: Annotated[
         str | None, typer.Option(metavar="NAME", help="Of RUN/checkpoints; default: the last one.")

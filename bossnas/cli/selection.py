@@ -9,17 +9,26 @@ from typing import Annotated
 
 import typer
 
+from bossnas.cli.flags import Command
 from bossnas.cli.options import Combine, ConfigFile, Overrides, check_together, check_writable, load
 from bossnas.errors import ConfigError
 
 app = typer.Typer()
 
 
-@app.command(epilog="Example: bossnas select runs/quickstart --max-macs 5M --max-params 1M --top 3 --front macs")
+@app.command(
+    cls=Command.knowing(
+        {"latencies": "latency", "macs": "max_macs", "params": "max_params", "latency_ns": "max_latency_ms"}
+    ),
+    epilog="Example: bossnas select runs/quickstart --max-macs 5M --max-params 1M --top 3 --front macs",
+)
 def select(
     run: Annotated[
         list[Path],
-        typer.Argument(help="Folder of a finished run; several, that differ in their seed: the sum of their ratings."),
+        typer.Argument(
+            metavar="RUN",
+            help="Folder of a finished run; several, that differ in their seed: the sum of their ratings.",
+        ),
     ],
     score: Annotated[str | None, typer.Option(help="Score of the rating files; default: the run's own.")] = None,
     combine: Combine = "sum",
@@ -64,7 +73,9 @@ def select(
         write_json(json, result)
 
 
-@app.command(epilog="Example: bossnas cost --config configs/hytra_ds.json --architecture '5433|3230|0010|0000'")
+@app.command(
+    cls=Command, epilog="Example: bossnas cost --config configs/hytra_ds.json --architecture '5433|3230|0010|0000'"
+)
 def cost(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -94,6 +105,7 @@ def cost(
 
 
 @app.command(
+    cls=Command.knowing({"run": "ratings", "how": "combine"}),
     name="rank",
     epilog="Example: bossnas rank runs/nats --accuracy nats_cifar10.csv --json rank.json "
     "--plot rank.png --proxies synflow,naswot",
@@ -101,7 +113,9 @@ def cost(
 def rank_command(
     ratings: Annotated[
         list[Path],
-        typer.Argument(help="Run folder, CSV (architecture,score), or the original release's path_rank_*.yml."),
+        typer.Argument(
+            metavar="RATINGS", help="Run folder, CSV (architecture,score), or the original release's path_rank_*.yml."
+        ),
     ],
     accuracy: Annotated[Path, typer.Option(help="CSV, YAML or NATS-Bench file: architecture, accuracy.")],
     space: Annotated[

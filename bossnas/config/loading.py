@@ -53,7 +53,7 @@ def validate(values: dict, schema: type[C] = Config) -> C:
         ]
         if of_other:
             raise ConfigError(
-                "--config",
+                "config",
                 f"has the section {of_other[0]!r}, so it is not of a {schema.kind}",
                 "search with bossnas search, train a network with bossnas retrain",
             ) from None
@@ -72,7 +72,7 @@ def _read(path: Path) -> dict:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            "--config",
+            "config",
             f"cannot read {path} ({getattr(error, 'strerror', None) or error})",
             "name a .json or .yaml file",
         ) from None
@@ -80,11 +80,11 @@ def _read(path: Path) -> dict:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
         where = str(error).replace("\n", " ")
-        raise ConfigError("--config", f"{path} is not valid {path.suffix[1:]} ({where})", "mend the file") from None
+        raise ConfigError("config", f"{path} is not valid {path.suffix[1:]} ({where})", "mend the file") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError("--config", f"{path} holds no mapping of keys", "write sections such as space, data, train")
+        raise ConfigError("config", f"{path} holds no mapping of keys", "write sections such as space, data, train")
     values.pop("_comment", None)
     return values
 
@@ -92,7 +92,7 @@ def _read(path: Path) -> dict:
 def _apply(values: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError("--set", f"{override!r} is not of the form a.b=value", "write for example train.epochs=2")
+        raise ConfigError("overrides", f"{override!r} is not of the form a.b=value", "write for example train.epochs=2")
     *sections, last = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})

@@ -34,7 +34,7 @@ def fuse_bn(model: nn.Module, images: Tensor | None = None) -> nn.Module:
     found = [(first, name) for first, name in found if fused.get_submodule(name).running_mean is not None]
     if not found:
         raise ConfigError(
-            "--fuse-bn", "the network has no batch norm that can be folded into a convolution before it", "leave it out"
+            "fuse_bn", "the network has no batch norm that can be folded into a convolution before it", "leave it out"
         )
     for first, name in found:
         before, norm = fused.get_submodule(first), fused.get_submodule(name)
@@ -47,7 +47,7 @@ def fuse_bn(model: nn.Module, images: Tensor | None = None) -> nn.Module:
     difference = _difference(original, fused.eval(), _noise(original) if images is None else images.cpu())
     if not difference <= TOLERANCE:
         raise ConfigError(
-            "--fuse-bn",
+            "fuse_bn",
             f"folding the batch norms of {type(model).__name__} changed its results by "
             f"{difference:.1e} of the largest one, more than {TOLERANCE:.0e}",
             "leave it out",

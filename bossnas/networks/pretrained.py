@@ -179,7 +179,7 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
         raise ConfigError(
             "checkpoint",
             f"{source} has {has} classes, the network {wants}",
-            f"set model.classes={has} (--classes), or give weights of {wants} classes",
+            f"set `model.classes` to {has}, or give weights of {wants} classes",
         )
     parts = [
         f"{len(names)} {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
@@ -231,7 +231,7 @@ def open_network(
         spec = network.spec
         if model is not None or options:
             raise ConfigError(
-                "--model", f"is set, but {source} says itself that it is {spec.architecture}", "leave it out"
+                "model", f"is set, but {source} says itself that it is {spec.architecture}", "leave it out"
             )
         if classes not in (None, spec.classes):
             raise ConfigError("model.classes", f"{classes}, but {source} has {spec.classes} classes", "leave it out")
@@ -239,10 +239,10 @@ def open_network(
     state = read(source)
     if model is None:
         raise ConfigError(
-            "--model", f"is not set, and {source} does not say which network it is of", "name it, such as bossnet_t0"
+            "model", f"is not set, and {source} does not say which network it is of", "name it, such as bossnet_t0"
         )
     if not timm.is_model(model):
-        raise ConfigError("--model", f"timm knows no {model!r}", "choose one of timm.list_models(), or bossnet_t0")
+        raise ConfigError("model", f"timm knows no {model!r}", "choose one of timm.list_models(), or bossnet_t0")
     about = timm.get_pretrained_cfg(model) or PretrainedCfg()
     heads = [about.classifier] if isinstance(about.classifier, str) else list(about.classifier or ())
     weights = [state[f"{head}.weight"] for head in heads if f"{head}.weight" in state]
@@ -282,7 +282,7 @@ def _hub(folder: Path) -> Network:
         raise ConfigError(
             "checkpoint",
             f"{folder}/config.json does not describe a network as timm does ({error})",
-            f"name {folder / HUB} and its network with --model",
+            f"name {folder / HUB} and its network as `model`",
         ) from None
     return Network(spec, read(folder / HUB), {"weights": folder.name})
 

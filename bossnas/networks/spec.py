@@ -86,7 +86,7 @@ def build_network(spec: Spec, **training: Any) -> nn.Module:
         raise ConfigError(
             "model.options",
             f"{refused[0]} is no argument of a network",
-            "remove it; weights come from model.checkpoint, the number of classes from model.classes",
+            "remove it; weights come from `model.checkpoint`, the number of classes from `model.classes`",
         )
     try:
         return timm.create_model(spec.architecture, num_classes=spec.classes, **spec.model_args, **training)
@@ -106,7 +106,7 @@ def refused_images(spec: Spec, error: Exception) -> ConfigError:
     return ConfigError(
         "model.image_size",
         f"{spec.architecture} does not take images of {spec.image_size} pixels ({words})",
-        "set another, or set model.options to what the network needs for it",
+        "set another, or give `model.options` what the network needs for it",
     )
 
 
@@ -140,7 +140,7 @@ def load_network(path: Path) -> Network:
                 raise ConfigError(
                     "checkpoint",
                     f"{path} does not say which network it is of",
-                    "name that with --model, or give a file of bossnas retrain or bossnas export",
+                    "name that as `model`, or give a file of bossnas retrain or bossnas export",
                 )
             spec, about = Spec.from_json(json.loads(metadata["spec"])), dict(json.loads(metadata["about"]))
             return Network(spec, {name: file.get_tensor(name) for name in file.keys()}, about)

@@ -76,11 +76,11 @@ def gpu_rates(gpu: str, tflops: float | None = None, gbps: float | None = None) 
     of the datasheet's. Raises ConfigError for an unknown GPU and rates that are not positive."""
     if gpu not in GPUS:
         raise ConfigError(
-            "--gpu",
+            "gpu",
             f"there is no {gpu!r}",
-            f"choose {', '.join(GPUS)}, or the nearest of them with --tflops and --gbps",
+            f"choose {', '.join(GPUS)}, or the nearest of them with `tflops` and `gbps`",
         )
-    for name, value in (("--tflops", tflops), ("--gbps", gbps)):
+    for name, value in (("tflops", tflops), ("gbps", gbps)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ConfigError(name, f"is {value:g}", "give a positive number")
     sheet = GPUS[gpu]

@@ -44,7 +44,7 @@ def read_gpus(text: str) -> list[int]:
     """ "1,8,64" -> [1, 8, 64]. Raises ConfigError for anything but positive whole numbers."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and 0 < int(part) <= 10**6 for part in parts):
-        raise ConfigError("--gpus", f"{text!r} is not a list of positive whole numbers", "write 8 or 1,8,64")
+        raise ConfigError("gpus", f"{text!r} is not a list of positive whole numbers", "write 8 or 1,8,64")
     return sorted({int(part) for part in parts})
 
 
@@ -74,7 +74,7 @@ def plan(
         section=config.engine.deepspeed,
     )  # refuses what cannot work
     if config.train.precision == "bf16" and gpu == "v100":
-        raise ConfigError("train.precision", "v100 has no bfloat16", "plan with --set train.precision=fp16")
+        raise ConfigError("train.precision", "v100 has no bfloat16", "set it to fp16")
     space = spaces.make(
         config.space.name,
         width=config.space.width,
@@ -88,7 +88,7 @@ def plan(
     if config.data.val_images:
         images = (images[0], min(images[1], config.data.val_images))
     if images[0] < config.train.batch * (config.train.steps_per_epoch or 1):
-        raise ConfigError("--train-images", f"{images[0]} are fewer than an epoch takes", "lower train.batch")
+        raise ConfigError("train_images", f"{images[0]} are fewer than an epoch takes", "lower train.batch")
     steps = [_read_step(file, config, space.blocks) for file in measured]
     search = _Search(config, Workload(config, space, winners), given, *images)
     search.measure(steps)
@@ -399,8 +399,8 @@ def _read_step(file: Path, config: Config, blocks: int) -> dict[str, Any]:
             step["block"] in range(blocks) and step["median_step_s"] > 0 and step["batch"] >= step["micro_batch"] > 1
         )
     except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError("--kernel-rates", f"{file} holds no measured step", fix) from None
+        raise ConfigError("measured", f"{file} holds no measured step", fix) from None
     if differ or not valid:
         problem = f"is of another search ({', '.join(differ)})" if differ else "has a value that cannot be"
-        raise ConfigError("--kernel-rates", f"{file} {problem}", fix)
+        raise ConfigError("measured", f"{file} {problem}", fix)
     return step

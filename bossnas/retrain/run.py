@@ -112,7 +112,7 @@ def begin(config: RetrainConfig, resume: str | None) -> Beginning:
     """
     where, out = claim(config, resume), Path(config.out)
     if where is not None and where.resolve().parent.parent != out.resolve():
-        raise ConfigError("--resume", f"{where} is of another run than {out}", "set out to the folder of that run")
+        raise ConfigError("resume", f"{where} is of another run than {out}", "set out to the folder of that run")
     if resume == "auto":
         where = checkpoint.latest(out / "checkpoints")
     if resume is not None and (out / NETWORK).exists():

@@ -300,7 +300,7 @@ def _write_weights(run: Retraining, file: Path, kind: str, result: evaluate.Resu
             save_network(file, run.network.spec, home.state_dict(), about)
         except OSError as error:
             raise ConfigError(
-                "out", f"cannot write {file} ({error.strerror or error})", "make room and go on with --resume auto"
+                "out", f"cannot write {file} ({error.strerror or error})", "make room and go on with `resume` auto"
             ) from None
 
     dist.together(lambda: write() if dist.rank() == 0 else None)

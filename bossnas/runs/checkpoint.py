@@ -237,7 +237,7 @@ def find_damage(path: Path) -> str | None:
 def unusable(path: Path, damage: str) -> ConfigError:
     """The error of a checkpoint with that damage."""
     return ConfigError(
-        "out", f"checkpoint {path} is unusable: {damage}", "name a whole one with --resume PATH, or choose a new out"
+        "out", f"checkpoint {path} is unusable: {damage}", "name a whole one as `resume`, or choose a new out"
     )
 
 

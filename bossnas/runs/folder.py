@@ -45,7 +45,7 @@ def claim_folder(config: RunConfig, resume: bool) -> Path:
             raise ConfigError(
                 "out",
                 f"{folder} already holds this run",
-                "go on with --resume auto, or choose another folder with --set out=FOLDER",
+                "go on with `resume` auto, or choose another folder with `out`",
             )
     elif folder.exists() and any(folder.iterdir()):
         raise ConfigError("out", f"{folder} is not empty and holds no run", "choose another folder")
@@ -54,7 +54,7 @@ def claim_folder(config: RunConfig, resume: bool) -> Path:
 
 def check_same(folder: Path, config: RunConfig, field: str = "out") -> None:
     """Raises ConfigError unless ``folder`` holds such a run with this config, but for what may change (FREE)."""
-    fix = "choose another folder with --set out=FOLDER" if field == "out" else "give it the config of that run"
+    fix = "choose another folder with `out`" if field == "out" else "give it the config of that run"
     if (kind := kind_of(folder)) != config.kind:
         raise ConfigError(field, f"{folder} holds a {kind}", fix)
     old = read_config(folder, type(config))
@@ -87,13 +87,13 @@ def read_config(folder: Path, schema: type[C] = Config) -> C:
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError("--run", f"{folder} holds no config.json", "name the folder of a run") from None
+        raise ConfigError("run", f"{folder} holds no config.json", "name the folder of a run") from None
     except OSError as error:
-        raise ConfigError("--run", f"cannot read {folder}/config.json ({error.strerror})", "restore it") from None
+        raise ConfigError("run", f"cannot read {folder}/config.json ({error.strerror})", "restore it") from None
     except (ValueError, RecursionError) as error:  # ValueError: of json and of Unicode
-        raise ConfigError("--run", f"{folder}/config.json is damaged ({error})", "restore it") from None
+        raise ConfigError("run", f"{folder}/config.json is damaged ({error})", "restore it") from None
     if (schema.kind == "retraining") != ((kind := kind_of(folder)) == "retraining"):
-        raise ConfigError("--run", f"{folder} holds a {kind}", f"name the folder of a {schema.kind}")
+        raise ConfigError("run", f"{folder} holds a {kind}", f"name the folder of a {schema.kind}")
     return validate(values, schema)
 
 

@@ -33,18 +33,18 @@ def read_ratings(folder: Path, score: str | None = None) -> list[BlockRating]:
     files = folder / "ratings"
     numbers = sorted(int(f.stem[6:]) for f in files.glob("block_*.json") if f.stem[6:].isdecimal())
     if not numbers:
-        raise ConfigError("RUN", f"{folder} holds no ratings/block_0.json", "name the folder of a rated run")
+        raise ConfigError("run", f"{folder} holds no ratings/block_0.json", "name the folder of a rated run")
     ratings = [_read_rating(files / f"block_{block}.json", block, score) for block in range(numbers[-1] + 1)]
     names = sorted({rating.score for rating in ratings})
     if len(names) > 1:
         raise ConfigError(
-            "--score",
+            "score",
             f"the blocks of {folder} were rated by different scores",
             f"choose one of {', '.join(names)}, or rate again with bossnas rate {folder}",
         )
     if len({rating.better for rating in ratings}) > 1:
         raise ConfigError(
-            "RUN",
+            "run",
             f"the blocks of {folder} disagree whether a lower {names[0]} is better",
             f"rate again with bossnas rate {folder}",
         )
@@ -59,7 +59,7 @@ def _read_rating(file: Path, block: int, score: str | None) -> BlockRating:
         tables = values.get("scores") or {values["score"]: values["paths"]}
         better = values.get("better") or {"population_centre": "lower"}
         if name not in tables:
-            raise ConfigError("--score", f"{file} has no score {name!r}", f"choose one of {', '.join(tables)}")
+            raise ConfigError("score", f"{file} has no score {name!r}", f"choose one of {', '.join(tables)}")
         rating = BlockRating(block, values["prefix"], name, better[name], tables[name], values["candidates"])
         if values["block"] != block or rating.better not in ("lower", "higher") or not rating.scores:
             raise ValueError("it does not describe the ratings of this block")
@@ -71,7 +71,7 @@ def _read_rating(file: Path, block: int, score: str | None) -> BlockRating:
     except ConfigError:
         raise
     except OSError as error:
-        raise ConfigError("RUN", f"cannot read {file} ({error.strerror})", repair) from None
+        raise ConfigError("run", f"cannot read {file} ({error.strerror})", repair) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # ValueError: of Unicode, too
-        raise ConfigError("RUN", f"{file} is damaged ({type(error).__name__}: {error})", repair) from None
+        raise ConfigError("run", f"{file} is damaged ({type(error).__name__}: {error})", repair) from None
     return rating

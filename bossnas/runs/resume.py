@@ -32,12 +32,12 @@ def claim(config: RunConfig, resume: str | None) -> Path | None:
     if run.resolve() == out.resolve():
         claim_folder(config, resume=True)
         return where
-    check_same(run, config, "--resume")
+    check_same(run, config, "resume")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(
             "out",
             f"{out} is not empty, but a run is to begin there from {path}",
-            "choose another folder with --set out=FOLDER; what is in this one goes on with --resume auto",
+            "choose another folder with `out`; what is in this one goes on with `resume` auto",
         )
     return where
 
@@ -71,7 +71,7 @@ def begin_at(config: Config, where: Path) -> None:
         checkpoint.copy(where, out / "checkpoints")
     except OSError as error:
         raise ConfigError(
-            "--resume",
+            "resume",
             f"{where} cannot be copied to {out} ({error.strerror or error})",
             "make room, or choose another folder, and begin again with an empty one",
         ) from None
@@ -83,13 +83,13 @@ def _named(path: Path) -> tuple[Path, Path]:
     if (path / "config.json").exists():
         where = checkpoint.latest(path / "checkpoints")
         if where is None:
-            raise ConfigError("--resume", f"{path} has no checkpoint", FIX)
+            raise ConfigError("resume", f"{path} has no checkpoint", FIX)
         return path, where
     run = path.parent.parent
     if path.resolve().parent.name != "checkpoints" or not (run / "config.json").exists():
-        raise ConfigError("--resume", f"{path} is neither a run nor a checkpoint of one", FIX)
+        raise ConfigError("resume", f"{path} is neither a run nor a checkpoint of one", FIX)
     if (damage := checkpoint.find_damage(path)) is not None:
-        raise ConfigError("--resume", f"checkpoint {path} is unusable: {damage}", "name another one of that run")
+        raise ConfigError("resume", f"checkpoint {path} is unusable: {damage}", "name another one of that run")
     return run, path
 
 

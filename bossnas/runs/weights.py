@@ -51,9 +51,9 @@ def export(run: Path, out: Path, name: str | None = None, force: bool = False) -
     _check_out(out, force)
     where = checkpoint.latest(run / "checkpoints") if name is None else run / "checkpoints" / name
     if where is None:
-        raise ConfigError("RUN", f"{run} has no checkpoint yet", "wait for its first one, or name another run")
+        raise ConfigError("run", f"{run} has no checkpoint yet", "wait for its first one, or name another run")
     if name is not None and (damage := checkpoint.find_damage(where)) is not None:
-        raise ConfigError("--checkpoint", f"{where} is unusable: {damage}", "name another one, or leave it out")
+        raise ConfigError("checkpoint", f"{where} is unusable: {damage}", "name another one, or leave it out")
     state = checkpoint.read_state(where)
     space = config.space.model_dump(mode="json")
     about = {
@@ -74,7 +74,7 @@ def export(run: Path, out: Path, name: str | None = None, force: bool = False) -
             save_file(checkpoint.read(where, KINDS), made, metadata)
     except (OSError, SafetensorError) as error:
         raise ConfigError(
-            "OUT",
+            "out",
             f"cannot write {out} ({getattr(error, 'strerror', None) or error})",
             "make room, or name a file in a folder that can be written",
         ) from None
@@ -108,6 +108,6 @@ def load(path: str | Path) -> Weights:
 def _check_out(out: Path, force: bool) -> None:
     """Before the work, not after it."""
     if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
-        raise ConfigError("OUT", f"cannot write {out}", "name a file in a folder that exists and can be written")
+        raise ConfigError("out", f"cannot write {out}", "name a file in a folder that exists and can be written")
     if out.exists() and not force:
-        raise ConfigError("OUT", f"{out} exists", "choose another name, or replace it with --force")
+        raise ConfigError("out", f"{out} exists", "choose another name, or replace it with `force`")

@@ -26,17 +26,19 @@ def rerate(folder: Path, blocks: list[int] | None = None, overrides: Sequence[st
     """
     wrong = [o for o in overrides if not o.startswith("rating.")]
     if wrong:
-        raise ConfigError("--set", f"{wrong[0]!r} would rate another run", "override keys of the section rating alone")
+        raise ConfigError(
+            "overrides", f"{wrong[0]!r} would rate another run", "override keys of the section rating alone"
+        )
     config = override(read_config(folder), overrides)
     run = dist.together(lambda: build(config, training=False))
     log.setup(folder, dist.rank() == 0)
     restore(run, folder, training=False)
     done = list(range(run.state.block))
     if not done:
-        raise ConfigError("--run", f"{folder} has finished no block", "wait, or go on with its search")
+        raise ConfigError("run", f"{folder} has finished no block", "wait, or go on with its search")
     chosen = done if blocks is None else blocks
     if not set(chosen) <= set(done):
-        raise ConfigError("--block", f"of {chosen} the run has finished only {done}", "name finished blocks")
+        raise ConfigError("blocks", f"of {chosen} the run has finished only {done}", "name finished blocks")
     for block in chosen:
         scores = rate(run, block, folder / "ratings" / f"block_{block}.partial")
         write(folder, run, block, scores, f"block_{block}.json", run.state.winners[:block])

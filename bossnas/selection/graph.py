@@ -49,7 +49,7 @@ class Graph:
         """Raises ConfigError when the ratings do not fit the space: too few blocks, or paths that it does not have."""
         blocks = table.space.blocks
         if len(ratings) != blocks:
-            raise ConfigError("RUN", f"has ratings of {len(ratings)} of {blocks} blocks", "finish its search first")
+            raise ConfigError("run", f"has ratings of {len(ratings)} of {blocks} blocks", "finish its search first")
         self.table, self.sign = table, 1 if ratings[0].better == "lower" else -1
         largest = max(abs(value) for rating in ratings for value in rating.scores.values())
         self.exponent = SCORE_BITS - math.frexp(largest)[1]
@@ -61,7 +61,7 @@ class Graph:
         prefix = [decode(text) for text in rating.prefix]
         if any(path not in space.paths(b, prefix[:b]) for b, path in enumerate(prefix)):
             raise ConfigError(
-                "RUN",
+                "run",
                 f"block {block} was rated on {'|'.join(rating.prefix)}, which the space does not have",
                 "use the config that the ratings were made with",
             )
@@ -70,7 +70,7 @@ class Graph:
         unknown = set(values).difference(*(start.paths for start in held))
         if unknown:
             raise ConfigError(
-                "RUN",
+                "run",
                 f"block {block} has ratings of paths such as {encode(min(unknown))}, which the "
                 "space does not have there",
                 "use the config that the ratings were made with",

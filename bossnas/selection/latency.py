@@ -137,9 +137,9 @@ def attach(table: CostTable, file: Path, command: str) -> CostTable:
             for row in json.loads(file.read_text(encoding="utf-8"))["rows"]
         }
     except OSError as error:
-        raise ConfigError("--latency", f"cannot read {file} ({error.strerror})", f"make it with {command}") from None
+        raise ConfigError("latencies", f"cannot read {file} ({error.strerror})", f"make it with {command}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ConfigError("--latency", f"{file} is not a table of latencies", f"make it with {command}") from None
+        raise ConfigError("latencies", f"{file} is not a table of latencies", f"make it with {command}") from None
     nanoseconds = []
     for row in table.rows():
         value = found.get(
@@ -155,7 +155,7 @@ def attach(table: CostTable, file: Path, command: str) -> CostTable:
                     f"{row['macs']} MACs) on {shape}"
                 )
             )
-            raise ConfigError("--latency", f"{file} has no latency for {where}", f"measure it with {command}")
+            raise ConfigError("latencies", f"{file} has no latency for {where}", f"measure it with {command}")
         nanoseconds.append(round(value * 1e6))
     return table.with_latency(nanoseconds[0], dict(zip(table.entries, nanoseconds[1:], strict=True)))
 

@@ -52,7 +52,7 @@ def select(
     folder = folders[0]
     limits, config = limits or {}, read_config(folder)
     if latencies is None and "latency_ns" in (*limits, front_cost):
-        raise ConfigError("--latency", "is needed to select by latency", "name a table of bossnas cost --measure")
+        raise ConfigError("latencies", "is needed to select by latency", "name a table of bossnas cost --measure")
     runs = _read(folders, score)
     space = spaces.make(**config.space.model_dump())
     table = CostTable.of(space, config.space.image_size)
@@ -101,32 +101,32 @@ def select(
 def _read(folders: Sequence[Path], score: str | None) -> list[list[BlockRating]]:
     """The ratings of every run. Raises ConfigError where they cannot be summed."""
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise ConfigError("RUN", "the same run is named twice", "name each run once")
+        raise ConfigError("run", "the same run is named twice", "name each run once")
     runs = [read_ratings(folder, score) for folder in folders]
     first, space = runs[0], read_config(folders[0]).space
     for folder, ratings in zip(folders[1:], runs[1:], strict=True):
         if read_config(folder).space != space:
             raise ConfigError(
-                "RUN",
+                "run",
                 f"{folder} searched in another space than {folders[0]}",
                 "name runs that differ in their seed alone",
             )
         if (ratings[0].score, ratings[0].better) != (first[0].score, first[0].better):
             raise ConfigError(
-                "--score",
+                "score",
                 f"{folders[0]} was rated by {first[0].score}, {folder} by {ratings[0].score}",
                 "name a score that all of them hold",
             )
         if len(ratings) != len(first):
             raise ConfigError(
-                "RUN",
+                "run",
                 f"{folder} has ratings of {len(ratings)} blocks, {folders[0]} of {len(first)}",
                 "finish all searches first",
             )
         for one, other in zip(first, ratings, strict=True):
             if one.scores.keys() != other.scores.keys():
                 raise ConfigError(
-                    "RUN",
+                    "run",
                     f"block {one.block} was rated with other paths in {folder} than in "
                     f"{folders[0]}, since the blocks before it ended elsewhere",
                     "name runs whose winners leave the same paths open, or select from each run by itself",
@@ -147,9 +147,9 @@ def _together(runs: list[list[BlockRating]], how: str, table: CostTable, size_we
             sizes.append({encode(path): sign * value for path, value in logs.items()})
         if all(len(set(size.values())) == 1 for size in sizes):
             raise ConfigError(
-                "--size-weight",
+                "size_weight",
                 "all rated architectures have the same numbers of channels",
-                "leave it out; a limit such as --max-params keeps sizes apart",
+                "leave it out; a limit such as `params` keeps sizes apart",
             )
         blocks = combine.together([blocks, sizes], "sum", [1, size_weight])
     return [replace(rating, scores=scores) for rating, scores in zip(first, blocks, strict=True)]
@@ -322,12 +322,12 @@ def _merge(options: Options, rest: list[Completions], budget: np.ndarray, column
 def _require(graph: Graph, limits: dict[str, int]) -> None:
     """Raises ConfigError where no architecture is rated, or none meets one of the limits."""
     if not graph.size():
-        raise ConfigError("RUN", "no architecture can be put together from its ratings", "rate all blocks of one run")
+        raise ConfigError("run", "no architecture can be put together from its ratings", "rate all blocks of one run")
     for name, limit in limits.items():
         least = int(graph.least[-1][0, COSTS.index(name)])
         if least > limit:
             raise ConfigError(
-                FLAGS[name],
+                name,
                 f"no rated architecture has at most {show(name, limit)}, the smallest has {show(name, least)}",
                 f"raise it to {show(name, least)} or more",
             )
@@ -341,9 +341,9 @@ def _infeasible(graph: Graph, limits: dict[str, int]) -> ConfigError:
         rest = completions(graph, others, [COSTS.index(n) for n in (name, *others)], first=0)
         rows = rest[0][0].rows
         if len(rows):
-            reachable.append(f"{FLAGS[name]} of {show(name, int(rows[:, 1].min()))}")
+            reachable.append(f"`{name}` of {show(name, int(rows[:, 1].min()))}")
     return ConfigError(
-        " ".join(FLAGS[name] for name in limits),
+        " ".join(limits),
         "no rated architecture meets all limits at once",
         f"with the others as they are, raise to {' or '.join(reachable)}"
         if reachable

@@ -176,15 +176,15 @@ def read_architecture(space: Space, text: str) -> list[Choices]:
     fix = "write one path per block as bossnas search does, such as '5433|3230|0010|0000' for hytra"
     parts = text.split("|")
     if len(parts) != space.blocks:
-        raise ConfigError("--architecture", f"{text!r} has {len(parts)} paths, the space {space.blocks} blocks", fix)
+        raise ConfigError("architecture", f"{text!r} has {len(parts)} paths, the space {space.blocks} blocks", fix)
     architecture: list[Choices] = []
     for block, part in enumerate(parts):
         if not (part.isascii() and part.isalnum()):
-            raise ConfigError("--architecture", f"{part!r} is no path", fix)
+            raise ConfigError("architecture", f"{part!r} is no path", fix)
         path = decode(part.lower())
         if path not in space.paths(block, architecture):
             raise ConfigError(
-                "--architecture",
+                "architecture",
                 f"block {block} has no path {part!r} after {'|'.join(parts[:block]) or 'the stem'}",
                 fix,
             )

@@ -180,7 +180,7 @@ def test_a_folder_with_files_needs_force(tmp_path, monkeypatch):
     export.export_network(given, Path("."), ["safetensors"])  # an empty folder is as good as none
     (out / "notes.txt").write_text("mine")
     (out / "hub").mkdir()
-    with pytest.raises(ConfigError, match="is not empty; choose another folder, or add --force"):
+    with pytest.raises(ConfigError, match="is not empty; choose another folder, or write into it with `force`"):
         export.export_network(given, out, ["safetensors"])
     before = (out / "bossnas_nats.safetensors").read_bytes()
     monkeypatch.setattr(export, "_standalone", lambda *a: [torch.zeros(1, 10)] * 2)
@@ -231,7 +231,7 @@ def test_a_network_that_a_format_cannot_hold(tmp_path, monkeypatch):
     model = OneBatch()
     monkeypatch.setattr(export, "build_network", lambda spec: model)
     given = Network(Spec("one_batch", {}, 10, SIZE), model.state_dict(), {})
-    with pytest.raises(ConfigError, match="torchscript: cannot be made of one_batch .*leave it out of --formats"):
+    with pytest.raises(ConfigError, match="torchscript: cannot be made of one_batch .*leave it out of `formats`"):
         export.export_network(given, tmp_path / "out", ["torchscript"])
     export.export_network(given, tmp_path / "out", ["torchscript"], batch=2)
 
@@ -240,9 +240,9 @@ def test_formats_and_what_they_need(tmp_path, monkeypatch):
     assert export.chosen("all") is None
     assert export.chosen("hub, standalone,hub") == ["hub", "standalone"]
     for text in ("onxx", "safetensors,tflite", ","):
-        with pytest.raises(ConfigError, match="--formats: .*choose of safetensors, onnx"):
+        with pytest.raises(ConfigError, match="formats: .*choose of safetensors, onnx"):
             export.chosen(text)
-    with pytest.raises(ConfigError, match="--fuse-bn: changes nothing in safetensors, hub, which keep"):
+    with pytest.raises(ConfigError, match="fuse_bn: changes nothing in safetensors, hub, which keep"):
         export.export_network(network(NATS), tmp_path / "out", ["safetensors", "hub"], fuse=True)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "onnxscript" else find(name, *a))

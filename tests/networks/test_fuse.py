@@ -121,7 +121,7 @@ class ByValue(nn.Module):
 
 
 def test_what_cannot_be_folded_is_named():
-    with pytest.raises(ConfigError, match="--fuse-bn: the network has no batch norm that can be folded"):
+    with pytest.raises(ConfigError, match="fuse_bn: the network has no batch norm that can be folded"):
         fuse_bn(timm.create_model("vit_tiny_patch16_224", depth=1))
     with pytest.raises(ConfigError, match="forward pass of ByValue cannot be traced"):
         fuse_bn(ByValue())

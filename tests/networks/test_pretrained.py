@@ -186,7 +186,7 @@ def test_fitting_is_strict_and_lists_what_does_not_fit():
 
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = {name: torch.zeros_like(value) for name, value in before.items()}
-    assert "a.pth has 7 classes, the network 5; set model.classes=7" in problem(
+    assert "a.pth has 7 classes, the network 5; set `model.classes` to 7" in problem(
         lambda: pretrained.fit(model, small(7).state_dict(), "a.pth")
     )
     lacking = {name: value for name, value in state.items() if name not in ("conv1.weight", "bn1.bias")}
@@ -247,7 +247,7 @@ def test_a_foreign_checkpoint_with_its_name_in_timm(tmp_path):
             torch.save({"state_dict": with_prefix(model.state_dict(), "module.")}, file)
         else:
             save_file(model.state_dict(), file)
-        assert "--model: is not set" in problem(lambda file=file: pretrained.open_network(file))
+        assert "model: is not set" in problem(lambda file=file: pretrained.open_network(file))
         assert "timm knows no 'bossnett'" in problem(lambda file=file: pretrained.open_network(file, model="bossnett"))
         network = pretrained.open_network(file, model="bossnet", options=SMALL.model_args, image_size=64)
         assert network.spec == SMALL  # with the rows of its classifier

@@ -156,7 +156,7 @@ def test_going_back_to_a_checkpoint_and_finished_runs(finished, tmp_path):
         run(out)
     with pytest.raises(ConfigError, match=r"^out: .* holds another run \(train.lr differ"):
         run(out, "train.lr=0.02", resume="auto")
-    with pytest.raises(ConfigError, match="^--resume: .* is of another run"):
+    with pytest.raises(ConfigError, match="^resume: .* is of another run"):
         run(tmp_path / "c", resume=str(back))
 
 

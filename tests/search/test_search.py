@@ -96,7 +96,7 @@ def test_rating_again_from_the_last_checkpoint_gives_the_same(finished):
         file.write_text("{}")
     assert rerate.rerate(finished) == [0, 1, 2, 3]
     assert {f: f.read_bytes() for f in before} == before
-    with pytest.raises(ConfigError, match="--block"):
+    with pytest.raises(ConfigError, match="^blocks: "):
         rerate.rerate(finished, [4])
 
 
@@ -109,7 +109,7 @@ def test_another_temperature_rates_anew_and_other_keys_are_refused(finished, tmp
     assert after["paths"] == before["scores"]["view_agreement"] and after["score"] == "view_agreement"
     assert after["scores"]["population_centre"] == before["scores"]["population_centre"]
     assert after["scores"]["instance_discrimination"] != before["scores"]["instance_discrimination"]
-    with pytest.raises(ConfigError, match="--set: 'seed=4' would rate another run"):
+    with pytest.raises(ConfigError, match="overrides: 'seed=4' would rate another run"):
         rerate.rerate(folder, [1], ["seed=4"])
 
 
@@ -200,7 +200,7 @@ def test_an_untrained_supernet_is_rated(tmp_path, space):
         (["--untrained"], "--untrained: needs --config"),
         (["runs/x", "--untrained"], "RUN: and --untrained exclude"),
         (["runs/x", "--config", "a.json"], "--config: a run has its own config"),
-        (["no/such/run"], "--run: no/such/run holds no config.json"),
+        (["no/such/run"], "RUN: no/such/run holds no config.json"),
         (["--untrained", "--config", "a.json"], "--config: cannot read a.json"),
     ],
 )
@@ -446,14 +446,14 @@ def test_a_folder_with_another_run_is_refused_and_unharmed(finished, tmp_path):
     for resume in (None, "auto"):
         with pytest.raises(ConfigError, match=r"out: .* holds another run \(seed, train.lr differ\)"):
             search.search(config(finished, "seed=5", "train.lr=0.25"), resume)
-    with pytest.raises(ConfigError, match="--resume auto"):
+    with pytest.raises(ConfigError, match="`resume` auto"):
         search.search(config(finished))
     assert {f: f.read_bytes() for f in before} == before
     (tmp_path / "full").mkdir()
     (tmp_path / "full/a.txt").write_text("mine")
     with pytest.raises(ConfigError, match="not empty"):
         search.search(config(tmp_path / "full"))
-    with pytest.raises(ConfigError, match="--run"):
+    with pytest.raises(ConfigError, match="^run: "):
         rerate.rerate(tmp_path)
 
 

@@ -159,7 +159,7 @@ def test_labels_matter_to_those_that_use_them(batch):
 def test_names_of_proxies():
     assert proxies.chosen("zico, synflow,zico") == ["zico", "synflow"]
     for text in ("zen", "synflow,zen", ""):
-        with pytest.raises(ConfigError, match="--proxies"):
+        with pytest.raises(ConfigError, match="^proxies: "):
             proxies.chosen(text)
 
 

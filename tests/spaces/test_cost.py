@@ -319,7 +319,7 @@ def test_own_layers_are_built_one_at_a_time(monkeypatch):
     ],
 )
 def test_architectures_that_are_none(text, words):
-    with pytest.raises(ConfigError, match="--architecture") as caught:
+    with pytest.raises(ConfigError, match="^architecture: ") as caught:
         read_architecture(make("mbconv"), text)
     assert words in str(caught.value)
 

@@ -63,16 +63,14 @@ def imagenet(folder: Path, val_labels: Path | None = None, show: bool = False) -
         raise ConfigError(
             "folder",
             f"{root / 'train' / flat} lies in no class folder",
-            "move it into one, or use --kind folder to pack images without labels",
+            "move it into one, or use `kind` folder to pack images without labels",
         )
     classes = classes_of(names)
     splits = {"train": _items(root, "train", names, classes, places)}
     names, places = _list(root, "val", show)
     if any("/" in name for name in names):
         if val_labels is not None:
-            raise ConfigError(
-                "val_labels", f"{root / 'val'} has class folders, which tell the labels", "leave --val-labels out"
-            )
+            raise ConfigError("val_labels", f"{root / 'val'} has class folders, which tell the labels", "leave it out")
         splits["val"] = _items(root, "val", names, classes, places)
     elif names:
         file = val_labels or _find_labels(folder, root)
@@ -81,7 +79,7 @@ def imagenet(folder: Path, val_labels: Path | None = None, show: bool = False) -
                 "val_labels",
                 f"the {len(names)} images of val lie in no class folders, and none of "
                 f"{', '.join(LABEL_FILES[:3])} is in {folder}",
-                "name a file with --val-labels",
+                "name their file",
             )
         wnids = _labels_of(names, _read_labels(file, names, classes), file)
         labels = {wnid: number for number, wnid in enumerate(classes)}
@@ -98,7 +96,7 @@ def imagenet(folder: Path, val_labels: Path | None = None, show: bool = False) -
             item._replace(key=key, label=labels[wnid]) for item, key, wnid in zip(items, keys, wnids, strict=True)
         ]
     elif val_labels is not None:
-        raise ConfigError("val_labels", f"there is no val split in {root}", "leave --val-labels out")
+        raise ConfigError("val_labels", f"there is no val split in {root}", "leave it out")
     for items in splits.values():
         items.sort(key=lambda item: item.key)
     return ImageSet("imagenet", classes, splits, _reader(root))

@@ -89,13 +89,13 @@ def open_source(folder: Path, kind: str = "auto", val_labels: Path | None = None
     found = find_cifar(folder)
     if kind == "auto":
         if len(found) > 1:
-            raise ConfigError("kind", f"{folder} holds CIFAR-10 and CIFAR-100", "choose one with --kind")
+            raise ConfigError("kind", f"{folder} holds CIFAR-10 and CIFAR-100", "choose cifar10 or cifar100")
         is_imagenet = not found and folder.is_dir() and (val_labels is not None or looks_like_imagenet(folder))
         kind = next(iter(found), "imagenet" if is_imagenet else "folder")
         log.info("%s is packed as %s", folder, kind)
     if val_labels is not None and kind != "imagenet":
         raise ConfigError(
-            "val_labels", f"serves ImageNet's layout, and this is {kind}", "leave it out, or give --kind imagenet"
+            "val_labels", f"serves ImageNet's layout, and this is {kind}", "leave it out, or give `kind` imagenet"
         )
     if kind in ("cifar10", "cifar100"):
         if kind not in found:

@@ -93,7 +93,7 @@ def export_network(
     _check_out(out, force)
     if fuse and not set(formats) & set(FUSABLE):
         raise ConfigError(
-            "--fuse-bn",
+            "fuse_bn",
             f"changes nothing in {', '.join(formats)}, which keep the network's own weights",
             f"leave it out, or add one of {', '.join(FUSABLE)}",
         )
@@ -206,7 +206,7 @@ def _write(name: str, subject: _Subject, folder: Path) -> dict[str, Any]:
         raise ConfigError(
             name,
             f"cannot be made of {subject.network.spec.architecture} ({type(error).__name__}: {reason})",
-            "leave it out of --formats",
+            "leave it out of `formats`",
         ) from error
     files = sorted(file for file in set(folder.rglob("*")) - before if file.is_file())
     scale = max(1.0, max(float(logits.abs().max()) for logits in subject.logits))
@@ -216,7 +216,7 @@ def _write(name: str, subject: _Subject, folder: Path) -> dict[str, Any]:
         raise ConfigError(
             name,
             f"gives other logits than the network: the largest difference is {difference:.2e}, allowed is {limit:.2e}",
-            "leave it out of --formats",
+            "leave it out of `formats`",
         )
     return {
         "format": name,
@@ -329,7 +329,7 @@ def _elsewhere(name: str, code: str, subject: _Subject, folder: Path, flags: lis
         done = subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, timeout=LONGEST)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise ConfigError(name, f"cannot be loaded in another process ({reason})", "leave it out of --formats")
+            raise ConfigError(name, f"cannot be loaded in another process ({reason})", "leave it out of `formats`")
         return torch.load(found)
     except subprocess.TimeoutExpired:
         raise ConfigError(name, f"was not loaded within {LONGEST} s", "try again on a less busy machine") from None
@@ -358,7 +358,7 @@ def _check_formats(formats: Sequence[str]) -> None:
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
         raise ConfigError(
-            "--formats",
+            "formats",
             f"there is no {unknown[0]!r}" if unknown else "is empty",
             f"choose of {', '.join(FORMATS)}, or all",
         )
@@ -371,4 +371,4 @@ def _check_out(out: Path, force: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError("out", f"{out} is a file", "name a folder")
     if out.is_dir() and any(out.iterdir()) and not force:
-        raise ConfigError("out", f"{out} is not empty", "choose another folder, or add --force")
+        raise ConfigError("out", f"{out} is not empty", "choose another folder, or write into it with `force`")

@@ -58,7 +58,7 @@ def check_alone(model: nn.Module) -> None:
         raise ConfigError(
             "standalone",
             f"the definition of {type(model).__name__} needs {' and '.join(more) or 'its caller'}, not torch alone",
-            "leave it out of --formats (torch_export, torchscript and onnx hold the network, too)",
+            "leave it out of `formats` (torch_export, torchscript and onnx hold the network, too)",
         )
 
 

@@ -75,11 +75,11 @@ def compare(
     ratings = _read(sources, score, better, seeds)
     first = ratings[0]
     if how != "sum" and isinstance(first, tables.TableScores):
-        raise ConfigError("--combine", f"{sources[0]} holds one score per architecture, none of blocks", "leave it out")
+        raise ConfigError("how", f"{sources[0]} holds one score per architecture, none of blocks", "leave it out")
     table = tables.read_accuracies(accuracy, column)
     chosen = _choose_space(sources, first, table, space, image_size)
     reader = _Reader(chosen.space)
-    measured = reader.read_all(table, "--accuracy", accuracy)
+    measured = reader.read_all(table, "accuracy", accuracy)
     sign = 1 if first.better == "higher" else -1
     rated, blocks = _rate_all(reader, ratings, list(measured), sources, how)
     blocks = sign * blocks  # [seeds, blocks, architectures]
@@ -132,19 +132,19 @@ def _read(sources: list[Path], score: str | None, better: str, seeds: bool) -> l
         return [tables.read_scores(sources, score, better)]
     if len(sources) < 2:
         raise ConfigError(
-            "--seeds", "puts ratings of several seeds together, but one is named", "name two or more, or leave it out"
+            "seeds", "puts ratings of several seeds together, but one is named", "name two or more, or leave it out"
         )
     if len({source.resolve() for source in sources}) < len(sources):
-        raise ConfigError("RATINGS", "the same rating is named twice", "name each seed once")
+        raise ConfigError("ratings", "the same rating is named twice", "name each seed once")
     ratings = [tables.read_scores([source], score, better) for source in sources]
     for source, rating in zip(sources, ratings, strict=True):
         for what in ("name", "better"):
             one, other = getattr(ratings[0], what), getattr(rating, what)
             if type(rating) is not type(ratings[0]) or one != other:
                 raise ConfigError(
-                    "RATINGS",
+                    "ratings",
                     f"{sources[0]} and {source} hold no ratings of the same kind ({one}, {other})",
-                    "name seeds of one search, or choose a score with --score",
+                    "name seeds of one search, or choose a `score`",
                 )
     return ratings
 
@@ -204,13 +204,13 @@ def _choose_space(
         size = config.image_size
     if name is None:
         raise ConfigError(
-            "--space",
+            "space",
             f"cannot tell the space of architectures such as {text!r}",
             "name it: nats, mbconv, hytra or path/to/file.py:ClassName",
         )
     size = image_size or IMAGE_SIZES.get(name) or size
     if size is None and ".py:" in name:
-        raise ConfigError("--image-size", f"is not known for {name}", "give the side of its images, in pixels")
+        raise ConfigError("image_size", f"is not known for {name}", "give the side of its images, in pixels")
     # an unknown name is refused before the size matters
     space = spaces.make(
         name,
@@ -255,7 +255,7 @@ class _Reader:
                 raise ConfigError(
                     field,
                     f"{source} entry {number}, {text!r}: {error}",
-                    "mend or remove it, or name another space with --space",
+                    "mend or remove it, or name another `space`",
                 ) from None
             if architecture in result:
                 raise ConfigError(
@@ -306,7 +306,7 @@ def _rate_all(
     rated = [a for a in wanted if all(a in values for values in found)]
     if len(rated) < correlation.MINIMUM:
         raise ConfigError(
-            "--accuracy",
+            "accuracy",
             f"of its {len(wanted)} architectures {len(rated)} have a score, too few to rank",
             "name ratings and accuracies of the same architectures",
         )
@@ -324,21 +324,21 @@ def _rate(
     which the block was rated: HyTra's blocks are rated at one scale.
     """
     if isinstance(rating, tables.TableScores):
-        return {a: (value,) for a, value in reader.read_all(rating.values, "RATINGS", source).items()}
+        return {a: (value,) for a, value in reader.read_all(rating.values, "ratings", source).items()}
     if len(rating.blocks) != reader.space.blocks:
         raise ConfigError(
-            "RATINGS",
+            "ratings",
             f"{source} rates {len(rating.blocks)} blocks, but the space has {reader.space.blocks}",
-            "finish the search, name all files, or name another space with --space",
+            "finish the search, name all files, or name another `space`",
         )
     blocks = [{decode(text): value for text, value in combine.combined(block, how).items()} for block in rating.blocks]
     allowed = [_allowed(reader, block, prefix) for block, prefix in enumerate(rating.prefixes)]
     for block, (scores, paths) in enumerate(zip(blocks, allowed, strict=True)):
         if paths is not None and not paths.issuperset(scores):
             raise ConfigError(
-                "RATINGS",
+                "ratings",
                 f"block {block} has paths that the space does not have there",
-                "name another space with --space",
+                "name another `space`",
             )
     return {
         architecture: tuple(blocks[k][path] for k, path in enumerate(architecture))
@@ -358,9 +358,9 @@ def _allowed(reader: _Reader, block: int, prefix: list[str]) -> frozenset[Choice
     for path in map(decode, prefix):
         if path not in reader.paths(winners):
             raise ConfigError(
-                "RATINGS",
+                "ratings",
                 f"block {block} was rated on {'|'.join(prefix)}, which the space does not have",
-                "name another space with --space",
+                "name another `space`",
             )
         winners += (path,)
     return reader.paths(winners)
@@ -396,9 +396,9 @@ def _with_proxies(
                 seconds[name] += time.perf_counter() - start
                 if not math.isfinite(values[name][i]):
                     raise ConfigError(
-                        "--proxies",
+                        "proxies",
                         f"{name} is {values[name][i]} for the network {architectures[row]}",
-                        "leave this proxy out, or take another --seed",
+                        "leave this proxy out, or take another `seed`",
                     )
             task.advance()
     figures = correlation.report(

@@ -58,7 +58,7 @@ def report(
     """
     if len(accuracy) < MINIMUM:
         raise ConfigError(
-            "--accuracy", f"{len(accuracy)} architectures have both a score and an accuracy", "give at least two"
+            "accuracy", f"{len(accuracy)} architectures have both a score and an accuracy", "give at least two"
         )
     intervals = bootstrap_intervals(scores, accuracy, resamples=resamples, seed=seed)
     top = accuracy >= np.quantile(accuracy, 1 - TOP)

@@ -98,7 +98,7 @@ def chosen(names: str) -> list[str]:
     result = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     unknown = [name for name in result if name not in PROXIES]
     if unknown or not result:
-        raise ConfigError("--proxies", f"there is no proxy {', '.join(unknown)!r}", f"choose of {', '.join(PROXIES)}")
+        raise ConfigError("proxies", f"there is no proxy {', '.join(unknown)!r}", f"choose of {', '.join(PROXIES)}")
     return result
 
 

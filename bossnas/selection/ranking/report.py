@@ -129,9 +129,9 @@ def check_picture(out: Path) -> None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
-        raise ConfigError("--plot", "needs matplotlib", "pip install 'bossnas[report]'") from None
+        raise ConfigError("plot", "needs matplotlib", "pip install 'bossnas[report]'") from None
     if out.suffix[1:] not in FigureCanvasBase.get_supported_filetypes():
-        raise ConfigError("--plot", f"cannot draw {out}", "name a .png, .pdf or .svg file")
+        raise ConfigError("plot", f"cannot draw {out}", "name a .png, .pdf or .svg file")
 
 
 def draw(

@@ -62,10 +62,10 @@ def read_scores(sources: list[Path], score: str | None = None, better: str = "hi
     if all(source.suffix in (".yml", ".yaml") for source in sources):
         return _release_scores(sources, score)
     if len(sources) == 1 and first.suffix == ".csv":
-        name, values = _read_csv("RATINGS", first, score, "--score", ("score",))
+        name, values = _read_csv("ratings", first, score, "score", ("score",))
         return TableScores(name, better, values)
     raise ConfigError(
-        "RATINGS",
+        "ratings",
         f"cannot tell what {', '.join(map(str, sources))} is",
         "name a run folder, one .csv file, or the original release's .yml files in the order of the blocks",
     )
@@ -77,15 +77,15 @@ def read_accuracies(source: Path, column: str | None = None) -> dict[str, float]
     ``column`` names the column of a CSV file, or NATS-Bench's data set (default cifar10). Raises ConfigError.
     """
     if source.suffix == ".csv":
-        return _read_csv("--accuracy", source, column, "--column", ACCURACY_COLUMNS)[1]
+        return _read_csv("accuracy", source, column, "column", ACCURACY_COLUMNS)[1]
     if source.suffix in (".yml", ".yaml"):
         if column is not None:
-            raise ConfigError("--column", f"{source} has no columns", "leave it out")
+            raise ConfigError("column", f"{source} has no columns", "leave it out")
         return _read_yaml_mapping(source)
     if source.is_dir() or source.suffix in (".pbz2", ".pickle"):
         return _read_nats_bench(source, column or "cifar10")
     raise ConfigError(
-        "--accuracy",
+        "accuracy",
         f"cannot tell what {source} is",
         "name a .csv or .yaml file, or a NATS-Bench file (.pickle.pbz2) or folder (…-simple)",
     )
@@ -130,17 +130,17 @@ def _read_csv(
 
 
 def _read_yaml_mapping(source: Path) -> dict[str, float]:
-    root = _yaml("--accuracy", source, compose=True)
+    root = _yaml("accuracy", source, compose=True)
     if not isinstance(root, yaml.MappingNode):
-        raise ConfigError("--accuracy", f"{source} holds no mapping", "write lines such as '8:8:64:64:8: 91.2'")
+        raise ConfigError("accuracy", f"{source} holds no mapping", "write lines such as '8:8:64:64:8: 91.2'")
     entries = []
     for key, value in root.value:
         where = f"line {key.start_mark.line + 1}"
         for node in (key, value):
             if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:str":
-                raise ConfigError("--accuracy", f"{source} {where} is not 'architecture: accuracy'", "mend the line")
+                raise ConfigError("accuracy", f"{source} {where} is not 'architecture: accuracy'", "mend the line")
         entries.append((where, key.value, value.value))
-    return _values("--accuracy", source, entries)
+    return _values("accuracy", source, entries)
 
 
 def _read_nats_bench(source: Path, dataset: str) -> dict[str, float]:
@@ -149,7 +149,7 @@ def _read_nats_bench(source: Path, dataset: str) -> dict[str, float]:
         nats_bench = importlib.import_module("nats_bench")
     except ImportError:
         raise ConfigError(
-            "--accuracy",
+            "accuracy",
             f"{source} is read as a NATS-Bench file, which needs the nats_bench package",
             "pip install nats_bench, or name a .csv or .yaml file",
         ) from None
@@ -166,11 +166,11 @@ def _read_nats_bench(source: Path, dataset: str) -> dict[str, float]:
     except Exception as error:  # whatever a foreign package raises on a file that is not its own
         text = " ".join(str(error).split())
         raise ConfigError(
-            "--accuracy",
+            "accuracy",
             f"nats_bench cannot read {dataset} from {source} ({type(error).__name__}: {text})",
-            "name NATS-Bench's size space, and a data set of it with --column",
+            "name NATS-Bench's size space, and a data set of it as `column`",
         ) from None
-    return _values("--accuracy", source, entries)
+    return _values("accuracy", source, entries)
 
 
 def _release_files(folder: Path) -> list[Path]:
@@ -178,19 +178,19 @@ def _release_files(folder: Path) -> list[Path]:
     wanted = [str(block) for block in range(len(files))]
     missing = [f"path_rank_{block}.yml" for block in wanted if block not in files]
     if missing:
-        raise ConfigError("RATINGS", f"{folder} lacks {missing[0]}", "restore it, or name the files one by one")
+        raise ConfigError("ratings", f"{folder} lacks {missing[0]}", "restore it, or name the files one by one")
     return [files[block] for block in wanted]
 
 
 def _release_scores(files: list[Path], score: str | None) -> BlockScores:
     """The original release's ratings: per block a list of (path, loss) tuples, lower is better."""
     if score is not None:
-        raise ConfigError("--score", f"{files[0]} holds one score without a name", "leave it out")
+        raise ConfigError("score", f"{files[0]} holds one score without a name", "leave it out")
     blocks = []
     for file in files:
-        pairs = _yaml("RATINGS", file)
+        pairs = _yaml("ratings", file)
         if not isinstance(pairs, list) or not pairs:
-            raise ConfigError("RATINGS", f"{file} holds no list of (path, loss)", "name a rating of the release")
+            raise ConfigError("ratings", f"{file} holds no list of (path, loss)", "name a rating of the release")
         for number, pair in enumerate(pairs, 1):
             if not (
                 isinstance(pair, (tuple, list))
@@ -199,8 +199,8 @@ def _release_scores(files: list[Path], score: str | None) -> BlockScores:
                 and pair[0].isascii()
                 and pair[0].isalnum()
             ):
-                raise ConfigError("RATINGS", f"{file} entry {number} is not (path, loss)", "mend the file")
-        blocks.append(_values("RATINGS", file, ((f"entry {n}", *pair) for n, pair in enumerate(pairs, 1))))
+                raise ConfigError("ratings", f"{file} entry {number} is not (path, loss)", "mend the file")
+        blocks.append(_values("ratings", file, ((f"entry {n}", *pair) for n, pair in enumerate(pairs, 1))))
     winners = [min(block, key=lambda path, block=block: (block[path], path)) for block in blocks]
     return BlockScores("population_centre", "lower", blocks, [winners[:block] for block in range(len(blocks))])
 
