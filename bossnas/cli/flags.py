@@ -37,11 +37,11 @@ class Command(TyperCommand):
             raise ConfigError(field, error.problem, fix) from error
 
     def _typed(self, name: str, given: Mapping[str, Any]) -> str:
-        """What to type for a name that a fix marks: its flag, or where it is a key of the config, the override."""
+        """What to type for a name that a fix marks: its flag; for the run's folder, where it is a key of the config,
+        the override."""
         shown = self._shown(name, given)
-        if shown == name and any(parameter.name == "overrides" for parameter in self.params):
-            return f"--set {name}={'FOLDER' if name == 'out' else 'VALUE'}"
-        return shown
+        takes_overrides = any(parameter.name == "overrides" for parameter in self.params)
+        return "--set out=FOLDER" if shown == "out" and takes_overrides else shown
 
     def _shown(self, name: str, given: Mapping[str, Any]) -> str:
         parameters = {parameter.name: parameter for parameter in self.params}

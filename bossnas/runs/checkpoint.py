@@ -332,7 +332,7 @@ def _misfit(path: Path, why: str) -> ConfigError:
     return ConfigError(
         "out",
         f"checkpoint {path} does not fit this run ({why})",
-        "go on with the config of that run, or choose another folder",
+        "go on with the config of that run, or choose another folder with `out`",
     )
 
 

@@ -48,7 +48,7 @@ def claim_folder(config: RunConfig, resume: bool) -> Path:
                 "go on with `resume` auto, or choose another folder with `out`",
             )
     elif folder.exists() and any(folder.iterdir()):
-        raise ConfigError("out", f"{folder} is not empty and holds no run", "choose another folder")
+        raise ConfigError("out", f"{folder} is not empty and holds no run", "choose another folder with `out`")
     return folder
 
 
@@ -75,7 +75,9 @@ def prepare_folder(folder: Path, config: RunConfig, kind: str | None = None) -> 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError("out", f"cannot make {folder} ({error.strerror})", "choose another folder") from None
+        raise ConfigError(
+            "out", f"cannot make {folder} ({error.strerror})", "choose another folder with `out`"
+        ) from None
     write_text(folder / "config.json", dump(config))
     if isinstance(config, Config):
         (folder / "ratings").mkdir(exist_ok=True)
