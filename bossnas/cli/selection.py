@@ -149,7 +149,7 @@ def rank_command(
     from bossnas import log
     from bossnas.files import write_json
     from bossnas.selection.ranking import report
-    from bossnas.selection.ranking.compare import compare
+    from bossnas.selection.ranking.compare import Rated, Sampling, compare
     from bossnas.selection.ranking.proxies import chosen
 
     if better not in ("higher", "lower"):
@@ -162,20 +162,12 @@ def rank_command(
         report.check_picture(plot)
     log.setup(None)
     found = compare(
-        ratings,
+        Rated(ratings, score, better, combine, seeds, size_weight),
         accuracy,
-        space=space,
-        score=score,
-        better=better,
-        how=combine,
-        seeds=seeds,
-        size_weight=size_weight,
         column=column,
+        space=space,
         image_size=image_size,
-        seed=seed,
-        resamples=bootstrap,
-        proxy_names=names,
-        sample=sample,
+        sampling=Sampling(bootstrap, names, sample, seed),
     )
     report.show(found.result, Console(width=None if sys.stdout.isatty() else 150))
     if json is not None:

@@ -24,9 +24,7 @@ from bossnas.runs import checkpoint
 from bossnas.runs.folder import read_config
 from bossnas.spaces import Space
 from bossnas.spaces.cost import read_architecture
-from bossnas.spaces.hytra import KINDS, SCALES, HyTra, retraining_encoding
-from bossnas.spaces.mbconv import MBConv
-from bossnas.spaces.nats import Nats
+from bossnas.spaces.hytra import KINDS, SCALES
 from bossnas.spaces.ops import SlimConv
 from bossnas.spaces.paths import Choices, encode
 
@@ -49,11 +47,12 @@ def spec_of_run(
     ReLU in the skips. Raises ConfigError for a folder of another kind, an unfinished search and a damaged file.
     """
     config, architecture = _found(folder)
-    if inherited and config.space.name == "nats":
-        options = {"skip_relu": True, **(options or {})}
+    space = _space(config.space)
+    if inherited:
+        options = {**spaces.traits(space).as_searched, **(options or {})}
     return _spec(
         config.space,
-        _space(config.space),
+        space,
         architecture,
         classes,
         image_size or config.space.image_size,
@@ -70,7 +69,7 @@ def spec_of_architecture(
     ``image_size``: None: the space's. Raises ConfigError for a text that is no architecture of the space.
     """
     made = _space(space)
-    recipe = "cifar" if space.name == "nats" else "imagenet"
+    recipe = spaces.traits(made).recipe
     return _spec(
         space, made, _read(made, text, "model.architecture"), classes, image_size or space.image_size, options, recipe
     )
@@ -186,22 +185,12 @@ def _spec(
     options: Mapping[str, Any] | None,
     recipe: str,
 ) -> Spec:
-    if isinstance(space, HyTra):
-        name, args = "bossnet", {"encoding": retraining_encoding(list(architecture)), "width": space.stem_width}
-    elif isinstance(space, MBConv):
-        name, args = "bossnas_mbconv", {"paths": [encode(path) for path in architecture], "width": config.width}
-    elif isinstance(space, Nats):
-        name, args = "bossnas_nats", {"widths": [space.widths[choice] for path in architecture for choice in path]}
+    if hasattr(space, "network"):
+        name, args = space.network(architecture)
     else:
         file, _, kind = config.name.rpartition(":")
-        name, args = (
-            "bossnas_own",
-            {
-                "space": f"{Path(file).resolve()}:{kind}",
-                "paths": [encode(path) for path in architecture],
-                "width": config.width,
-            },
-        )
+        paths = [encode(path) for path in architecture]
+        name, args = "bossnas_own", {"space": f"{Path(file).resolve()}:{kind}", "paths": paths, "width": config.width}
     return Spec(name, {**args, **(options or {})}, classes, image_size, MEAN[recipe], STD[recipe])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -74,6 +75,7 @@ class Traits:
     ``variants``: values of the options that change how many layers it has, the usual one first.
     ``image_size`` (pixels), ``classes``, ``recipe`` (whose mean and deviation): of its published networks.
     ``as_searched``: arguments with which its network computes what the supernet did, where its definition differs.
+    ``channel_texts``: accuracy tables also write its architectures as channel numbers, such as 8:64:32:8:24.
     ``norm_before_head``: its networks normalise and rectify the last map before the classifier.
 
     A space whose networks have a definition of their own also has ``network(architecture)``: their name in timm's
@@ -86,6 +88,7 @@ class Traits:
     classes: int = 1000
     recipe: Literal["imagenet", "cifar"] = "imagenet"
     as_searched: dict[str, Any] = field(default_factory=dict)
+    channel_texts: bool = False
     norm_before_head: bool = False
 
 
@@ -99,6 +102,16 @@ def known() -> dict[str, type]:
 def traits(space: Space | type) -> Traits:
     """What is known of a space."""
     return getattr(space, "traits", None) or Traits()
+
+
+def recognise(lengths: Sequence[int]) -> tuple[str, dict[str, Any]] | None:
+    """Name and options of the built-in space whose blocks have these numbers of layers; None if there is none."""
+    for name, kind in known().items():
+        for options in traits(kind).variants:
+            space = kind(**options)
+            if [space.layers(block) for block in range(space.blocks)] == list(lengths):
+                return name, options
+    return None
 
 
 def make(name: str, *, width: float = 1.0, image_size: int, **options: Any) -> Space:

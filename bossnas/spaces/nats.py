@@ -31,6 +31,7 @@ class Nats:
         classes=10,
         recipe="cifar",
         as_searched={"skip_relu": True},  # the benchmark's skips to another width have no ReLU, the supernet's have
+        channel_texts=True,
         norm_before_head=True,
     )
 

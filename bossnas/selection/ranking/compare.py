@@ -24,14 +24,6 @@ from bossnas.spaces import Space
 from bossnas.spaces.cost import CostTable
 from bossnas.spaces.paths import Choices, decode
 
-IMAGE_SIZES = {"nats": 32, "mbconv": 224, "hytra": 224}  # pixels, as the spaces' public accuracies were measured
-CLASSES = {"nats": 10}  # otherwise ImageNet's 1000
-LENGTHS = {
-    (2, 2, 1): ("nats", "cifar10"),
-    (2, 1, 2): ("nats", "cifar100"),
-    (2, 4, 4, 4, 4): ("mbconv", "cifar10"),
-    (4, 4, 4, 4): ("hytra", "cifar10"),
-}  # layers per block -> space, split
 CHANNELS = re.compile(r"\d+(:\d+)+")
 PROXY_IMAGES = 64  # per batch; random normal, as the labels are random
 
@@ -47,32 +39,54 @@ class Comparison:
     accuracy: np.ndarray
 
 
+@dataclass(frozen=True)
+class Rated:
+    """Which ratings are compared.
+
+    ``score``, ``better``: of the files, see `tables.read_scores`. ``how``: how the scores of blocks are put together, a
+    name of HOW. ``seeds``: every source is a rating of its own, of the same search with another seed; they are summed,
+    after standardising each over the architectures that are compared. ``size_weight``: how much the sum of log channels
+    counts in the figures of rating and size.
+    """
+
+    sources: list[Path]
+    score: str | None = None
+    better: str = "higher"
+    how: str = "sum"
+    seeds: bool = False
+    size_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What is drawn: ``resamples`` of the bootstrap, and ``sample`` architectures of which the proxies ``proxies`` are
+    computed; both by ``seed``."""
+
+    resamples: int = 1000
+    proxies: Sequence[str] = ()
+    sample: int = 200
+    seed: int = 0
+
+
 def compare(
-    sources: list[Path],
+    rated_by: Rated,
     accuracy: Path,
     *,
-    space: str | None = None,
-    score: str | None = None,
-    better: str = "higher",
-    how: str = "sum",
-    seeds: bool = False,
-    size_weight: float = 1.0,
     column: str | None = None,
+    space: str | None = None,
     image_size: int | None = None,
-    seed: int = 0,
-    resamples: int = 1000,
-    proxy_names: Sequence[str] = (),
-    sample: int = 200,
+    sampling: Sampling | None = None,
 ) -> Comparison:
     """Reads ratings and accuracies, matches their architectures and computes every figure.
 
-    ``space`` names the space where the ratings are no run folder and the texts do not tell it. ``how``: how the scores
-    of blocks are put together, a name of HOW. ``seeds``: every source is a rating of its own, of the same
-    search with another seed; they are summed, after standardising each over the architectures that are compared.
-    ``size_weight``: how much the sum of log channels counts in the figures of rating and size.
+    ``column``: of the accuracies. ``space`` names the space where the ratings are no run folder and the texts do not
+    tell it; ``image_size``: of its networks, pixels (None: as published).
     Raises ConfigError for everything that cannot be read or matched.
     """
-    ratings = _read(sources, score, better, seeds)
+    sampling = sampling or Sampling()
+    sources, how, size_weight = rated_by.sources, rated_by.how, rated_by.size_weight
+    seeds, resamples, seed = rated_by.seeds, sampling.resamples, sampling.seed
+    ratings = _read(sources, rated_by.score, rated_by.better, seeds)
     first = ratings[0]
     if how != "sum" and isinstance(first, tables.TableScores):
         raise ConfigError("how", f"{sources[0]} holds one score per architecture, none of blocks", "leave it out")
@@ -88,7 +102,7 @@ def compare(
     sizes = size_baselines(costs, rated, chosen.classes)
     totals = blocks.sum(1)
     values = sum(map(combine.standardised, totals)) if seeds else totals[0]
-    name = first.name if first.name not in {*sizes, *proxy_names} else f"{first.name} (given)"
+    name = first.name if first.name not in {*sizes, *sampling.proxies} else f"{first.name} (given)"
     with_size = combine.standardised(values) + size_weight * combine.standardised(sizes["sum_log_channels"])
     scores = {name: values, f"{name} + size": with_size, **sizes}
     figures = correlation.report(scores, truth, sizes, resamples=resamples, seed=seed)
@@ -120,8 +134,8 @@ def compare(
         result["blocks"] = list(correlation.brief(alone, truth, sizes).values())
     if seeds:
         result["seeds"] = _spread(ratings, blocks, truth, sizes)
-    if proxy_names:
-        result["proxies"] = _with_proxies(chosen, rated, scores, truth, sizes, proxy_names, sample, resamples, seed)
+    if sampling.proxies:
+        result["proxies"] = _with_proxies(chosen, rated, scores, truth, sizes, sampling)
     result["definitions"] = {**correlation.DEFINITIONS, **SIZE_DEFINITIONS, "combine": HOW[how]}
     return Comparison(result, scores, truth)
 
@@ -194,41 +208,38 @@ def _choose_space(
         text = "|".join(next(iter(block)) for block in rating.blocks)
     else:
         text = next((t for t in rating.values if not CHANNELS.fullmatch(t)), next(iter(rating.values)))
-    name, split = _recognise([text, next(iter(table))])
-    size, restricted, told_by = None, True, "the architectures' texts"
+    name, options = _recognise([text, next(iter(table))])
+    size, told_by = None, "the architectures' texts"
     if named is not None:
-        name, told_by = named, "--space"
+        name, options, told_by = named, options if named == name else {}, "--space"
     elif (sources[0] / "config.json").is_file():
         config = read_config(sources[0]).space
-        name, split, restricted, told_by = config.name, config.split, config.restricted, "the run's config"
-        size = config.image_size
+        size, told_by = config.image_size, "the run's config"
+        name, options = config.name, config.model_dump(exclude={"name", "width", "image_size"})
     if name is None:
         raise ConfigError(
             "space",
             f"cannot tell the space of architectures such as {text!r}",
-            "name it: nats, mbconv, hytra or path/to/file.py:ClassName",
+            f"name it: {', '.join(spaces.known())} or path/to/file.py:ClassName",
         )
-    size = image_size or IMAGE_SIZES.get(name) or size
+    published = spaces.traits(spaces.known().get(name, object))
+    size = image_size or published.image_size or size
     if size is None and ".py:" in name:
         raise ConfigError("image_size", f"is not known for {name}", "give the side of its images, in pixels")
     # an unknown name is refused before the size matters
-    space = spaces.make(
-        name,
-        width=1.0,
-        image_size=size or 1,
-        restricted=restricted or name != "hytra",
-        split=split if name == "nats" else "cifar10",
-    )
-    return _Chosen(name, told_by, space, size, CLASSES.get(name, 1000))
+    space = spaces.make(name, image_size=size or 1, **options)
+    return _Chosen(name, told_by, space, size, published.classes)
 
 
-def _recognise(texts: list[str]) -> tuple[str | None, str]:
-    """Space and split by the layers per block of the first text that tells them; channel numbers are NATS-Bench's."""
+def _recognise(texts: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """Space and options by the layers per block of the first text that tells them, or by texts of channel numbers."""
     for text in texts:
-        known = LENGTHS.get(tuple(map(len, text.split("|"))))
+        known = spaces.recognise([len(part) for part in text.split("|")])
         if known is not None and not CHANNELS.fullmatch(text):
             return known
-    return ("nats" if any(CHANNELS.fullmatch(text) for text in texts) else None), "cifar10"
+    if any(CHANNELS.fullmatch(text) for text in texts):
+        return next(name for name, kind in spaces.known().items() if spaces.traits(kind).channel_texts), {}
+    return None, {}
 
 
 class _Reader:
@@ -372,14 +383,12 @@ def _with_proxies(
     scores: dict[str, np.ndarray],
     accuracy: np.ndarray,
     sizes: dict[str, np.ndarray],
-    names: Sequence[str],
-    count: int,
-    resamples: int,
-    seed: int,
+    sampling: Sampling,
 ) -> dict[str, Any]:
     """Figures of the proxies, and of all other scores, on the same seeded sample of the architectures."""
+    names, seed = sampling.proxies, sampling.seed
     rng = np.random.default_rng(seed)
-    rows = np.sort(rng.choice(len(architectures), min(count, len(architectures)), replace=False))
+    rows = np.sort(rng.choice(len(architectures), min(sampling.sample, len(architectures)), replace=False))
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(PROXY_IMAGES, 3, chosen.image_size, chosen.image_size, generator=generator)
     labels = torch.randint(chosen.classes, (PROXY_IMAGES,), generator=generator)
@@ -405,7 +414,7 @@ def _with_proxies(
         {**{name: score[rows] for name, score in scores.items()}, **values},
         accuracy[rows],
         {name: size[rows] for name, size in sizes.items()},
-        resamples=resamples,
+        resamples=sampling.resamples,
         seed=seed,
     )
     return {
