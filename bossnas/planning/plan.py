@@ -54,15 +54,15 @@ def plan(
     gpu: str,
     *,
     architecture: str | None = None,
-    train_images: int | None = None,
-    val_images: int | None = None,
+    images: tuple[int | None, int | None] = (None, None),
     measured: Sequence[Path] = (),
     tflops: float | None = None,
     gbps: float | None = None,
 ) -> dict[str, Any]:
     """{"rows": one for each number of GPUs, schedule and engine, "blocks", "assumptions", "limits"}, plain values.
 
-    ``architecture``: the winners to assume; ``measured``: JSON files of ``bench/step.py`` from one such GPU;
+    ``architecture``: the winners to assume; ``images``: of the training and the validation set, None: as many as in
+    ImageNet, CIFAR or the sample; ``measured``: JSON files of ``bench/step.py`` from one such GPU;
     ``tflops``, ``gbps``: see `gpus.gpu_rates`. Raises ConfigError for what the user can mend.
     """
     given = gpu_rates(gpu, tflops, gbps)
@@ -75,16 +75,10 @@ def plan(
     )  # refuses what cannot work
     if config.train.precision == "bf16" and gpu == "v100":
         raise ConfigError("train.precision", "v100 has no bfloat16", "set it to fp16")
-    space = spaces.make(
-        config.space.name,
-        width=config.space.width,
-        image_size=config.space.image_size,
-        restricted=config.space.restricted,
-        split=config.space.split,
-    )
+    space = spaces.make(**config.space.model_dump())
     winners = None if architecture is None else read_architecture(space, architecture)
     defaults = IMAGES[config.data.recipe if config.data.train else "sample"]
-    images = (train_images or defaults[0], val_images or defaults[1])
+    images = (images[0] or defaults[0], images[1] or defaults[1])
     if config.data.val_images:
         images = (images[0], min(images[1], config.data.val_images))
     if images[0] < config.train.batch * (config.train.steps_per_epoch or 1):

@@ -194,9 +194,7 @@ class Workload:
             settings = self.train.model_copy(update={"activation_checkpointing": recompute})
             with self.mode:
                 self._counted[key] = count_micro(
-                    self.online,
-                    self.target,
-                    self.predictors[block],
+                    Networks(self.online, self.target, self.predictors[block]),
                     self.space,
                     winners,
                     settings,
@@ -209,9 +207,7 @@ class Workload:
 
 
 def count_micro(
-    online: Supernet,
-    target: Supernet,
-    predictor: nn.Module,
+    networks: Networks,
     space: Space,
     winners: Sequence[Choices],
     settings: TrainConfig,
@@ -221,7 +217,7 @@ def count_micro(
     seed: int,
 ) -> Micro:
     """Runs the first micro-batch of update ``step`` of block ``len(winners)`` and counts it; on real tensors, too."""
-    block = len(winners)
+    block, (online, target, predictor) = len(winners), networks
     trained = nn.ModuleDict({**online.part(block), "predictor": predictor}).train()
     for parameter in trained.parameters():  # as from the second micro-batch on: gradients exist and are added to
         parameter.grad = torch.zeros_like(parameter)
@@ -241,7 +237,7 @@ def count_micro(
     meter = Meter("start")
     engine = _Counting(meter, settings)
     loop = train_block(
-        Networks(online, target, predictor),
+        networks,
         space,
         engine,
         iter([features]),

@@ -22,7 +22,7 @@ from bossnas.planning.ranks import Task, memory, split
 from bossnas.planning.workload import Workload, count_micro
 from bossnas.spaces.ops import GroupedBatchNorm
 from bossnas.supernet import heads, losses
-from bossnas.supernet.supernet import Item, Supernet
+from bossnas.supernet.supernet import Item, Networks, Supernet
 from bossnas.supernet.train_block import sample_paths
 
 TINY = [
@@ -98,8 +98,7 @@ def test_tensors_without_data_are_counted_like_real_ones(more, block):
     work = counts(*more)
     winners = work.winners[:block]
     found = work.micro(block, winners, 3, 8)
-    online, target, predictor = networks(work, settings)
-    real = count_micro(online, target, predictor, work.space, winners, settings.train, 3, 8, 32, 0)
+    real = count_micro(Networks(*networks(work, settings)), work.space, winners, settings.train, 3, 8, 32, 0)
     close = {"rel": 0 if settings.train.precision == "fp32" else BF16, "abs": 0}
     assert (found.kept, found.peak) == pytest.approx((real.kept, real.peak), **close)
     assert found.used == real.used

@@ -54,18 +54,15 @@ def export(
     out: Path,
     formats: Sequence[str] | None,
     *,
-    model: str | None = None,
-    options: dict[str, Any] | None = None,
-    classes: int | None = None,
-    image_size: int | None = None,
     fuse: bool = False,
     batch: int | None = None,
     force: bool = False,
+    **opening: Any,
 ) -> dict[str, Any]:
-    """Opens a network (see `pretrained.open_network` for the first arguments) and exports it: see `export_network`."""
+    """Opens a network (``opening``: what `pretrained.open_network` is to know) and exports it: see `export_network`."""
     _check_formats(FORMATS if formats is None else formats)
     _check_out(out, force)
-    network = pretrained.open_network(source, model=model, options=options, classes=classes, image_size=image_size)
+    network = pretrained.open_network(source, **opening)
     return export_network(network, out, formats, fuse=fuse, batch=batch, force=force)
 
 
