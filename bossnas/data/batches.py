@@ -317,6 +317,7 @@ class _Streamed(IterableDataset):
             yield BegunBatch.failed(error, {})
 
     def _samples(self, worker: int, notes: list[str]) -> Iterator[Sample]:
+        # a reader's first shard tells its shuffle from those of other readers, `again` from its own earlier passes
         key = [self.collate.seed, self.collate.epoch, int(self.parts[worker][0])]
         for again in count_up():
             yield from self.stream.read(self.parts[worker], [*key, again], self.buffer)

@@ -140,6 +140,7 @@ class ShardIndex:
                     if len(self._files) > OPEN_FILES:
                         os.close(self._files.popitem(last=False)[1])
                 self._files.move_to_end(shard)
+                # pread, not seek and read: forked workers share the position of a file that was open before
                 data = os.pread(self._files[shard], size, offset)
         except TAR_ERRORS as error:
             raise ConfigError(
@@ -213,6 +214,7 @@ def index_shard(path: Path, field: str) -> dict[str, np.ndarray]:
         return table
     if _kind(path) != ".tar":
         return _scan(path, field)
+    # before the scan: a shard that changes while it is read has another stamp, and its index is made anew
     stamp = _stamp(path)
     table = _scan(path, field)
     for cache in _caches(path):

@@ -239,6 +239,7 @@ class ByteStream:
                     self._chunk, self._used = chunk, 0
                     self._fetched += len(chunk)
                     return True
+                # a file or an object store that ends is at its end (sure); HTTP and a pipe end where they break, too
                 if not more_is_due or self._source.sure:
                     break
                 reason, ended = "the connection ended before the tar does", True

@@ -100,6 +100,7 @@ def _uniform(seed: int, epoch: int, samples: Sequence[int], views: Sequence[int]
     generator, at, each = np.random.Generator(bits), 0, draws // 4  # four numbers for every step of the counter
     numbers = np.empty((len(samples), max(views) + 1, draws))
     for row, sample in zip(numbers, samples, strict=True):
+        # room for MAX_VIEWS views of every sample: what a view draws does not depend on the other views asked for
         place = int(sample) * MAX_VIEWS * each
         bits.advance((place - at) % 2**256)
         generator.random(out=row)

@@ -100,6 +100,8 @@ class Guard:
         if self.alone:
             self._voted = self._signal
         else:
+            # the largest number of a signal, 0 for none, so that all ranks name the same. Not awaited here: a row that
+            # is ahead of the others goes on
             vote = torch.tensor([self._signal])
             work = torch_dist.all_reduce(vote, torch_dist.ReduceOp.MAX, group=self._group, async_op=True)
             self._votes.append((work, vote))
@@ -160,8 +162,10 @@ class Guard:
                     f"rank {dist.rank()} ends, for the launcher to start the run again; go on with "
                     "--resume auto (the limit is engine.timeout_minutes)"
                 )
+                # not print: the main thread may hang while it holds the lock of stderr
                 os.write(2, "".join(f"{line}\n" for line in lines).encode())
                 time.sleep(min(launch.GRACE_SECONDS, self.timeout))  # the other ranks may have something to say, too
+                # sys.exit would end this thread alone, and the main thread is the one that hangs
                 os._exit(1)
 
     def _others(self) -> list[str]:

@@ -103,6 +103,7 @@ def connected(mesh: Mesh, timeout_minutes: float = 30) -> Mesh:
         return mesh
     rows = [range(r * mesh.shards, (r + 1) * mesh.shards) for r in range(len(mesh.blocks))]
     timeout = timedelta(minutes=timeout_minutes)
+    # new_group is a collective of all ranks: each makes the groups of all rows, in one order, and keeps its own
     groups = [torch_dist.new_group(list(ranks), timeout=timeout) for ranks in rows]
     return replace(mesh, group=groups[mesh.row])
 
@@ -200,6 +201,7 @@ def together(function: Callable[[], T]) -> T:
         result = function()
     except ConfigError as error:
         mine = (error.field, error.problem, error.fix)
+    # also after an error: a rank that left now would leave the others waiting here
     for parts in all_gather_object(mine):
         if parts is not None:
             raise ConfigError(*parts)
@@ -224,6 +226,7 @@ def shuffle(x: Tensor, index: Tensor, group: Any = None) -> Tensor:
     rows = (rows.movedim(1, -1) if x.ndim == 4 else rows).contiguous()
     arrived, counts = torch.empty_like(rows), torch.bincount(owner[me], minlength=world).tolist()
     torch_dist.all_to_all_single(arrived, rows, counts, [len(part) for part in leaving], group=group)
+    # the inverse of `order`: from the order of arrival, by owner, back to that of `index`
     arrived = arrived[order.argsort().to(x.device)]
     return arrived.movedim(-1, 1) if x.ndim == 4 else arrived
 

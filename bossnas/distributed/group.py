@@ -65,6 +65,8 @@ def _elastic_store(timeout: timedelta) -> torch_dist.Store:
         store.set("bossnas/offer", name)
         while store.add(f"bossnas/{name}/joined", 0) < others:
             _pause(deadline)
+        # in this order: if rank 0 died between the two, an offer that is open and confirmed would lead the ranks of the
+        # next start to the dead ones
         store.set("bossnas/offer", "-")
         store.set(f"bossnas/{name}/go", "")
         return torch_dist.PrefixStore(name, store)

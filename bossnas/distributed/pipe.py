@@ -67,11 +67,13 @@ class Sender:
 
     def send(self, place: Place, x: Tensor) -> None:
         """Waits while ``most`` tensors are under way, and starts to send ``x``, which nobody may change any more."""
+        # flow control: else a fast row would keep the features of all micro-batches that it is ahead
         while len(self.under_way) >= self.most:
             self._finish()
         x = x.contiguous()
         numbers = [*place, DTYPES.index(x.dtype), x.ndim, *x.shape]
         header = torch.tensor(numbers + [0] * (WIDTH - len(numbers)), dtype=torch.int64)
+        # gloo matches by tag; NCCL knows no tags and matches by order, in which both sides post the payloads
         tag = 2 * self.count
         works = [
             torch_dist.isend(header, self.peer, group=self.link.headers, tag=tag),

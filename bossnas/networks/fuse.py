@@ -39,6 +39,7 @@ def fuse_bn(model: nn.Module, images: Tensor | None = None) -> nn.Module:
     for first, name in found:
         before, norm = fused.get_submodule(first), fused.get_submodule(name)
         if isinstance(before, SelfAttention):
+            # output channels are q, k, v (METHOD 1.1): the last third makes the values
             _fold(before.to_qkv, norm, rows=slice(2 * norm.num_features, None))
         else:
             _fold(before, norm)

@@ -79,6 +79,7 @@ class SharedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def create_state(self) -> None:
         """Zeros for the parameters as they are now; state of replaced ones is dropped."""
+        # all at once: if state came with a first gradient, a checkpoint's names would depend on the paths sampled
         self.state.clear()
         for group in self.param_groups:
             for parameter in group["params"]:

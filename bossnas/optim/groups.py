@@ -30,6 +30,8 @@ def parameter_groups(module: nn.Module, followers: nn.Module | None = None) -> l
                 {
                     "params": [parameter],
                     "name": name,
+                    # LARS multiplies a step by |w|: an attention branch's last gamma starts at 0 and would stay there,
+                    # so that its branch gets no gradient (METHOD 7.1)
                     "excluded": bool(is_norm) or name.endswith("bias"),
                     "target": targets.pop(name, None),
                 }

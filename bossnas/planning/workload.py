@@ -236,6 +236,7 @@ def count_micro(
         features = [target.features(winners, x) for x in views]
     meter = Meter("start")
     engine = _Counting(meter, settings)
+    # accumulate=2: the loop yields after the first micro-batch, before the engine takes a step
     loop = train_block(
         networks,
         space,

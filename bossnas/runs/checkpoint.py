@@ -158,6 +158,7 @@ class Saver:
                     f"rank 0 does not see the {file} that another rank wrote to {self.root}",
                     "choose a folder that all nodes share",
                 )
+        # it would push a whole one out. Once only: this reads every byte, and what this saver wrote is whole
         if not self._checked:  # a damaged one is not counted among those that are kept
             for path in _by_age(self.root):
                 if (damage := find_damage(path)) is not None:
@@ -166,9 +167,12 @@ class Saver:
             self._checked = True
         older, final = _by_age(self.root), self.root / name
         order = 1 + max((_manifest(path)["order"] for path in older), default=0)
+        # one by one, each synced: files, their folder, its name, the pointer; older ones go last. A kill in between
+        # leaves a .tmp that nobody reads, or a whole checkpoint that `latest` does not name yet
         _write(temporary / MANIFEST, json.dumps({"order": order, "files": files}, indent=2))
         sync(temporary)
         if final.exists():  # written again after a resume
+            # rename does not replace a folder with files in it; killed here, `_by_age` finds .old and `_clean` mends it
             final.rename(self.root / f"{name}.old")
         temporary.rename(final)
         sync(self.root)

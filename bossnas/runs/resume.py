@@ -68,6 +68,7 @@ def begin_at(config: Config, where: Path) -> None:
         if (source / "metrics.jsonl").exists():  # the lines after the checkpoint are dropped when it is opened
             shutil.copy(source / "metrics.jsonl", out)
         _write_winners(out, state)
+        # last: config.json comes after it (`prepare_folder`), and what is cut before that is no run and is refused
         checkpoint.copy(where, out / "checkpoints")
     except OSError as error:
         raise ConfigError(

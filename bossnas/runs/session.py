@@ -60,6 +60,7 @@ def opened(config: RunConfig | Any, is_past: Callable[[dict], bool]) -> Iterator
         ) as saver,
     ):
         yield Session(folder, metrics, saver, guard)
+        # raises the error of the last save, which `close` only logs
         saver.wait()
 
 

@@ -107,6 +107,7 @@ class _Row:
             self.prefixes[block] = state.leaders[:block]
             queue: deque[list[Tensor]] = deque()
             self.queues[block] = queue
+            # `_stream` fills the queue before each `next` of the training: popleft finds a micro-batch, never None
             self.stages[block] = train_with(run, self.positions[block], iter(queue.popleft, None), self.prefixes[block])
             if where is not None and state.step:
                 checkpoint.load_engine(where, block, self.stages[block].engine)
@@ -122,6 +123,8 @@ class _Row:
             if mesh.row + 1 < rows:
                 self.sink = Sender(link, dist.rank() + mesh.shards, queue_length)
         # the first row is at most so many steps ahead of the last one
+        # (a link holds `queue` micro-batches, its receiver one); with less lag it would wait for the others' votes,
+        # with more a stop would come later
         self.lag = -(-(rows - 1) * (queue_length + 1) // run.accumulate) + (rows > 1)
 
     @property
@@ -148,6 +151,7 @@ class _Row:
             self.step += 1
             self.job.session.guard.at(f"{name} step {self.step}")
             with self.trace.span("vote"):
+                # at `until` the rows wait for each other in any case: all votes are counted, and none stays under way
                 stop = self.job.session.guard.should_stop(0 if self.step == until else self.lag)
             for _, _, values in self.records[-len(own) :]:
                 values["waited_seconds"] = round(self.trace.waited - waited, 4)
@@ -201,6 +205,7 @@ class _Row:
         """From now on features are handed on along ``leaders``."""
         self.run.state.leaders[:] = leaders
         for block, prefix in self.prefixes.items():
+            # in place: the block's training holds this list, and samples along it from its next step on
             prefix[:] = leaders[:block]
 
     def share_weights(self) -> None:

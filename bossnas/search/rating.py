@@ -188,8 +188,10 @@ def _units_fit(run: Run, block: int, winners: Sequence[Choices], paths: Sequence
 def _key(run: Run, block: int, winners: Sequence[Choices], cut: Sequence[Unit], sizes: Sequence[int]) -> str:
     """Tells the ratings apart whose pieces do not fit together: weights, paths, images, units, settings."""
     modules = nn.ModuleList([*run.online.part(block).values(), *run.target.part(block).values(), run.predictors[block]])
+    # sums tell two states of a training apart; the prefix does not change without the block's own weights
     weights = torch.stack([p.detach().double().sum() for p in modules.parameters()]).tolist()
     settings = run.config.model_dump(mode="json", include={"seed", "space", "data", "rating", "kernels"})
+    # none of these makes other pieces: max_gib shows in `cut`, and all scores are rated whichever chooses
     for key in FREE + ("rating.score",):
         section, _, name = key.rpartition(".")
         settings.get(section, {}).pop(name, None)

@@ -126,6 +126,7 @@ def start_block(run: Run) -> tuple[Engine, Iterator[Step | None]]:
     state = run.state
 
     def inputs() -> Iterator[list[Tensor]]:
+        # epochs count on from block to block: no stage repeats the order and the views of the one before (METHOD 7.8)
         for views in train_batches(run, state.block * run.config.train.epochs, state.step):
             with stage.engine.autocast():
                 features = [run.target.features(state.winners, x) for x in views]

@@ -170,6 +170,7 @@ def train_with(run: Run, position: RunState, inputs: Iterator[list[Tensor]], pre
 
     trained = nn.ModuleDict({**run.online.part(block), "predictor": run.predictors[block]})
     followers = run.target.part(block)
+    # before `wrap`: fsdp2 trains copies of the modules, and their norms must average, too
     if train.sync_batch_norm:
         synchronise(trained, followers, average=partial(dist.average, group=run.machine.mesh.group))
     trained, followers = engine.wrap(trained, followers, optimizer)

@@ -19,6 +19,7 @@ from bossnas.runs.ratings import BlockRating
 from bossnas.spaces.cost import COSTS, Cost, CostTable, Start
 from bossnas.spaces.paths import Choices, decode, encode
 
+# int64 has 13 bits more: a sum over blocks does not overflow, and the order of adding does not show
 SCORE_BITS = 50  # scores are added as multiples of 2**-50 of the power of two above the largest
 NO_LIMIT = 2**62
 

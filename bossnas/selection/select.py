@@ -247,6 +247,7 @@ def _completed(
             chunk = rows[begin : begin + 512]
             fits = (chunk[:, 1:] <= left[:, None]).all(2)  # [options, chunk]
             done = fits.any(1)
+            # rows come by score, the best first: the first that fits is the best that fits
             result += zip(open_options[done].tolist(), chunk[fits[done].argmax(1), 0].tolist(), strict=True)
             open_options, left = open_options[~done], left[~done]
     return result
@@ -310,6 +311,8 @@ def _merge(options: Options, rest: list[Completions], budget: np.ndarray, column
             fits = np.flatnonzero((sums[:, 1:] <= budget).all(1))
             option, row = np.divmod(fits, len(there.rows))
             rows = np.concatenate([result.rows, sums[fits]])
+            # exact: scores and costs add up, and what can follow depends on the start alone, so behind any prefix a
+            # dominated way can be exchanged for the one that dominates it (Bellman's principle)
             keep = nondominated(rows)
             result = Completions(
                 rows[keep],

@@ -82,6 +82,7 @@ class CostTable:
             following: dict[Start, list[Choices]] = {}
             for start, winners in starts.items():
                 for path in start.paths if block + 1 < space.blocks else ():
+                    # any winners that lead to a start stand for all: what may follow and its cost depend on the start
                     following.setdefault(table.after(block, start, path), [*winners, path])
             starts = following
         return table

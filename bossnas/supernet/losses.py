@@ -18,6 +18,7 @@ def ensemble_loss(predicted: Sequence[Tensor], projections: Sequence[Tensor]) ->
     ``predicted``: of P paths, ``projections``: of the target network along all T paths of the step, each [N, D]. The
     ensemble target is the mean over T of the L2-normalised projections. -> [P], means over the images, in [-2, 2].
     """
+    # one call for all paths: they share one target, which is detached, and in float32 or more even under autocast
     return byol_ensemble_loss(torch.stack(list(predicted)), torch.stack(list(projections)))
 
 
@@ -29,6 +30,7 @@ def instance_loss(a: Sequence[Tensor], b: Sequence[Tensor], temperature: float) 
     images are those of this micro-batch on this rank.
     """
     first, second = (F.normalize(full(torch.stack(list(x))), dim=-1) for x in (a, b))
+    # autocast would have bmm round the embeddings to 16 bits, and dividing by the temperature enlarges that error
     with torch.autocast(first.device.type, enabled=False):
         agreement = torch.bmm(first, second.mT) / temperature  # [P, N, N]
         rows, columns = agreement.log_softmax(2), agreement.log_softmax(1)

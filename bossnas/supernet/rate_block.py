@@ -105,6 +105,7 @@ def rate_block(
         networks,
         len(winners),
         paths,
+        # not cut by ranks: a product over another batch may round otherwise, and scores would depend on the ranks
         units(paths, how.most or len(paths)),
         how.temperature,
         Statistics(recording=False),
@@ -113,6 +114,8 @@ def rate_block(
     pieces = dict(pieces or {})
     count, rank, world = len(validation.sizes), dist.rank(), dist.world_size()
     pending = [b for b in range(count) if len(rating.missing(pieces, "online", b))]
+    # a wave gives each rank a batch; in a short last one several ranks divide the units of a batch. All ranks go
+    # through the waves in step, since they exchange what they find
     waves = [pending[i : i + world] for i in range(0, len(pending), world)]
     mine = [wave[rank % len(wave)] for wave in waves]
     calibrated: set[int] = set()
@@ -134,8 +137,10 @@ def rate_block(
             calibrated |= new
             advance(pieces, sum(len(rating.units[u].rows) for u in new))
             x = target.features(winners, torch.cat(list(views)))
+            # target first, on all ranks: the population centre needs the projections of all paths (METHOD 4)
             for network, of_ranks in shares.items():
                 results = rating.run(network, batch, of_ranks[rank], x, pieces)
+                # as many exchanges as the longest share has units: a rank that is done must still take part in each
                 for _ in range(max(map(len, of_ranks))):
                     found: Pieces = {}
                     for piece in dist.all_gather_object(next(results, {})):
@@ -181,8 +186,10 @@ class _Rating:
                 projections = networks.target.project(self.block, items, features, self.of_target.at(unit))
                 u, t = number[unit], losses.full(torch.stack(projections))
                 pooled = [losses.full(f.mean((2, 3))) for f in features]
+                # the centre needs the sum alone: [2n, D] travels and is kept, not [P, 2n, D]
                 yield {("target", batch, u): self._view_scores(t, pooled).cpu(), ("sum", batch, u): t.sum(0).cpu()}
         elif share:
+            # added in the order of the units, whichever rank made them: a float sum's last bits depend on its order
             sums = [pieces["sum", batch, u] for u in range(len(self.units))]
             centres = (torch.stack(sums).sum(0) / len(self.paths)).to(x.device).chunk(2)
             for unit, items, features in _features(networks.online, self.block, self.paths, chosen, x, self.of_online):
@@ -209,6 +216,7 @@ class _Rating:
 
     def collect(self, pieces: Pieces, sizes: Sequence[int]) -> dict[str, dict[Choices, float]]:
         """The means over the images, summed in the order of the batches."""
+        # float64, and added batch by batch whoever rated them: the same bits on any number of ranks, and after a resume
         total = torch.zeros(len(self.paths), len(scores.BETTER), dtype=torch.float64)
         for batch, size in enumerate(sizes):
             for u, unit in enumerate(self.units):

@@ -60,6 +60,8 @@ class Supernet(nn.Module):
         ``stats`` records batch-norm statistics, or supplies those recorded for the same items in the same order.
         ``recompute``: a backward pass computes a candidate's inner maps again instead of keeping them.
         """
+        # the same tensor object is the same input; comparing values would wait for the device. `items` keeps all
+        # tensors alive, so no id comes twice
         keys: list[Hashable] = [id(item.x) for item in items]
         nodes = {key: (item.x, item.groups) for key, item in zip(keys, items, strict=True)}
         if start is None and self._has_stem(block):
@@ -69,6 +71,7 @@ class Supernet(nn.Module):
         layers = list(self.blocks[block])
         for depth in range(start or 0, len(layers) if stop is None else stop):
             parents = keys
+            # a node is its parent and its choice: behind other choices the same candidate sees another map
             keys = [(key, item.path[depth]) for key, item in zip(keys, items, strict=True)]
             inputs = {key: nodes[parent] for key, parent in zip(keys, parents, strict=True)}
             choices = {key: item.path[depth] for key, item in zip(keys, items, strict=True)}
@@ -114,6 +117,7 @@ class Supernet(nn.Module):
     def replaced(self, block: int, part: nn.ModuleDict) -> Supernet:
         """The same network, sharing all modules but those of the block, which come from ``part`` (see `part`)."""
         other = copy.copy(self)
+        # copy.copy shares the table of submodules: without a table of its own the assignments below would change `self`
         other._modules = dict(self._modules)
         other.blocks = nn.ModuleList(part["block"] if b == block else layers for b, layers in enumerate(self.blocks))
         other.projectors = nn.ModuleList(
@@ -136,6 +140,8 @@ class Supernet(nn.Module):
 
     def freeze(self, block: int) -> None:
         """Ends a block's training: evaluation mode, no gradients."""
+        # evaluation mode: norms read their buffers (in the target the winner's calibrated statistics), so the features
+        # of an image do not depend on the images beside it (METHOD 3.3: the prefix is frozen)
         self.part(block).eval().requires_grad_(False)
 
     def _has_stem(self, block: int) -> bool:
@@ -146,10 +152,14 @@ class Supernet(nn.Module):
         """Runs ``call(x, choice, groups, stats)`` once per (choice, shape, group size); returns the outputs by key."""
         batches: dict[tuple, list] = {}
         for key, (x, groups) in inputs.items():
+            # batch norm cuts a batch into equal groups, so maps that share it have one shape and one group size: then
+            # each item has the statistics that it would have alone
             batches.setdefault((choices[key], x.shape[1:], x.shape[0] // groups), []).append(key)
         outputs = {}
         for (choice, shape, _), keys in batches.items():
             xs, groups = zip(*(inputs[key] for key in keys), strict=True)
+            # the choice is in the place, since candidates may share modules (METHOD 1.2: a shortcut); the group size
+            # is not, since calibration and evaluation batches differ in it
             own = None if stats is None else stats.at((place, choice, *shape))
             y = call(xs[0] if len(xs) == 1 else torch.cat(xs), choice, sum(groups), own)
             for key, piece, g in zip(keys, y.split([x.shape[0] for x in xs]), groups, strict=True):
@@ -167,4 +177,6 @@ class Networks(NamedTuple):
 
 def recomputed(function: Callable, *args: object) -> Tensor:
     """``function(*args)``, of which a backward pass computes the inner values again."""
+    # not reentrant: that form gives no gradients where no input needs one, as behind a frozen prefix. The generator's
+    # state is not kept, since no layer draws numbers; one with dropout would need it
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

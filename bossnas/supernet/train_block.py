@@ -119,11 +119,14 @@ def train_block(
                 _check_paths(paths, block, micro, group)
             features = next(inputs)
             n = len(features[0])
+            # METHOD 3.3, as the shuffled batch norm of MoCo (He et al. 2020): if both networks normalised the same
+            # images together, the shared batch statistics would help them match without learning
             order = None
             if ranks > 1:
                 rng = np.random.default_rng([seed, SHUFFLE, block, micro])
                 order = torch.from_numpy(rng.permutation(n * ranks))
 
+            # of all paths before any chunk of them trains: the ensemble target is the mean over all (METHOD 3.3)
             targets_a, targets_b = [], []
             if settings.objective != "instance":
                 with torch.no_grad(), engine.autocast():
@@ -137,14 +140,18 @@ def train_block(
                 with engine.autocast():
                     projections = online.embed(block, items, recompute=settings.activation_checkpointing)
                     loss = _loss(settings, predictor, projections, targets_a, targets_b)
+                # `last` once in an update, in its last backward pass: FSDP2 and DeepSpeed end the accumulation there
                 engine.micro(loss, last=m == accumulate - 1 and chosen.stop == len(paths))
+                # the gradient is that of the sum over the paths, the reported loss their mean (METHOD 3.3)
                 loss_sum += loss.detach() / len(paths)
+                # one path stands for its chunk: all paths of a block share its projector
                 spread_sum += losses.spread(projections[0].detach()) * len(chosen) / len(paths)
             seen += n * ranks
             if m < accumulate - 1:
                 yield None
 
         epoch = state.step // steps_per_epoch
+        # `micro` is now that of the update's last micro-batch, by which METHOD 3.4 counts
         lr = learning_rate(settings.lr, epoch, settings.epochs, micro, warmup)
         momentum = ema_momentum(micro, total * accumulate, settings.ema)
         outcome = engine.step(lr, momentum)

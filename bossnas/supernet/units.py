@@ -28,6 +28,7 @@ def units(paths: Sequence[Choices], most: int) -> list[Unit]:
             below.setdefault(paths[row][len(prefix)], []).append(row)
         run: list[int] = []
         for choice, subtree in below.items():
+            # the run is closed before a larger subtree is cut: units stay in the trie's order (`rate_block._features`)
             if run and len(run) + len(subtree) > most:
                 result.append(Unit(prefix, tuple(run)))
                 run = []

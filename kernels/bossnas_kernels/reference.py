@@ -297,6 +297,7 @@ def lars_update(
     if not live:
         return
     weights, gradients, momenta = ([tensors[i] for i in live] for tensors in (weights, gradients, momenta))
+    # trust ratio (You et al. 2017; METHOD 3.5). `live` keeps g_norm off 0: the quotient is never 0 / 0
     scale = [lr if excluded[i] else lr * trust * w_norm[i] / (g_norm[i] + weight_decay * w_norm[i]) for i in live]
     updates = torch._foreach_mul(weights, [0.0 if excluded[i] else weight_decay for i in live])
     torch._foreach_add_(updates, gradients)

@@ -51,6 +51,7 @@ class DDPEngine:
     def step(self, lr: float, ema: float = 1.0) -> Outcome:
         average_gradients(self._parameters, self.group)
         outcome = self._scale.run(self._optimizer, self._optimizer.step, lr, ema)
+        # None, not zeros: `average_gradients` sends every gradient that exists
         self._optimizer.zero_grad(set_to_none=True)
         return outcome
 
@@ -78,6 +79,7 @@ def average_gradients(parameters: list[nn.Parameter], group: Any = None) -> None
     world = dist.world_size(group)
     if world == 1 or not parameters:
         return
+    # agreed on first: a rank that lacks one gradient would otherwise send a `flat` of another size
     used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
     dist.all_reduce_max(used, group)
     chosen = [p for p, flag in zip(parameters, used.tolist(), strict=True) if flag]

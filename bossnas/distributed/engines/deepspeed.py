@@ -144,6 +144,7 @@ def _zero_config(zero: Any) -> dict:
     if not isinstance(zero, dict):
         raise ConfigError(field, f"is {zero!r}", 'write {"stage": 0}, 1 or 2')
     stage = zero.get("stage", 0)
+    # ZeRO 3 does not clear its flat gradients: a parameter without gradient meets that of an earlier step there
     if stage == 3:
         raise ConfigError(
             f"{field}.stage",
@@ -230,6 +231,8 @@ class DeepSpeedEngine:
         return protocol.autocast(self._kind, self.precision)
 
     def micro(self, loss: Tensor, last: bool) -> None:
+        # the boundary is said, not counted, since a micro-batch may come in several calls; `backward` divides by the
+        # accumulation itself
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(self._engine(loss * self._scale.value))
 
@@ -251,6 +254,7 @@ class DeepSpeedEngine:
 
     def load(self, state: dict[str, Tensor]) -> None:
         self._client.load_full_state(self._scale.take_from(state))
+        # `wrap` copied the share from the weights, which a checkpoint may have replaced since
         if self.sharded:
             self._optimizer.refresh_fp32_params()
 

@@ -82,6 +82,7 @@ class FSDP2Engine:
         return protocol.autocast(self._kind, self.precision)
 
     def micro(self, loss: Tensor, last: bool) -> None:
+        # the last pass reduces what all passes added up: FSDP2's root also visits the units that this one did not use
         self._roots[0].set_requires_gradient_sync(last)
         (loss * (self._scale.value / self.accumulate)).backward()
 

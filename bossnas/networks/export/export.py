@@ -33,6 +33,8 @@ FUSABLE = ("onnx", "torchscript", "torch_export")  # the others hold weights und
 # Largest difference of logits, of the largest logit where that is above 1. Files that hold the weights as they are are
 # computed by the same code; the rest may sum in another order.
 LIMITS = {"safetensors": 1e-6, "standalone": 1e-5, "hub": 1e-5, "onnx": 1e-4, "torchscript": 1e-4, "torch_export": 1e-4}
+# Two sizes show a batch dimension that a converter made constant. The larger one is traced: torch.export makes a
+# dimension of size 1 constant.
 BATCHES = (1, 3)  # images of the two comparisons
 OPSET = 18  # the oldest that torch writes without converting
 ONE_FILE = 2**31 - 2**20  # bytes that an ONNX file holds; larger weights lie beside it
