@@ -1,4 +1,4 @@
-"""Augmented views of images (METHOD §3.1): what is random about them, and how the CPU makes them.
+"""Augmented views of images (METHOD 3.1): what is random about them, and how the CPU makes them.
 
 All random parameters of a view (its look) are drawn beforehand, in `Recipe.draw`, from (seed, epoch, sample, view) and
 nothing else. `reference` says by Pillow's and torchvision's operations what view a look describes; `paint`

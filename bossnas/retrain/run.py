@@ -30,7 +30,7 @@ from bossnas.retrain import inherit
 from bossnas.retrain.batches import check_labels, count_classes, train_batches, train_transform
 from bossnas.runs import checkpoint, session
 from bossnas.runs.folder import prepare_folder
-from bossnas.runs.resume import check_data, claim
+from bossnas.runs.resume import check_data, claim, go_back
 from bossnas.runs.session import Machine
 from bossnas.spaces import cost
 
@@ -275,12 +275,8 @@ def prepare(run: Retraining, folder: Path) -> None:
     session.require_room(run.config, size)
     prepare_folder(folder, run.config)
     write_json(folder / NETWORK, run.network.spec.to_json())
-    if run.where is not None and (newer := checkpoint.rewind(run.where)):
-        logger.info(
-            "%s: going back to checkpoint %s, newer ones are removed: %s", folder, run.where.name, ", ".join(newer)
-        )
-        for name in RESULTS:
-            (folder / name).unlink(missing_ok=True)
+    if run.where is not None and checkpoint.newer(run.where):
+        go_back(run.where, RESULTS)
 
 
 def weights(run: Retraining) -> dict[str, Tensor]:

@@ -166,7 +166,7 @@ class Saver:
                     _remove(path)
             self._checked = True
         older, final = _by_age(self.root), self.root / name
-        order = 1 + max((_manifest(path)["order"] for path in older), default=0)
+        order = 1 + max((_manifest(path).get("order", 0) for path in older), default=0)
         # one by one, each synced: files, their folder, its name, the pointer; older ones go last. A kill in between
         # leaves a .tmp that nobody reads, or a whole checkpoint that `latest` does not name yet
         _write(temporary / MANIFEST, json.dumps({"order": order, "files": files}, indent=2))
@@ -291,14 +291,20 @@ def load_engine(path: Path, block: int, engine: Engine) -> None:
     engine.load({name.removeprefix(f"momentum.{block}."): tensor for name, tensor in tensors.items()})
 
 
+def newer(path: Path) -> list[Path]:
+    """The checkpoints of its folder that were written after ``path``, which has no damage."""
+    order = _manifest(path)["order"]
+    # one whose manifest is damaged has no order: it is passed over where a run goes on, and removed by the next save
+    return [other for other in _by_age(path.parent) if _manifest(other).get("order", 0) > order]
+
+
 def rewind(path: Path) -> list[str]:
     """Makes checkpoint ``path`` the latest of its folder and removes the newer ones; returns their names."""
-    order, root = _manifest(path)["order"], path.parent
-    _point(root, path.name)
-    newer = [other for other in _by_age(root) if _manifest(other)["order"] > order]
-    for other in newer:
+    removed = newer(path)
+    _point(path.parent, path.name)
+    for other in removed:
         _remove(other)
-    return [other.name for other in newer]
+    return [other.name for other in removed]
 
 
 def copy(path: Path, root: Path) -> None:

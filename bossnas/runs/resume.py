@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from bossnas.config.search import Config
@@ -48,13 +49,7 @@ def begin_at(config: Config, where: Path) -> None:
     out, source = Path(config.out), where.parent.parent
     state = checkpoint.read_state(where)
     if source.resolve() == out.resolve():
-        newer = checkpoint.rewind(where)
-        if newer:
-            logger.info(
-                "%s: going back to checkpoint %s, newer ones are removed: %s", out, where.name, ", ".join(newer)
-            )
-        for name in ("done", "architecture.json"):
-            (out / name).unlink(missing_ok=True)
+        go_back(where, ("done", "architecture.json"))
         for file in (out / "ratings").glob("block_*"):
             if not _was_there(file.name, state, config):
                 file.unlink()
@@ -77,6 +72,16 @@ def begin_at(config: Config, where: Path) -> None:
             "make room, or choose another folder, and begin again with an empty one",
         ) from None
     logger.info("%s begins from checkpoint %s", out, where)
+
+
+def go_back(where: Path, results: Sequence[str]) -> None:
+    """Leaves a run as it was at its checkpoint ``where``: without its ``results`` and the newer checkpoints."""
+    out = where.parent.parent
+    # results first: a run that is killed in between goes on, while one that has "done" would count as finished
+    for name in results:
+        (out / name).unlink(missing_ok=True)
+    if removed := checkpoint.rewind(where):
+        logger.info("%s: going back to checkpoint %s, newer ones are removed: %s", out, where.name, ", ".join(removed))
 
 
 def _named(path: Path) -> tuple[Path, Path]:

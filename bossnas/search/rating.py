@@ -77,7 +77,7 @@ def rate(
             run.networks(block),
             winners,
             paths,
-            _Calibration(run),
+            Calibration(run),
             validation,
             RatingOptions(
                 settings.temperature, most, lambda: autocast(run.machine.device.type, run.config.train.precision)
@@ -114,7 +114,7 @@ def write(folder: Path, run: Run, block: int, scores: Scores, name: str, prefix:
         )
 
 
-class _Calibration(Sequence):
+class Calibration(Sequence):
     """The fixed calibration batches of training images (METHOD 4): whole batches, or one of all the images. They are
     made once and stay in the CPU's memory."""
 

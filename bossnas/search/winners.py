@@ -9,7 +9,7 @@ from bossnas.distributed import dist
 from bossnas.distributed.engines.protocol import autocast
 from bossnas.files import write_json
 from bossnas.log import logger
-from bossnas.search.rating import Scores, _Calibration, write
+from bossnas.search.rating import Calibration, Scores, write
 from bossnas.search.run import Run
 from bossnas.spaces.paths import Choices, encode
 from bossnas.supernet.rate_block import best, calibrate
@@ -60,6 +60,6 @@ def calibrate_path(run: Run, block: int, prefix: Sequence[Choices], path: Choice
     """Writes the path's calibrated batch-norm statistics into the target block's buffers. The blocks before it are in
     evaluation mode with those of ``prefix``."""
     with autocast(run.machine.device.type, run.config.train.precision):  # as when the path was rated
-        features = [run.target.features(prefix, x) for x in _Calibration(run)]
+        features = [run.target.features(prefix, x) for x in Calibration(run)]
         of_target, _ = calibrate(run.networks(block), block, [path], [Unit((), (0,))], features)
     of_target.write()

@@ -66,12 +66,12 @@ def calibrate(
     of_target, of_online = [], []
     for x in features:
         of_target.append(Statistics())
-        for unit, items, features in _features(target, block, paths, chosen, x, of_target[-1]):
-            target.project(block, items, features, of_target[-1].at(unit), last=False)
+        for unit, items, ends in _features(target, block, paths, chosen, x, of_target[-1]):
+            target.project(block, items, ends, of_target[-1].at(unit), last=False)
         of_online.append(Statistics())
-        for unit, items, features in _features(online, block, paths, chosen, x, of_online[-1]):
+        for unit, items, ends in _features(online, block, paths, chosen, x, of_online[-1]):
             stats = of_online[-1].at(unit)
-            _predict(predictor[:-1], online.project(block, items, features, stats), stats)
+            _predict(predictor[:-1], online.project(block, items, ends, stats), stats)
     return Statistics.average(of_target), Statistics.average(of_online)
 
 
@@ -94,10 +94,10 @@ def rate_block(
     ``winners`` (those of the blocks before this one, never of this block itself). Instance discrimination, view
     agreement and effective rank are those of the target network, within each batch.
 
-    Ranks rate different batches, and where there are fewer batches than
-    ranks, different units; all return the same scores, to the bit those of one rank. ``pieces`` is what an earlier call
-    has already rated, with the same units; ``advance(pieces, n)`` is called with all pieces so far whenever n more
-    paths have been calibrated or have passed one network for one batch, on all ranks alike.
+    Ranks rate different batches, and where there are fewer batches than ranks, different units; all return the same
+    scores, to the bit those of one rank. ``pieces`` is what an earlier call has already rated, with the same units;
+    ``advance(pieces, n)`` is called with all pieces so far whenever n more paths have been calibrated or have passed
+    one network for one batch, on all ranks alike.
     """
     how = how or RatingOptions()
     target = networks.target

@@ -103,8 +103,8 @@ class Supernet(nn.Module):
         """
         projector = self.projectors[block]
         nodes = {i: (x, item.groups) for i, (x, item) in enumerate(zip(features, items, strict=True))}
-        last = {i: item.path[-1] for i, item in enumerate(items)}
-        out = self._batched(nodes, last, projector.pool, stats, "pool")
+        ends = {i: item.path[-1] for i, item in enumerate(items)}
+        out = self._batched(nodes, ends, projector.pool, stats, "pool")
         mlp = projector.mlp if last else projector.mlp[:-1]
         rows = self._batched(out, {i: 0 for i in out}, lambda x, _, *rest: mlp(x, *rest), stats, "mlp")
         return [rows[i][0] for i in range(len(items))]

@@ -135,7 +135,7 @@ def test_the_prefix_goes_on_training_and_the_target_follows_with_its_own(images,
     assert ours.requires_grad and not theirs.requires_grad and not torch.equal(ours, theirs)
     assert 0.5 < ours.std() / theirs.std() < 2, "both have the statistics of the batch"
     study.rate_all(run, setting)
-    (x,) = study.rating._Calibration(run)
+    (x,) = study.rating.Calibration(run)
     calibrated = run.target.features([(3, 5)], x)
     run.target.part(0).train()
     assert torch.allclose(run.target.features([(3, 5)], x), calibrated, atol=0.05), "it is calibrated where it is now"

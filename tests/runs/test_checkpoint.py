@@ -286,3 +286,13 @@ def test_two_ranks_with_shares_and_one_rank_without(tmp_path):
     for name, tensor in {**truth.state_dict(), **checkpoint.momentum(0, reference)}.items():
         got = {**alone.state_dict(), **checkpoint.momentum(0, other)}[name]
         torch.testing.assert_close(got, tensor, rtol=1e-6, atol=1e-7)  # sums over ranks round differently
+
+
+def test_going_back_passes_over_a_neighbour_whose_manifest_is_damaged(tmp_path):
+    for step in range(4):
+        save(tmp_path, f"step-{step}", step, keep=9)
+    (tmp_path / "step-2/manifest.json").write_text("{")
+    assert checkpoint.rewind(tmp_path / "step-1") == ["step-3"]
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-1"
+    assert step_of(save(tmp_path, "step-4", 4, keep=9)) == 4
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step-0", "step-1", "step-4"]

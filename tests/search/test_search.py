@@ -421,7 +421,7 @@ def test_calibration_uses_whole_batches(tmp_path):
                 "space.name=nats",
             )
         )
-        assert [len(x) for x in rating._Calibration(run)] == sizes
+        assert [len(x) for x in rating.Calibration(run)] == sizes
 
 
 def test_a_collapse_is_reported(caplog):

@@ -244,3 +244,13 @@ def test_a_wide_convolution_of_a_small_map_is_a_convolution():
         weight = torch.randn_like(truth)
         for a, b in zip(*(torch.autograd.grad((t * weight).sum(), [x, wide.weight]) for t in (y, truth)), strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_projections_without_the_last_layer_are_the_hidden_units():
+    space, net = make("nats")
+    items = [Item(path, torch.randn(2, 3, 32, 32, dtype=torch.float64)) for path in ((0, 1), (7, 3))]
+    features = net.forward(0, items)
+    hidden = net.project(0, items, features, last=False)
+    assert [tuple(rows.shape) for rows in hidden] == [(2, 16)] * 2
+    for rows, whole in zip(hidden, net.project(0, items, features), strict=True):
+        assert torch.allclose(net.projectors[0].mlp[-1](rows), whole)
