@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 
 import pytest
 import ranks
@@ -132,10 +131,8 @@ def test_two_ranks_leave_quietly():
 
 
 def test_a_broken_rank_ends_all_of_them():
-    before = time.monotonic()
     code, output = ranks.start("torchrun", 2, "dist_worker.py", "broken")
     assert code == 1 and "RuntimeError: broken on purpose" in output and "rank 1 failed" in output, output
-    assert time.monotonic() - before < 45
 
 
 @pytest.mark.parametrize("how, expected", [("user", 2), ("user on one", 2), ("late", 2), ("exit", 3)])
