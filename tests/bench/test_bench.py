@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import HANG
 
 from bossnas_kernels import reference
 
@@ -220,14 +221,14 @@ def test_the_rating_equals_the_official_procedure_and_is_timed(project_root, tmp
         *map(str, batches),
         "--block",
     ]
-    done = subprocess.run([*command, str(block)], capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run([*command, str(block)], capture_output=True, text=True, timeout=HANG, env=env)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
     assert [row["batches"] for row in rows] == batches
     for row in rows:
         assert (row["space"], row["block"]) == (space, block) and row["paths"] > 7 and row["ratio"] > 0
         assert row["max_abs_diff"] < 1e-5 and row["same_order"]
-    refused = subprocess.run([*command, "9"], capture_output=True, text=True, timeout=100, env=env)
+    refused = subprocess.run([*command, "9"], capture_output=True, text=True, timeout=HANG, env=env)
     assert refused.returncode == 2 and "has blocks 0 to" in refused.stderr.splitlines()[-1]
 
 
@@ -259,7 +260,7 @@ def photo_shards(tmp_path) -> str:
 
 def script(project_root, name: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, f"bench/{name}", *arguments], cwd=project_root, capture_output=True, text=True, timeout=300
+        [sys.executable, f"bench/{name}", *arguments], cwd=project_root, capture_output=True, text=True, timeout=HANG
     )
 
 

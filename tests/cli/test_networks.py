@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import HANG
 from safetensors.torch import load_file
 
 from bossnas import cli
@@ -138,7 +139,7 @@ def test_two_ranks_evaluate_alike(trained, tmp_path, project_root):
     for ranks, start in front.items():
         file = tmp_path / f"{ranks}.json"
         done = subprocess.run(
-            [*start, *common, "--json", str(file)], env=environment, capture_output=True, text=True, timeout=120
+            [*start, *common, "--json", str(file)], env=environment, capture_output=True, text=True, timeout=HANG
         )
         assert done.returncode == 0, done.stderr
         found[ranks] = json.loads(file.read_text())

@@ -13,7 +13,7 @@ import threading
 import pytest
 import torch
 from checkpoint_worker import go, trained
-from ranks import start
+from ranks import HANG, start
 
 from bossnas.errors import ConfigError
 from bossnas.runs import checkpoint, tensorfiles
@@ -84,7 +84,7 @@ def test_training_goes_on_while_the_thread_writes(tmp_path, monkeypatch):
     go_on, real, written = threading.Event(), tensorfiles.write, []
 
     def slow(folder, *args):
-        go_on.wait(60)
+        go_on.wait(HANG)
         real(folder, *args)
         written.append(folder.name)
 
@@ -248,7 +248,7 @@ def test_going_on_with_an_engine_equals_not_stopping(tmp_path):
 
 
 def test_kill_9_at_any_moment_leaves_a_whole_one(tmp_path):
-    code, output = start("python", 1, "checkpoint_worker.py", "kills", str(tmp_path), timeout=200)
+    code, output = start("python", 1, "checkpoint_worker.py", "kills", str(tmp_path))
     assert code == 0, output
     outcome = json.loads((tmp_path / "outcome.json").read_text())
     assert len(outcome) == 10
@@ -267,7 +267,7 @@ def test_two_ranks_with_shares_and_one_rank_without(tmp_path):
     saver = checkpoint.Saver(tmp_path / "single", 1)
     saver.save("a", {**module.state_dict(), **checkpoint.momentum(0, engine)}, {})
     saver.close()
-    code, output = start("torchrun", 2, "checkpoint_worker.py", "ranks", str(tmp_path), timeout=200)
+    code, output = start("torchrun", 2, "checkpoint_worker.py", "ranks", str(tmp_path))
     assert code == 0, output
 
     path = tmp_path / "plain/a"
