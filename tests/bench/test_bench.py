@@ -59,6 +59,7 @@ def test_every_benchmark_has_right_kernels_and_baselines_on_a_cpu(bench, monkeyp
     assert result["baselines"] and not any("failed" in baseline for baseline in result["baselines"].values())
 
 
+@pytest.mark.quick
 def test_compare_flags_what_became_slower(bench, tmp_path, capsys):
     _, report = quick(bench, tmp_path / "new.json")
     for position, result in enumerate(report["results"]):
@@ -135,6 +136,7 @@ def test_cases_left_out_for_lack_of_time_are_named(bench, tmp_path):
     assert code == 0 and len(report["left_out"]) + len(report["results"]) == 8 and report["left_out"]
 
 
+@pytest.mark.quick
 def test_verdicts(bench):
     timing = importlib.import_module("timing")
     side = timing.Side(run=lambda inputs: ())

@@ -67,6 +67,7 @@ def trained(tmp_path_factory):
     return folder, config, sets
 
 
+@pytest.mark.quick
 def test_retrain_evaluate_export(trained, tmp_path, capfd):
     folder, config, sets = trained
     found = json.loads((folder / "result.json").read_text())
@@ -179,6 +180,7 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path, capfd, trained):
     assert "timm knows no" in refused(capfd, "evaluate", tmp_path / "good.pth", "--model", "bosnet", "--val", shards)
 
 
+@pytest.mark.quick
 def test_other_mistakes_are_refused_in_one_line(tmp_path, capfd, trained):
     folder, config, sets = trained
     assert "model" in refused(capfd, "retrain", "--config", config, "--set", f"out={tmp_path / 'a'}")

@@ -160,6 +160,7 @@ def test_global_batches_are_the_same_for_any_ranks_and_workers(sample, world, wo
     assert same(one_epoch(sample, world, workers, views_on=views_on), reference)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("recipe", [views.recipe("imagenet", 48), views.recipe("cifar", 32)])
 def test_every_place_makes_the_same_views(tmp_path, recipe):
     for shard in range(2):
@@ -199,12 +200,14 @@ def test_where_views_are_made_by_default():
     assert collate.place("worker_crops", torch.device("cuda")) == "worker_crops"
 
 
+@pytest.mark.quick
 def test_global_batches_change_with_epoch_and_seed(sample):
     reference = one_epoch(sample, 1, 0)
     assert not same(one_epoch(sample, 1, 0, epoch=3), reference)
     assert not same(one_epoch(sample, 1, 0, seed=6), reference)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 0)])
 def test_resuming_continues_exactly(sample, world, workers):
     whole = one_epoch(sample, 1, 0)
@@ -344,6 +347,7 @@ def test_a_shard_that_breaks_under_the_run_is_named(tmp_path, workers):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.quick
 def test_fixed_batches(sample):
     options = dict(seed=4, batch=20, count=50, shuffle=True)
     first = list(fixed(sample.train, IMAGENET, [0, 2], 2, **options))

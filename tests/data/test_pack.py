@@ -42,6 +42,7 @@ def image_folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), each: in
     return root
 
 
+@pytest.mark.quick
 def test_pack_and_read_back(tmp_path):
     image_folder(tmp_path / "images" / "train")
     image_folder(tmp_path / "images" / "val", ("dog",), 3)
@@ -92,6 +93,7 @@ def test_pack_without_classes_and_with_bad_images(tmp_path, caplog):
     assert {index.read(i)[2] for i in range(5)} == {None}
 
 
+@pytest.mark.quick
 def test_pack_resumes_and_redoes_a_torn_shard(tmp_path):
     image_folder(tmp_path / "images", each=12)
     pack(tmp_path / "images", tmp_path / "whole", 1, progress=False)
@@ -127,6 +129,7 @@ def test_pack_stopped_in_the_first_shard_resumes(tmp_path, monkeypatch):
     assert pack(tmp_path / "images", tmp_path / "out", 1, progress=False)["splits"]["train"]["samples"] == 12
 
 
+@pytest.mark.quick
 def test_pack_refuses_to_overwrite(tmp_path):
     image_folder(tmp_path / "images")
     pack(tmp_path / "images", tmp_path / "out", progress=False)

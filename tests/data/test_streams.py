@@ -26,6 +26,8 @@ from bossnas.data.shards import ShardIndex
 from bossnas.data.streams import Sample, ShardStream, share
 from bossnas.errors import ConfigError
 
+pytestmark = pytest.mark.quick
+
 SHARDS, PER_SHARD = 4, 7
 FAST = {"retries": 3, "timeout": float(HANG), "backoff": 0.01}
 

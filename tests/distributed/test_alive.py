@@ -23,6 +23,7 @@ from bossnas.errors import ConfigError, Stopped
 LONG = ranks.HANG / 60  # minutes: the limit of a watchdog that is not to speak
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("number", alive.SIGNALS)
 def test_a_signal_is_heard_by_the_next_question(number, request):
     # where nohup began the tests, SIGHUP is ignored, and a guard leaves it so
@@ -41,6 +42,7 @@ def test_a_signal_is_heard_by_the_next_question(number, request):
     assert {n: signal.getsignal(n) for n in alive.SIGNALS} == before
 
 
+@pytest.mark.quick
 def test_ctrl_c_twice_leaves_at_once_but_another_signal_in_between_does_not(capfd):
     with pytest.raises(KeyboardInterrupt), Guard(LONG) as guard:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -51,6 +53,7 @@ def test_ctrl_c_twice_leaves_at_once_but_another_signal_in_between_does_not(capf
     assert capfd.readouterr().err.count("saves and stops at the next step") == 1
 
 
+@pytest.mark.quick
 def test_dist_run_turns_it_into_an_exit_code(capfd):
     def program():
         raise Stopped("stopped on SIGTERM at block 0 step 12")
@@ -92,6 +95,7 @@ def test_the_watchdog_ends_a_process_that_does_not_move():
     ), done.stderr
 
 
+@pytest.mark.quick
 def test_the_watchdog_waits_for_its_limit_after_every_move(monkeypatch, capfd):
     """By a clock that the test sets, and which counts how often the watchdog looks at it."""
     now, looks, codes = [0.0], [], []
@@ -116,6 +120,7 @@ def test_the_watchdog_waits_for_its_limit_after_every_move(monkeypatch, capfd):
     assert codes == [1] and "rank 0 has not moved for 0.1 s: it is at step 2" in capfd.readouterr().err
 
 
+@pytest.mark.quick
 def test_a_guard_that_was_left_watches_no_more():
     with Guard(LONG) as guard:
         pass

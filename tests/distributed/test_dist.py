@@ -20,6 +20,7 @@ def clean(monkeypatch):
     return monkeypatch
 
 
+@pytest.mark.quick
 def test_one_process_has_no_group(clean):
     group.init()
     assert not torch.distributed.is_initialized()
@@ -32,6 +33,7 @@ def test_one_process_has_no_group(clean):
     group.shutdown(1)  # returns
 
 
+@pytest.mark.quick
 def test_missing_and_wrong_environment_is_named(clean):
     clean.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="RANK: is not set"):
@@ -44,6 +46,7 @@ def test_missing_and_wrong_environment_is_named(clean):
         group.init()
 
 
+@pytest.mark.quick
 def test_srun_is_read_but_a_batch_script_is_one_process(clean):
     for name, value in {
         "SLURM_PROCID": "0",
@@ -73,6 +76,7 @@ def test_srun_is_read_but_a_batch_script_is_one_process(clean):
     assert 20000 <= int(env["MASTER_PORT"]) < 32000 and joined["t"].seconds == 120
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "nodes, first",
     [
@@ -87,6 +91,7 @@ def test_first_host(nodes, first):
     assert environment.first_host(nodes) == first
 
 
+@pytest.mark.quick
 def test_device(clean):
     assert dist.device("cpu").type == "cpu"
     clean.setattr(torch.cuda, "is_available", lambda: False)
@@ -105,6 +110,7 @@ def test_device(clean):
     assert dist.device("cuda") == torch.device("cuda", 0)
 
 
+@pytest.mark.quick
 def test_run_in_one_process(clean, capsys):
     def user():
         raise ConfigError("a.b", "wrong", "mend it")
@@ -123,6 +129,7 @@ def test_run_in_one_process(clean, capsys):
     assert launch.run(lambda: sys.exit("said")) == 1 and "said" in capsys.readouterr().err
 
 
+@pytest.mark.quick
 def test_two_ranks_leave_quietly():
     code, output = ranks.start("torchrun", 2, "dist_worker.py", "well")
     assert code == 0, output

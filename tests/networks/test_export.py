@@ -209,6 +209,7 @@ def test_an_unusable_folder_is_named(tmp_path):
         export.export_network(network(NATS), tmp_path / "file" / "out", ["safetensors"])
 
 
+@pytest.mark.quick
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     given = network(NATS)
     given.weights["fc.bias"][3] = float("nan")
@@ -251,6 +252,7 @@ def test_formats_and_what_they_need(tmp_path, monkeypatch):
         export.export_network(network(NATS), tmp_path / "out", ["onnx"])
 
 
+@pytest.mark.quick
 def test_a_file_is_opened_and_exported(tmp_path):
     given = network(NATS)
     save_network(tmp_path / "best.safetensors", given.spec, given.weights, given.about)

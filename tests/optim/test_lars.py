@@ -12,6 +12,8 @@ from bossnas.optim.groups import ema_update, parameter_groups
 from bossnas.optim.lars import LARS
 from bossnas.optim.schedules import ema_momentum, learning_rate
 
+pytestmark = pytest.mark.quick
+
 
 class OwnNorm(nn.Module):
     is_norm = True

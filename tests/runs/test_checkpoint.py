@@ -49,6 +49,7 @@ def step_of(path):
     return state["step"]
 
 
+@pytest.mark.quick
 @BOTH
 def test_round_trip_and_the_last_are_kept(tmp_path, asynchronous):
     assert checkpoint.latest(tmp_path / "none") is None
@@ -126,6 +127,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_never_loaded(tmp_path, damage, caplog):
     save(tmp_path, "a", 1)
@@ -157,6 +159,7 @@ def test_a_lost_latest_and_a_folder_of_a_run(tmp_path):
     assert checkpoint.whole(tmp_path / "nothing") is None
 
 
+@pytest.mark.quick
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -174,6 +177,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.quick
 @BOTH
 @pytest.mark.parametrize(
     "number, words",
@@ -233,6 +237,7 @@ def test_another_model_is_refused(tmp_path):
         checkpoint.load_engine(path, 0, trained("single")[2])
 
 
+@pytest.mark.quick
 def test_going_on_with_an_engine_equals_not_stopping(tmp_path):
     module, _, engine = trained("single")
     saver = checkpoint.Saver(tmp_path, 1)

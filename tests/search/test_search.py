@@ -192,6 +192,7 @@ def test_an_untrained_supernet_is_rated(tmp_path, space):
         rerate.rate_untrained(load(folder / "config.json"))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -347,6 +348,7 @@ def _empty_tar(path):
     return path
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -401,6 +403,7 @@ def test_a_mistake_that_one_rank_sees_ends_both_with_one_line(finished, project_
     assert output.count("error: out: ") == 1 and "holds another run (seed differ)" in output
 
 
+@pytest.mark.quick
 def test_the_documented_space_of_ones_own_is_searched(tmp_path, project_root):
     code = re.search(r"```python\n(.*?)```", (project_root / "docs/own_space.md").read_text(), re.S).group(1)
     (tmp_path / "my_space.py").write_text(code)
@@ -418,6 +421,7 @@ def test_room_of_older_checkpoints_counts_on_resume(finished, monkeypatch):
     search.search(config(finished), resume="auto")
 
 
+@pytest.mark.quick
 def test_calibration_uses_whole_batches(tmp_path):
     for images, batches, sizes in ((1999, 2, [1999]), (900, 2, [900, 900]), (3000, 1, [2000])):
         run = search.build(
@@ -432,6 +436,7 @@ def test_calibration_uses_whole_batches(tmp_path):
         assert [len(x) for x in rating._Calibration(run)] == sizes
 
 
+@pytest.mark.quick
 def test_a_collapse_is_reported(caplog):
     state, step = RunState(block=1, step=7), Step(0, False, -3.9, 0.04, 1.0, 0.99, 10.0)
     with caplog.at_level(logging.WARNING):
