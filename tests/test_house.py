@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ranks import HANG
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,7 +23,7 @@ def faults(folder: Path, *command: str) -> str:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=HANG,
         check=False,
         env={**os.environ, "PYTHONPATH": path, "PATH": path + os.pathsep + os.environ["PATH"]},
     )

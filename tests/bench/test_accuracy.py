@@ -218,6 +218,7 @@ def test_the_choice_sees_a_fifth_and_needs_all_seeds(accuracy, tmp_path):
     assert [row["mean"] for row in report.ranked(report.Truth(texts, other), rows)] != [row["mean"] for row in choice]
 
 
+@pytest.mark.quick
 def test_a_tie_goes_to_the_cheaper():
     def row(name, mean, std, seconds, seeds=3):
         return {"setting": name, "mean": mean, "std": std, "cpu_seconds": seconds, "seeds": seeds}

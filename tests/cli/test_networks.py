@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import HANG
 from safetensors.torch import load_file
 
 from bossnas import cli
@@ -66,6 +67,7 @@ def trained(tmp_path_factory):
     return folder, config, sets
 
 
+@pytest.mark.quick
 def test_retrain_evaluate_export(trained, tmp_path, capfd):
     folder, config, sets = trained
     found = json.loads((folder / "result.json").read_text())
@@ -138,7 +140,7 @@ def test_two_ranks_evaluate_alike(trained, tmp_path, project_root):
     for ranks, start in front.items():
         file = tmp_path / f"{ranks}.json"
         done = subprocess.run(
-            [*start, *common, "--json", str(file)], env=environment, capture_output=True, text=True, timeout=120
+            [*start, *common, "--json", str(file)], env=environment, capture_output=True, text=True, timeout=HANG
         )
         assert done.returncode == 0, done.stderr
         found[ranks] = json.loads(file.read_text())
@@ -178,6 +180,7 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path, capfd, trained):
     assert "timm knows no" in refused(capfd, "evaluate", tmp_path / "good.pth", "--model", "bosnet", "--val", shards)
 
 
+@pytest.mark.quick
 def test_other_mistakes_are_refused_in_one_line(tmp_path, capfd, trained):
     folder, config, sets = trained
     assert "model" in refused(capfd, "retrain", "--config", config, "--set", f"out={tmp_path / 'a'}")

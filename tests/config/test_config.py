@@ -11,6 +11,8 @@ from bossnas.config.search import Config
 from bossnas.config.shared import accumulation
 from bossnas.errors import ConfigError
 
+pytestmark = pytest.mark.quick
+
 
 def test_json_and_yaml_are_equal(tmp_path):
     values = {"space": {"name": "nats"}, "train": {"lr": 0.48}}

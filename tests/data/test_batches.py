@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import signal
 import tarfile
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from PIL import Image
 from bossnas.config.search import DataConfig
 from bossnas.data import collate, views
 from bossnas.data.batches import SAMPLE, Data, fixed_view_batches, open_data, readers, view_batches
+from bossnas.data.loader import PREFETCH
 from bossnas.data.order import EpochSlice, FixedBatches
 from bossnas.data.shards import ShardIndex
 from bossnas.data.streams import ShardStream
@@ -160,6 +160,7 @@ def test_global_batches_are_the_same_for_any_ranks_and_workers(sample, world, wo
     assert same(one_epoch(sample, world, workers, views_on=views_on), reference)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("recipe", [views.recipe("imagenet", 48), views.recipe("cifar", 32)])
 def test_every_place_makes_the_same_views(tmp_path, recipe):
     for shard in range(2):
@@ -199,12 +200,14 @@ def test_where_views_are_made_by_default():
     assert collate.place("worker_crops", torch.device("cuda")) == "worker_crops"
 
 
+@pytest.mark.quick
 def test_global_batches_change_with_epoch_and_seed(sample):
     reference = one_epoch(sample, 1, 0)
     assert not same(one_epoch(sample, 1, 0, epoch=3), reference)
     assert not same(one_epoch(sample, 1, 0, seed=6), reference)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 0)])
 def test_resuming_continues_exactly(sample, world, workers):
     whole = one_epoch(sample, 1, 0)
@@ -283,10 +286,11 @@ def test_workers_outlive_a_schedulers_signal_and_their_death_is_explained(sample
     (worker,) = multiprocessing.active_children()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         os.kill(worker.pid, number)
-    time.sleep(0.2)
-    assert worker.is_alive() and len(next(batches)) == 2
+    for _ in range(PREFETCH + 2):  # more than it has made by now
+        assert len(next(batches)) == 2
+    assert worker.is_alive()
     os.kill(worker.pid, signal.SIGKILL)
-    time.sleep(0.2)  # nothing is raised here
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # nothing is raised here
     with pytest.raises(ConfigError, match="data.workers: a loader process died .*; use fewer"):
         list(batches)
 
@@ -343,6 +347,7 @@ def test_a_shard_that_breaks_under_the_run_is_named(tmp_path, workers):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.quick
 def test_fixed_batches(sample):
     options = dict(seed=4, batch=20, count=50, shuffle=True)
     first = list(fixed(sample.train, IMAGENET, [0, 2], 2, **options))

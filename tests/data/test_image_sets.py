@@ -19,6 +19,8 @@ from bossnas.data.images import MAX_BYTES, decode
 from bossnas.data.packing.pack import open_source, pack
 from bossnas.errors import ConfigError
 
+pytestmark = pytest.mark.quick
+
 WNIDS = ("n01440764", "n01443537", "n02084071", "n07747607")
 IDS = {"n01440764": 3, "n01443537": 1, "n02084071": 4, "n07747607": 2}  # not in the order of the WordNet ids
 VAL = ("n07747607", "n01440764", "n01440764", "n02084071", "n01443537")  # of the images 1 to 5

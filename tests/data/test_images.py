@@ -11,6 +11,8 @@ from PIL import Image
 from bossnas.data import images
 from bossnas.data.images import BadImage, decode
 
+pytestmark = pytest.mark.quick
+
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()

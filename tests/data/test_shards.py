@@ -18,6 +18,8 @@ from bossnas.data.images import BadImage, decode
 from bossnas.data.shards import ShardIndex, index_shard, is_remote
 from bossnas.errors import ConfigError
 
+pytestmark = pytest.mark.quick
+
 
 def picture(seed: int, ext: str = "png", mode: str = "RGB", size: tuple[int, int] = (12, 9)) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)

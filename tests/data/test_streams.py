@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import pickle
 import tarfile
-import time
 from itertools import islice
 from pathlib import Path
 
@@ -20,13 +19,17 @@ import fsspec
 import numpy as np
 import pytest
 from http_server import FaultyServer
+from ranks import HANG, until
 
+from bossnas.data import streams
 from bossnas.data.shards import ShardIndex
 from bossnas.data.streams import Sample, ShardStream, share
 from bossnas.errors import ConfigError
 
+pytestmark = pytest.mark.quick
+
 SHARDS, PER_SHARD = 4, 7
-FAST = {"retries": 3, "timeout": 5.0, "backoff": 0.01}
+FAST = {"retries": 3, "timeout": float(HANG), "backoff": 0.01}
 
 
 def tar_bytes(members: dict[str, bytes]) -> bytes:
@@ -72,10 +75,9 @@ def in_order(stream: ShardStream) -> list[Sample]:
 
 
 def fails(stream: ShardStream, words: str) -> None:
-    start = time.monotonic()
     with pytest.raises(ConfigError, match=words) as error:
         in_order(stream)
-    assert error.value.field == "data.train" and time.monotonic() - start < 5
+    assert error.value.field == "data.train"
 
 
 @pytest.mark.parametrize("place", ["local", "file", "http", "memory", "gz", "xz"])
@@ -141,7 +143,7 @@ def test_streams_travel_to_other_processes(tmp_path, start):
         queue = context.Queue()
         child = context.Process(target=read_in_child, args=(stream, queue))
         child.start()
-        assert queue.get(timeout=60) == before == plain(files, tmp_path)
+        assert queue.get(timeout=HANG) == before == plain(files, tmp_path)
         child.join()
 
 
@@ -151,7 +153,7 @@ def test_dropped_connections_lose_and_double_nothing(tmp_path, caplog, ranges, s
     files = {"s.tar": shard_bytes(0, 150_000)}
     with FaultyServer(files) as server:
         server.ranges, server.states_length, server.faulty, server.after = ranges, states_length, 2, 400_321
-        samples = in_order(ShardStream.open(f"{server.url}/s.tar", **FAST | {"timeout": 30.0}))
+        samples = in_order(ShardStream.open(f"{server.url}/s.tar", **FAST))
         starts = [start for path, start in server.requests if path == "s.tar"]
     assert contents(samples) == plain(files, tmp_path)
     assert len(starts) == 3 and starts[0] == 0 and starts == sorted(starts)
@@ -167,13 +169,12 @@ def test_a_connection_that_gets_on_a_little_every_time_gets_through(tmp_path):
 
 
 def test_stalled_connections_are_given_up_and_taken_up_again(tmp_path, caplog):
+    """On a busy machine a healthy connection, too, may be given up: hence the many retries."""
     files = {"s.tar": shard_bytes(0, 100_000)}
     with FaultyServer(files) as server:
-        server.faulty, server.after, server.stall = 2, 300_000, 60.0
-        stream = ShardStream.open(f"{server.url}/s.tar", retries=3, timeout=0.2, backoff=0.01)
-        start = time.monotonic()
+        server.faulty, server.after, server.stall = 2, 300_000, 2.0 * HANG
+        stream = ShardStream.open(f"{server.url}/s.tar", retries=100, timeout=0.2, backoff=0.01)
         assert contents(in_order(stream)) == plain(files, tmp_path)
-        assert time.monotonic() - start < 5
     assert caplog.text.count("Timeout") >= 2
 
 
@@ -284,9 +285,21 @@ def test_pipes_run_only_when_allowed(tmp_path):
     broken_once = f"pipe:cd {tmp_path}; test -e ran && exec cat s.tar; touch ran; head -c 5000 s.tar; exit 3"
     assert contents(in_order(ShardStream.open(broken_once, allow_pipe=True, **FAST))) == expected
     fails(ShardStream.open("pipe:exit 3", allow_pipe=True, **FAST), "the command ended with exit code 3")
-    hangs = ShardStream.open(
-        f"pipe:head -c 5000 {tmp_path}/s.tar; sleep 60", allow_pipe=True, retries=1, timeout=0.2, backoff=0.01
-    )
+
+
+def test_a_pipe_that_hangs_is_given_up(tmp_path, monkeypatch):
+    plain({"s.tar": shard_bytes(0)}, tmp_path)
+    real = streams._Pipe.read
+
+    def read(pipe: streams._Pipe, size: int) -> bytes:
+        """A command may take its time for its first bytes, on a busy machine."""
+        data = real(pipe, size)
+        pipe.timeout = 0.2
+        return data
+
+    monkeypatch.setattr(streams._Pipe, "read", read)
+    command = f"pipe:head -c 5000 {tmp_path}/s.tar; sleep {2 * HANG}"
+    hangs = ShardStream.open(command, allow_pipe=True, **FAST | {"retries": 1})
     fails(hangs, "at byte 5000: TimeoutError: no byte for 0.2 s")
 
 
@@ -297,16 +310,14 @@ def test_abandoned_streams_leave_nothing_open(tmp_path):
     with FaultyServer(files) as server:
         in_order(ShardStream.open(f"{server.url}/s.tar"))  # the connection pool's own descriptors come once
         before = len(os.listdir("/proc/self/fd"))
-        pipe = f"pipe:echo $$ > {mark}; cat {tmp_path}/s.tar; sleep 60"
+        pipe = f"pipe:echo $$ > {mark}; cat {tmp_path}/s.tar; sleep {2 * HANG}"
         for url in (pipe, f"{server.url}/s.tar", f"{tmp_path}/s.tar"):
             samples = ShardStream.open(url, allow_pipe=True).read([0], [0], buffer=2)
             next(samples)
             del samples
         assert not Path(f"/proc/{int(mark.read_text())}").exists()
-        deadline = time.monotonic() + 5
-        while len(os.listdir("/proc/self/fd")) > before and time.monotonic() < deadline:
-            time.sleep(0.02)  # the server's end and the loop's thread close in their own time
-        assert len(os.listdir("/proc/self/fd")) <= before
+        # the server's end and the loop's thread close in their own time
+        until(lambda: len(os.listdir("/proc/self/fd")) <= before, "all descriptors to be closed")
 
 
 class Harmful:

@@ -107,6 +107,7 @@ def test_crops_are_distributed_as_torchvisions(width, height):
         assert np.abs(ranks[0] - ranks[1]).max() / count < 2.2 * math.sqrt(2 / count)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("size", [32, 224])
 def test_the_reference_is_torchvisions_transforms_at_the_same_parameters(size):
     image = photo(320, 240)
@@ -128,6 +129,7 @@ def test_the_reference_is_torchvisions_transforms_at_the_same_parameters(size):
         torch.testing.assert_close(normalised, T.Normalize(*IMAGENET)(T.ToTensor()(expected)), rtol=0, atol=2e-6)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("with_opencv", [True, False])
 def test_painting_is_the_reference_within_its_tolerance(with_opencv, monkeypatch):
     if with_opencv:

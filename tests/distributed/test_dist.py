@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 
 import pytest
 import ranks
@@ -21,6 +20,7 @@ def clean(monkeypatch):
     return monkeypatch
 
 
+@pytest.mark.quick
 def test_one_process_has_no_group(clean):
     group.init()
     assert not torch.distributed.is_initialized()
@@ -33,6 +33,7 @@ def test_one_process_has_no_group(clean):
     group.shutdown(1)  # returns
 
 
+@pytest.mark.quick
 def test_missing_and_wrong_environment_is_named(clean):
     clean.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="RANK: is not set"):
@@ -45,6 +46,7 @@ def test_missing_and_wrong_environment_is_named(clean):
         group.init()
 
 
+@pytest.mark.quick
 def test_srun_is_read_but_a_batch_script_is_one_process(clean):
     for name, value in {
         "SLURM_PROCID": "0",
@@ -74,6 +76,7 @@ def test_srun_is_read_but_a_batch_script_is_one_process(clean):
     assert 20000 <= int(env["MASTER_PORT"]) < 32000 and joined["t"].seconds == 120
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "nodes, first",
     [
@@ -88,6 +91,7 @@ def test_first_host(nodes, first):
     assert environment.first_host(nodes) == first
 
 
+@pytest.mark.quick
 def test_device(clean):
     assert dist.device("cpu").type == "cpu"
     clean.setattr(torch.cuda, "is_available", lambda: False)
@@ -106,6 +110,7 @@ def test_device(clean):
     assert dist.device("cuda") == torch.device("cuda", 0)
 
 
+@pytest.mark.quick
 def test_run_in_one_process(clean, capsys):
     def user():
         raise ConfigError("a.b", "wrong", "mend it")
@@ -124,6 +129,7 @@ def test_run_in_one_process(clean, capsys):
     assert launch.run(lambda: sys.exit("said")) == 1 and "said" in capsys.readouterr().err
 
 
+@pytest.mark.quick
 def test_two_ranks_leave_quietly():
     code, output = ranks.start("torchrun", 2, "dist_worker.py", "well")
     assert code == 0, output
@@ -132,10 +138,8 @@ def test_two_ranks_leave_quietly():
 
 
 def test_a_broken_rank_ends_all_of_them():
-    before = time.monotonic()
     code, output = ranks.start("torchrun", 2, "dist_worker.py", "broken")
     assert code == 1 and "RuntimeError: broken on purpose" in output and "rank 1 failed" in output, output
-    assert time.monotonic() - before < 45
 
 
 @pytest.mark.parametrize("how, expected", [("user", 2), ("user on one", 2), ("late", 2), ("exit", 3)])

@@ -86,6 +86,7 @@ def difference(a, b):
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
+@pytest.mark.quick
 def test_single_is_the_plain_training():
     start = {name: p.detach().clone() for name, p in worker.build().named_parameters()}
     trained = single_training(range(3))
@@ -99,6 +100,7 @@ def test_single_is_the_plain_training():
     assert difference(single_training(range(3), clip=0.05), trained) > 1e-3
 
 
+@pytest.mark.quick
 def test_bf16_is_autocast_over_float32_weights():
     low, full = single_training(range(3), precision="bf16"), single_training(range(3))
     assert all(p.dtype == torch.float32 for name, p in low.items() if name != "seen")

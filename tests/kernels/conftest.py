@@ -6,13 +6,12 @@ import sys
 from pathlib import Path
 
 ON_GPU = any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd"))
-if not ON_GPU:
+_too_late = not ON_GPU and "triton" in sys.modules and not sys.modules["triton"].knobs.runtime.interpret
+if not ON_GPU and not _too_late:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest  # noqa: E402
-
-_too_late = not ON_GPU and "triton" in sys.modules and not sys.modules["triton"].knobs.runtime.interpret
 
 
 def pytest_collection_modifyitems(items):

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from ranks import HANG
 
 triton = pytest.importorskip("triton")
 HERE = Path(__file__).resolve().parent
@@ -20,7 +21,7 @@ NARROW = ("_scales", "_weigh", "_sum_luma", "_colour", "_blur_rows", "_blur_colu
 def compiled(request, compilers):
     """What every case's kernels take on one target."""
     folder, running = compilers
-    code = running[request.param].wait(timeout=500)
+    code = running[request.param].wait(timeout=HANG)
     table = (folder / f"{request.param}.txt").read_text()
     print(table)
     assert code == 0, table[-3000:]

@@ -178,6 +178,7 @@ def test_crops(device, name, size):
             assert np.abs(got[v, n].astype(int) - want).mean() <= CROP_TOLERANCE
 
 
+@pytest.mark.quick
 def test_a_crop_of_the_views_size_is_only_copied(device, name):
     arrays = [picture(16, 16, seed) for seed in range(3)]
     pixels, table = pack(arrays, device)
@@ -248,6 +249,7 @@ def test_whole_views_of_the_reference():
         assert np.abs(levels(got[v, n]) - want).mean() <= 0.3, f"{given.ints[v, n]} {given.floats[v, n]}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_kernel_gives_the_references_numbers(device, dtype):
     size = 33

@@ -81,6 +81,7 @@ def test_kernels_give_what_the_reference_gives(device, case, statistics):
     close(results["triton"], results["reference"])
 
 
+@pytest.mark.quick
 def test_the_norm_takes_its_statistics_from_the_part_before(device, monkeypatch):
     module, choice, x = setup("mbconv 5x5", device)
     chain = module.candidates[choice]

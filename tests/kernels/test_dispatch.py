@@ -19,11 +19,13 @@ def auto():
     bossnas_kernels.use("auto")
 
 
+@pytest.mark.quick
 def test_auto_runs_the_reference_on_cpu():
     assert bossnas_kernels.implementation("cpu") == "reference"
     assert bossnas_kernels.implementation(torch.device("cuda")) == ("reference" if common.INTERPRET else "triton")
 
 
+@pytest.mark.quick
 def test_the_choice_is_kept(device):
     bossnas_kernels.use("triton")
     assert bossnas_kernels.implementation(device) == "triton"
@@ -31,6 +33,7 @@ def test_the_choice_is_kept(device):
     assert bossnas_kernels.implementation(device) == "reference"
 
 
+@pytest.mark.quick
 def test_an_unknown_choice_is_refused():
     with pytest.raises(ValueError, match="kernels: expected one of auto, triton, reference, got 'fast'"):
         bossnas_kernels.use("fast")

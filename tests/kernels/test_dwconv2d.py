@@ -104,6 +104,7 @@ def test_shapes(device, shape, kernel, stride):
     kernels(leaves(shape, kernel, device), stride)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("shape", [(1, 1, 2, 2), (5, 70, 2, 3), (40, 8, 3, 2), (1, 8, 3, 70)], ids=str)
 def test_shapes_of_patches(device, shape):
     kernels(leaves(shape, 2, device), 2)
@@ -191,6 +192,7 @@ def test_statistics_are_those_of_the_rounded_result(device, kernel, stride, dtyp
     check("variance", var, rows.var(2, correction=0), 1e-6)
 
 
+@pytest.mark.quick
 def test_statistics_at_a_large_mean_keep_the_variance(device):
     x, weight, _ = leaves((4, 16, 14, 14), 3, device)
     y, stats = depthwise.dwconv2d_stats(x, weight * 0.3, torch.full((16,), 1000.0, device=device), groups=2)

@@ -79,6 +79,7 @@ def test_gradients_of_any_strides(device, loss, name):
     check("dq", q.grad, exact.grad, FP32)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "view",
     ["one path for all", "one image for all", "one number for all", "slice", "unaligned", "transposed", "every second"],
@@ -100,6 +101,7 @@ def test_inputs_of_any_strides(device, loss, view, dtype):
     both(loss, look(0).detach().requires_grad_(), look(1))
 
 
+@pytest.mark.quick
 def test_a_zero_vector_has_a_finite_loss(device, loss):
     q, k = draw(3, 5, 24, device=device), draw(2, 5, 24, seed=1, device=device)
     q[0, 1] = 0

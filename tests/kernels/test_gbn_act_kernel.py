@@ -96,6 +96,7 @@ def test_affine_of_every_group(device, affine, training):
     both(leaves, 3, act="relu", training=training, tolerance=TOLERANCE[torch.bfloat16], **running)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "name", ["expanded", "row expanded", "every second", "transposed", "channels last", "slice of a concatenation"]
 )
@@ -124,6 +125,7 @@ def test_inputs_of_any_strides(device, view, caplog):
     assert len(said) == (x.dim() == 4)
 
 
+@pytest.mark.quick
 def test_large_mean_keeps_the_variance(device):
     x, weight, bias = tensors((8, 16, 6, 6), 2, device)
     # At mean 1000 an fp32 input itself is rounded at 3e-5, and so is the mean.

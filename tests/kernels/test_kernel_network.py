@@ -20,6 +20,7 @@ def auto():
     bossnas_kernels.use("auto")
 
 
+@pytest.mark.quick
 def test_a_network_of_both_kinds_of_blocks(device):
     torch.manual_seed(0)
     plain = BossNet(encoding=((1,), (0,), (), ()), width=8, num_classes=5)

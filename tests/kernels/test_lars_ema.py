@@ -103,6 +103,7 @@ def test_five_steps(device, step, targets):
         network.check()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("ema", [1.0, 0.99, 0.4, 0.0])
 def test_moving_average(device, step, ema):
     network = Network([(37,)] * len(KINDS), KINDS, device)
@@ -114,6 +115,7 @@ def test_moving_average(device, step, ema):
         assert all(torch.equal(t, w) for t, w in zip(network.targets, wanted, strict=True))
 
 
+@pytest.mark.quick
 def test_some_weights_have_no_target(device, step):
     network = Network([(37,)] * len(KINDS), KINDS, device)
     network.targets[::2] = network.exact[2][::2] = [None] * 3

@@ -124,6 +124,7 @@ def test_values_and_gradients(device, shape, dtype):
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.quick
 def test_gradients_of_any_strides(device):
     qkv = make((2, 1, 16, 5, 3), device, dtype=torch.float32)
     compare(attention.mhsa2d, qkv, 1, strided_gradients(qkv.detach()[:, :16]))
@@ -189,6 +190,7 @@ def test_statistics(device, shape, groups, dtype):
     check("M2", m2, (rows - rows.mean(1, True)).square().sum(1), 1e-6)
 
 
+@pytest.mark.quick
 def test_statistics_of_a_large_mean(device):
     """Values around 1000 that spread by 0.03, where E[x^2] - E[x]^2 has no digit left; means are rounded at 3e-5."""
     qkv = make((1, 1, 16, 9, 9), device, dtype=torch.float32).detach()

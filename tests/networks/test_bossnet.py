@@ -61,6 +61,7 @@ def released():
     return BossNet()
 
 
+@pytest.mark.quick
 def test_names_and_shapes_are_the_releases(shared, released):
     manifest = json.loads((shared / "golden/bossnet_T0_manifest.json").read_text())["state_dict"]
     assert [[name, list(tensor.shape)] for name, tensor in released.state_dict().items()] == [
@@ -162,6 +163,7 @@ def test_shortcuts_pool_before_the_convolution_and_have_no_activation():
     assert isinstance(AttentionBlock(8, 4, 1, "relu").shortcut[0], nn.Identity)  # wider, but of the same size
 
 
+@pytest.mark.quick
 def test_initial_weights():
     torch.manual_seed(0)
     net = BossNet(((1,), (0,), (), ()), 32, num_classes=5)
@@ -279,6 +281,7 @@ def test_impossible_values_are_named(options, names):
         BossNet(**{"encoding": SMALL, "width": 4, "num_classes": 2, **options})
 
 
+@pytest.mark.quick
 def test_trains_and_its_branches_open():
     torch.manual_seed(0)
     net = BossNet(((1,), (0,), (1,), (0,)), 4, num_classes=2).train()

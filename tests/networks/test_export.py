@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from ranks import HANG
 from torch import Tensor, nn
 
 from bossnas.errors import ConfigError
@@ -123,7 +124,7 @@ def test_the_standalone_file_runs_where_bossnas_is_not(exported, tmp_path):
         f"{str(tmp_path / 'logits')!r})\n"
         f"import runpy; runpy.run_path({str(out / 'bossnet.py')!r}, run_name='__main__')\n"
     )
-    done = subprocess.run([sys.executable, "-I", "-B", "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-I", "-B", "-c", code], capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     assert near(torch.load(tmp_path / "logits"), logits(given, images(4)))
     assert "[2, 3, 32, 32] -> [2, 10]" in done.stdout and done.stdout.count("top classes") == 2
@@ -208,6 +209,7 @@ def test_an_unusable_folder_is_named(tmp_path):
         export.export_network(network(NATS), tmp_path / "file" / "out", ["safetensors"])
 
 
+@pytest.mark.quick
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     given = network(NATS)
     given.weights["fc.bias"][3] = float("nan")
@@ -250,6 +252,7 @@ def test_formats_and_what_they_need(tmp_path, monkeypatch):
         export.export_network(network(NATS), tmp_path / "out", ["onnx"])
 
 
+@pytest.mark.quick
 def test_a_file_is_opened_and_exported(tmp_path):
     given = network(NATS)
     save_network(tmp_path / "best.safetensors", given.spec, given.weights, given.about)

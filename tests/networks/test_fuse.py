@@ -42,6 +42,7 @@ def largest(model: nn.Module, other: nn.Module, images: torch.Tensor) -> float:
         return float((logits - other(images)).abs().max() / logits.abs().max())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "options", [{}, {"act": "relu", "se": False, "last_stride": 1}, {"encoding": ((), (0, 0), (1,), (0,))}]
 )
@@ -127,6 +128,7 @@ def test_what_cannot_be_folded_is_named():
         fuse_bn(ByValue())
 
 
+@pytest.mark.quick
 def test_a_wrong_fold_is_found(monkeypatch):
     monkeypatch.setattr(fuse, "_fold", lambda conv, norm, rows=slice(None): None)
     with pytest.raises(ConfigError, match="folding the batch norms of BossNet changed its results by"):

@@ -81,6 +81,7 @@ def test_names_and_order_in_the_state_dict_stay():
     other.load_state_dict(plain.state_dict())
 
 
+@pytest.mark.quick
 def test_every_layer_that_has_a_kernel_is_one():
     _, other = both("bossnet")
     kinds = [type(module) for module in other.modules()]
@@ -92,6 +93,7 @@ def test_every_layer_that_has_a_kernel_is_one():
     assert acts.count("none") == 5 + 4  # before every sum; the shortcuts that change the width
 
 
+@pytest.mark.quick
 def test_under_autocast():
     plain, other = both("bossnet")
     images = torch.randn(4, 3, 64, 64).contiguous(memory_format=torch.channels_last)

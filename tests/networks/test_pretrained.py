@@ -126,6 +126,7 @@ def with_prefix(state: dict, prefix: str) -> dict:
     return {prefix + name: value for name, value in state.items()}
 
 
+@pytest.mark.quick
 def test_wrappers_prefixes_and_the_average_are_found(tmp_path):
     state = {"conv1.weight": torch.rand(2, 3), "fc.bias": torch.rand(2), "bn.num_batches_tracked": torch.tensor(4)}
     average = {name: value + 1 for name, value in state.items()}
@@ -178,6 +179,7 @@ def test_tensors_that_no_weight_can_be_a_copy_of_are_not_taken_for_weights(tmp_p
         )
 
 
+@pytest.mark.quick
 def test_fitting_is_strict_and_lists_what_does_not_fit():
     torch.manual_seed(0)
     model, other = small(), small()
@@ -284,6 +286,7 @@ def test_a_release_like_checkpoint_of_bossnet_t0_loads_strictly(tmp_path, shared
     assert len(state) == 380 and all((value == 1).all() for value in model.state_dict().values())
 
 
+@pytest.mark.quick
 def test_a_hub_folder_is_opened(tmp_path):
     spec = Spec(
         "bossnet",

@@ -134,6 +134,7 @@ def test_nats_skips_have_no_relu_in_the_benchmark():
     assert plain.layer5.skip[1](x).any() and not relu.layer5.skip[:2](x).any()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", MODELS)
 def test_images_of_odd_sizes(name):
     assert opened(make(name))(torch.randn(2, 3, 35, 49)).shape == (2, 5)
@@ -169,6 +170,7 @@ def test_timms_arguments(name):
         assert make(name, in_chans=1)(x[:, :1]).shape == (2, 5)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["mbconv", "nats"])
 def test_features_only(name):
     torch.manual_seed(0)
@@ -304,6 +306,7 @@ def test_the_supernets_norms_follow_nothing():
         assert not each.running_mean.any() and (each.running_var == 1).all()
 
 
+@pytest.mark.quick
 def test_an_own_network_trains():
     net = make("own", num_classes=2).train()
     assert isinstance(net, Standalone)
@@ -326,6 +329,7 @@ def test_an_own_network_trains():
 # ---- networks by description
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", MODELS)
 def test_a_network_comes_back_from_its_file(name, tmp_path):
     model, own = MODELS[name]

@@ -12,6 +12,8 @@ from bossnas.optim.cosine import ema_momentum, learning_rate
 from bossnas.optim.groups import ema_update, parameter_groups
 from bossnas.optim.lars import LARS
 
+pytestmark = pytest.mark.quick
+
 
 class OwnNorm(nn.Module):
     is_norm = True

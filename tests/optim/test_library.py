@@ -81,6 +81,7 @@ def difference(a, b):
     return max((a[name] - b[name]).abs().max().item() for name in names)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", ["adamw", "lamb", "sgd"])
 @pytest.mark.parametrize("fused", ["auto", "none"])
 def test_one_process_trains_as_the_library_alone(kind, fused):
@@ -193,6 +194,7 @@ def test_apex_is_used_where_it_is_asked_for(apex):
     assert difference(alone("adamw", range(3), "apex"), reference("adamw", range(3))) <= LIMIT
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("first, then", [("apex", "torch"), ("torch", "apex"), ("apex", "apex")])
 def test_state_goes_between_apex_and_torch(apex, first, then):
     module = worker.build()

@@ -76,6 +76,7 @@ def tiny():
     return counts()
 
 
+@pytest.mark.quick
 def test_parameters_are_those_of_real_modules(tiny):
     online, target, predictor = networks(tiny, config())
 
@@ -415,6 +416,7 @@ def test_the_command(tiny, capsys, tmp_path, monkeypatch):
     assert alone["scaling"] == 1 and alone["fits"] and alone["memory_gib"]["total"] < 3
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("more", "line"),
     [

@@ -99,6 +99,7 @@ def levels(images: torch.Tensor, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 
     return (pixels[:, 0, SIZE // 2, SIZE // 2] * 255).round().int().tolist()
 
 
+@pytest.mark.quick
 def test_batches_have_shapes_types_and_soft_targets(sample):
     for images, targets in train(sample.train):
         assert images.shape == (8, 3, SIZE, SIZE) and images.dtype == targets.dtype == torch.float32

@@ -45,6 +45,7 @@ def finished(tmp_path_factory):
     return run(tmp_path_factory.mktemp("runs") / "a", "checkpoint.keep=3")
 
 
+@pytest.mark.quick
 def test_the_run_folder_holds_everything(finished):
     result = json.loads((finished / "result.json").read_text())
     lines = metrics(finished)
@@ -88,6 +89,7 @@ def test_the_run_folder_holds_everything(finished):
     assert (finished / "done").exists()
 
 
+@pytest.mark.quick
 def test_the_best_network_evaluates_as_it_did_in_training(finished):
     network = pretrained.open_network(finished)
     settings = ReaderConfig(workers=0, val_images=72)
@@ -98,6 +100,7 @@ def test_the_best_network_evaluates_as_it_did_in_training(finished):
     assert everything.images == 500
 
 
+@pytest.mark.quick
 def test_top_5_needs_six_classes():
     x, labels = torch.eye(5), torch.tensor([0, 1, 2, 3, 0])
     result = evaluate.evaluate(
@@ -267,6 +270,7 @@ def test_activation_checkpointing_and_compiling_change_nothing_but_rounding(tmp_
         run(tmp_path / "d", "train.activation_checkpointing=true")
 
 
+@pytest.mark.quick
 def test_the_schedule_warms_up_and_ends_at_the_least_rate():
     train = RetrainTrain(epochs=10, lr=1.0, min_lr=0.1, warmup_epochs=2, warmup_lr=0.01)
     at = training.learning_rates(train, 5)

@@ -67,7 +67,7 @@ def trained(tmp_path_factory):
         }
     )
     jobs += [{"evaluate": str(folder / "ddp"), "val_images": n, "out": str(folder / f"eval{n}.json")} for n in VALUES]
-    code, output = ranks.start("torchrun", 2, "retrain_worker.py", json.dumps(jobs), timeout=200)
+    code, output = ranks.start("torchrun", 2, "retrain_worker.py", json.dumps(jobs))
     assert code == 0, output
     return folder
 

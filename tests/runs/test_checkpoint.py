@@ -13,7 +13,7 @@ import threading
 import pytest
 import torch
 from checkpoint_worker import go, trained
-from ranks import start
+from ranks import HANG, start
 
 from bossnas.errors import ConfigError
 from bossnas.runs import checkpoint, tensorfiles
@@ -49,6 +49,7 @@ def step_of(path):
     return state["step"]
 
 
+@pytest.mark.quick
 @BOTH
 def test_round_trip_and_the_last_are_kept(tmp_path, asynchronous):
     assert checkpoint.latest(tmp_path / "none") is None
@@ -84,7 +85,7 @@ def test_training_goes_on_while_the_thread_writes(tmp_path, monkeypatch):
     go_on, real, written = threading.Event(), tensorfiles.write, []
 
     def slow(folder, *args):
-        go_on.wait(60)
+        go_on.wait(HANG)
         real(folder, *args)
         written.append(folder.name)
 
@@ -126,6 +127,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_never_loaded(tmp_path, damage, caplog):
     save(tmp_path, "a", 1)
@@ -157,6 +159,7 @@ def test_a_lost_latest_and_a_folder_of_a_run(tmp_path):
     assert checkpoint.whole(tmp_path / "nothing") is None
 
 
+@pytest.mark.quick
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -174,6 +177,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.quick
 @BOTH
 @pytest.mark.parametrize(
     "number, words",
@@ -233,6 +237,7 @@ def test_another_model_is_refused(tmp_path):
         checkpoint.load_engine(path, 0, trained("single")[2])
 
 
+@pytest.mark.quick
 def test_going_on_with_an_engine_equals_not_stopping(tmp_path):
     module, _, engine = trained("single")
     saver = checkpoint.Saver(tmp_path, 1)
@@ -248,7 +253,7 @@ def test_going_on_with_an_engine_equals_not_stopping(tmp_path):
 
 
 def test_kill_9_at_any_moment_leaves_a_whole_one(tmp_path):
-    code, output = start("python", 1, "checkpoint_worker.py", "kills", str(tmp_path), timeout=200)
+    code, output = start("python", 1, "checkpoint_worker.py", "kills", str(tmp_path))
     assert code == 0, output
     outcome = json.loads((tmp_path / "outcome.json").read_text())
     assert len(outcome) == 10
@@ -267,7 +272,7 @@ def test_two_ranks_with_shares_and_one_rank_without(tmp_path):
     saver = checkpoint.Saver(tmp_path / "single", 1)
     saver.save("a", {**module.state_dict(), **checkpoint.momentum(0, engine)}, {})
     saver.close()
-    code, output = start("torchrun", 2, "checkpoint_worker.py", "ranks", str(tmp_path), timeout=200)
+    code, output = start("torchrun", 2, "checkpoint_worker.py", "ranks", str(tmp_path))
     assert code == 0, output
 
     path = tmp_path / "plain/a"

@@ -9,12 +9,11 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections import namedtuple
 
 import pytest
 import torch
-from ranks import ROOT, environment
+from ranks import HANG, ROOT, environment
 from tiny_search import TINY
 
 from bossnas import cli, log
@@ -193,6 +192,7 @@ def test_an_untrained_supernet_is_rated(tmp_path, space):
         rerate.rate_untrained(load(folder / "config.json"))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -209,6 +209,21 @@ def test_mistakes_of_rate_end_with_one_line(words, message, capfd):
         cli.main(["rate", *words])
     errors = capfd.readouterr().err.splitlines()
     assert caught.value.code == 2 and len(errors) == 1 and message in errors[0], errors
+
+
+KILLED_MIDWAY = """
+import os, runpy, signal, sys
+from bossnas.distributed.alive import Guard
+
+def at(guard, place):
+    if place == "block 1 step 3":
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(guard, place)
+
+real, Guard.at = Guard.at, at
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.mark.parametrize("engine", ["single", "deepspeed"])
@@ -228,23 +243,17 @@ def test_kill_9_in_mid_block_then_resume_is_bit_identical(finished, tmp_path, en
             check=True,
             env=environment(),
             capture_output=True,
-            timeout=300,
+            timeout=HANG,
         )
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 200
-        while not (
-            metrics.exists() and any('"block": 1, "step": 3' in line for line in metrics.read_text().splitlines())
-        ):
-            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_MIDWAY, *command[1:]], env=environment(), capture_output=True, timeout=HANG
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert '"block": 1, "step": 3' in (folder / "metrics.jsonl").read_text().splitlines()[-1]
     assert not (folder / "architecture.json").exists()
-    refused = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100)
+    refused = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=HANG)
     assert refused.returncode == 2 and "--resume auto" in refused.stderr
-    subprocess.run([*command, "--resume", "auto"], check=True, env=environment(), capture_output=True, timeout=300)
+    subprocess.run([*command, "--resume", "auto"], check=True, env=environment(), capture_output=True, timeout=HANG)
     assert ratings(folder) == ratings(truth)
     ours, theirs = (
         checkpoint.read(checkpoint.latest(f / "checkpoints"), ("online", "target", "predictors"))
@@ -283,7 +292,7 @@ def test_two_deepspeed_ranks_run_the_users_line(tmp_path, project_root):
         env={**environment(), "PATH": path},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=HANG,
         cwd=project_root,
         start_new_session=True,
     )
@@ -339,6 +348,7 @@ def _empty_tar(path):
     return path
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -384,7 +394,7 @@ def test_a_mistake_that_one_rank_sees_ends_both_with_one_line(finished, project_
         env={**environment(), "PATH": path},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=HANG,
         cwd=project_root,
         start_new_session=True,
     )
@@ -393,6 +403,7 @@ def test_a_mistake_that_one_rank_sees_ends_both_with_one_line(finished, project_
     assert output.count("error: out: ") == 1 and "holds another run (seed differ)" in output
 
 
+@pytest.mark.quick
 def test_the_documented_space_of_ones_own_is_searched(tmp_path, project_root):
     code = re.search(r"```python\n(.*?)```", (project_root / "docs/own_space.md").read_text(), re.S).group(1)
     (tmp_path / "my_space.py").write_text(code)
@@ -410,6 +421,7 @@ def test_room_of_older_checkpoints_counts_on_resume(finished, monkeypatch):
     search.search(config(finished), resume="auto")
 
 
+@pytest.mark.quick
 def test_calibration_uses_whole_batches(tmp_path):
     for images, batches, sizes in ((1999, 2, [1999]), (900, 2, [900, 900]), (3000, 1, [2000])):
         run = search.build(
@@ -424,6 +436,7 @@ def test_calibration_uses_whole_batches(tmp_path):
         assert [len(x) for x in rating.Calibration(run)] == sizes
 
 
+@pytest.mark.quick
 def test_a_collapse_is_reported(caplog):
     state, step = RunState(block=1, step=7), Step(0, False, -3.9, 0.04, 1.0, 0.99, 10.0)
     with caplog.at_level(logging.WARNING):

@@ -8,6 +8,8 @@ from scipy import stats
 
 from bossnas.selection import HOW, combine
 
+pytestmark = pytest.mark.quick
+
 
 def rating(seed, scale=1.0):
     """A block of two layers and one of one, eight candidates each."""

@@ -99,6 +99,7 @@ def test_naswot_sees_the_activations_inside_norms():
     assert proxies.naswot(net, images) == pytest.approx(float(torch.linalg.slogdet(kernel)[1]))
 
 
+@pytest.mark.quick
 def test_gradnorm_is_the_sum_of_norms(batch):
     images, labels = batch
     net = small()
@@ -171,6 +172,7 @@ def test_every_proxy_is_finite_on_every_space(name):
         assert math.isfinite(proxy(net, images, None))
 
 
+@pytest.mark.quick
 def test_closed_branches_are_opened():
     net = network("hytra")
     closed = [m for m in net.modules() if isinstance(m, GroupedBatchNorm) and not m.weight.any()]
@@ -216,6 +218,7 @@ def test_standalone_of_nats_is_the_benchmarks():
     assert sum(p.numel() for p in network("nats", width=1.0).parameters()) == total
 
 
+@pytest.mark.quick
 def test_standalone_computes_what_the_supernets_path_does():
     """With the supernet's weights, norms of the same batch: the features before the head are the same."""
     for name in ("hytra", "mbconv"):

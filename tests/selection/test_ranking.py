@@ -151,6 +151,7 @@ def test_first_order_intervals_approach_the_exact_ones(n, tolerance):
         assert exact[name][key][1] - exact[name][key][0] > 10 * tolerance
 
 
+@pytest.mark.quick
 def test_pearson_of_rare_constant_and_extreme_values_is_exact_in_both_ways():
     """A value that a resample may miss leaves that resample without variance, not with what rounding makes of it."""
     rng = np.random.default_rng(6)
@@ -589,6 +590,7 @@ def test_published_nats_ratings(shared, tmp_path, capsys):
         assert row(found["baselines"][name])[2:] == pytest.approx(expected[2:], abs=0.005), name
 
 
+@pytest.mark.quick
 def test_published_mbconv_accuracies(shared, tmp_path, capsys):
     table = shared / "benchmark/mbconv_imagenet_23.csv"
     with table.open() as file:

@@ -309,6 +309,7 @@ def test_greedy_that_leads_nowhere_is_none(tables):
     assert select.best(graph, {}, 1)[0].architecture[0] != (1, 1)
 
 
+@pytest.mark.quick
 def test_nondominated_rows_against_all_pairs():
     rng = np.random.default_rng(0)
     for _ in range(150):

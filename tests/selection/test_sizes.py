@@ -47,6 +47,7 @@ def test_channels_and_wide_candidates_of_nats():
         assert found["wide_candidates"].tolist() == [3, 3, 5]  # of 40, 48, 56 and 64 channels
 
 
+@pytest.mark.quick
 def test_wide_candidates_of_mbconv_are_those_that_expand_by_6():
     texts = ["11|1111|1101|1011|1101", "21|1023|3210|0123|1132", "33|3333|3333|3333|3333"]
     _, _, found = sizes("mbconv", texts)

@@ -8,6 +8,8 @@ import pytest
 from bossnas.errors import ConfigError
 from bossnas.selection.ranking import tables
 
+pytestmark = pytest.mark.quick
+
 PAIRS = "- !!python/tuple\n  - '{}'\n  - {}\n"
 
 

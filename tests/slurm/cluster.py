@@ -12,13 +12,14 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
+
+from ranks import HANG, until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "sinfo", "squeue")
 SEARCH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))  # where Debian puts the daemons
 KILL_WAIT = 20  # seconds from SIGTERM to SIGKILL
+EVERY = 0.3  # seconds between two questions to SLURM
 NODES = ("n1", "n2")
 
 CONF = """
@@ -65,15 +66,6 @@ def missing() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name, path=SEARCH) is None]
 
 
-def until(what: str, happened: Callable[[], object], seconds: float, every: float = 0.3) -> object:
-    """Waits for ``happened()`` to be true and returns it; fails with ``what`` after ``seconds``."""
-    end = time.monotonic() + seconds
-    while not (value := happened()):
-        assert time.monotonic() < end, f"waited {seconds:g} s for this: {what}"
-        time.sleep(every)
-    return value
-
-
 class Cluster:
     """``with Cluster(folder) as cluster``: runs while the block does. ``folder``: its own, with a short name, since it
     holds sockets."""
@@ -98,7 +90,7 @@ class Cluster:
             for job in self.command("squeue", "--noheader", "--format=%A").split():
                 self.command("scancel", "--full", "--signal=KILL", job)
                 self.command("scancel", job)
-            until("no job is left", lambda: not self.command("squeue", "--noheader"), KILL_WAIT + 10)
+            until(lambda: not self.command("squeue", "--noheader"), "no job is left", every=EVERY)
         for daemon in reversed(self.daemons):
             daemon.terminate()
         for daemon in reversed(self.daemons):
@@ -114,7 +106,7 @@ class Cluster:
     def command(self, name: str, *arguments: str, check: bool = True, env: dict[str, str] | None = None) -> str:
         """What one of SLURM's commands prints. ``env``: more of the environment, which a submitted job gets too."""
         done = subprocess.run(
-            [name, *arguments], env=self.env | (env or {}), text=True, capture_output=True, timeout=60, check=False
+            [name, *arguments], env=self.env | (env or {}), text=True, capture_output=True, timeout=HANG, check=False
         )
         assert not check or done.returncode == 0, f"{name} {' '.join(arguments)}: {done.stderr or done.stdout}"
         return done.stdout.strip()
@@ -146,7 +138,7 @@ class Cluster:
             state = self.command("sinfo", "--noheader", "--partition=main", f"--nodes={node}", "--format=%T")
             return state in ("idle", "mixed")
 
-        until(f"{node} is up", is_up, 60)
+        until(is_up, f"{node} is up", every=EVERY)
 
     def crash_node(self, node: str, number: str, rank: int) -> None:
         """Kills the node's daemon, and what it runs of a job: one rank and SLURM's keeper of it."""
@@ -183,11 +175,11 @@ class Cluster:
             *(f"--{kind}-file={self.folder}/munge.{kind}" for kind in ("pid", "log", "seed")),
             f"--socket={self.folder}/munge.socket",
         )
-        until("munged's socket", (self.folder / "munge.socket").exists, 20)
+        until((self.folder / "munge.socket").exists, "munged's socket", every=EVERY)
         self._daemon("slurmctld", "-D", "-i", "-c", "-f", str(self.conf))
         for node in NODES:
             self.start_node(node)
-        until("both nodes are idle", self._idle, 60)
+        until(self._idle, "both nodes are idle", every=EVERY)
 
     def _daemon(self, name: str, *arguments: str) -> None:
         program = shutil.which(name, path=SEARCH)

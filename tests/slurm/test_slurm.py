@@ -19,13 +19,12 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, missing, until
-from ranks import ROOT
+from cluster import EVERY, Cluster, missing
+from ranks import HANG, ROOT, until
 
-SECONDS = 400.0  # a search, or a part of one, never takes longer, not even on a busy machine
 ABSENT = missing()
 pytestmark = [
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(4 * HANG),  # they wait several times
     pytest.mark.skipif(bool(ABSENT), reason=f"no SLURM here: {', '.join(ABSENT)} missing (tests/run.sh --slurm)"),
     pytest.mark.skipif(
         os.environ.get("BOSSNAS_SLURM") != "1",
@@ -103,7 +102,7 @@ class Search:
 
     def wait(self, what: str, happened: Callable[[], object]) -> object:
         try:
-            return until(what, happened, SECONDS)
+            return until(happened, what, every=EVERY)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.said()}") from None
 

@@ -258,6 +258,7 @@ def test_macs_equal_fvcores(plain_networks):
         assert ours["macs"] == sum(counted.by_operator()[name] for name in ("conv", "matmul", "linear"))
 
 
+@pytest.mark.quick
 def test_the_shared_shortcut_counts_once_and_the_entry_follows_the_scale():
     space = make("mbconv", 1.0)
     table = CostTable.of(space, 32)
@@ -286,6 +287,7 @@ def test_the_table_holds_what_can_occur_and_nothing_else():
         table.path(0, decode("5555"), (3, 16, 16))
 
 
+@pytest.mark.quick
 def test_own_layers_are_built_one_at_a_time(monkeypatch):
     alive, most = set(), []
 
@@ -376,6 +378,7 @@ def test_measured_latencies_come_back(config, tmp_path, capsys):
     assert "ms" in capsys.readouterr().out
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "options, words",
     [

@@ -75,6 +75,7 @@ def test_hytra_samples_distinct_paths():
     assert len(set(sampled)) == 4 and set(sampled) <= set(space.paths(0, []))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name, sizes", [("hytra", (32, 40, 57)), ("mbconv", (32, 45)), ("nats", (4, 9, 32))])
 def test_any_image_size_runs_every_end(name, sizes):
     for size in sizes:
@@ -142,6 +143,7 @@ def test_settings_without_effect_are_refused():
         make("nats", restricted=False)
 
 
+@pytest.mark.quick
 def test_own_space_of_the_documentation(project_root, tmp_path):
     code = re.search(r"```python\n(.*?)```", (project_root / "docs/own_space.md").read_text(), re.S).group(1)
     file = tmp_path / "my_space.py"

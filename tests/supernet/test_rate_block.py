@@ -165,6 +165,7 @@ def test_scores_equal_the_ordinary_procedure(name, block):
             assert sorted(paths, key=found.get) == sorted(paths, key=expected.get)
 
 
+@pytest.mark.quick
 def test_batches_are_weighted_by_their_images():
     space, online, target, predictor, (a, b), calibration = setup()
     paths = space.paths(0, [])[:5]
@@ -178,6 +179,7 @@ def test_batches_are_weighted_by_their_images():
     assert scores(1, 2) == pytest.approx(scores(), abs=1e-12)
 
 
+@pytest.mark.quick
 def test_later_blocks_are_rated_on_the_winners_of_earlier_ones():
     space, online, target, predictor, (a, b), calibration = setup(block=1)
     paths = space.paths(1, [(0, 0)])[::16]
@@ -205,6 +207,7 @@ def test_calibration_averages_batches_and_covers_the_predictor():
     assert mean.abs().max() > 1e-4 and not torch.allclose(var, torch.ones_like(var))
 
 
+@pytest.mark.quick
 def test_rating_changes_no_weight_and_no_buffer():
     space, online, target, predictor, (a, b), calibration = setup()
     modules = nn.ModuleList([online, target, predictor])

@@ -51,6 +51,7 @@ def test_many_items_equal_one_by_one_with_gradients(name):
         torch.testing.assert_close(many[key], single[key], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.quick
 def test_groups_inside_an_item_are_normalised_alone():
     space, net = make("hytra")
     path = space.paths(0, [])[3]
@@ -62,6 +63,7 @@ def test_groups_inside_an_item_are_normalised_alone():
     assert not torch.allclose(both, mixed)
 
 
+@pytest.mark.quick
 def test_shared_prefixes_are_computed_once():
     space, net = make("hytra")
     calls = []
@@ -146,6 +148,7 @@ def test_pooled_pointwise_equals_the_plain_chain(groups):
         torch.testing.assert_close(module(x, 1, used), module.norm(module.conv(x), 1, plain).mean((2, 3)))
 
 
+@pytest.mark.quick
 def test_attention_mixes_over_keys():
     """out_i = sum_j A_ij v_j, not the original supernet's transposed product."""
     torch.manual_seed(0)
@@ -157,6 +160,7 @@ def test_attention_mixes_over_keys():
     torch.testing.assert_close(attention(x), truth)
 
 
+@pytest.mark.quick
 def test_nats_normal_cell_against_its_definition():
     torch.manual_seed(0)
     cell = nats._Normal((2, 4)).double()
@@ -175,6 +179,7 @@ def test_nats_normal_cell_against_its_definition():
     torch.testing.assert_close(cell(same, 1), same + op("13", n1) + op("23", op("02", same) + op("12", n1)))
 
 
+@pytest.mark.quick
 def test_hytra_candidate_against_its_definition():
     """Same-scale convolution and down-scale attention entry, written out with torch's own functions."""
     space, net = make("hytra")
@@ -206,6 +211,7 @@ def test_last_gammas_start_at_zero():
     assert len(zero) == 4 * (6 + 5 + 4 + 4)
 
 
+@pytest.mark.quick
 def test_target_is_a_copy():
     _, net = make("nats")
     target = copy.deepcopy(net)

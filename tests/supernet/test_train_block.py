@@ -128,6 +128,7 @@ def test_instance_loss_is_cross_entropy_over_the_images_in_both_directions():
     assert losses.instance_loss([torch.ones(4, 2)], [torch.ones(4, 2)], 0.1).item() == pytest.approx(math.log(4))
 
 
+@pytest.mark.quick
 def test_objectives_and_the_number_of_paths():
     """Instance discrimination leaves the predictor alone; both losses add up; fewer paths train fewer candidates."""
     moved = {}
@@ -253,6 +254,7 @@ def test_the_loss_falls():
     assert [s.ends_epoch for s in steps] == [False] * 5 + [True]
 
 
+@pytest.mark.quick
 def test_paths_are_a_function_of_the_position():
     run = setup()
     assert sample_paths(run.space, 0, [], 0, 7) == sample_paths(run.space, 0, [], 0, 7)
@@ -260,6 +262,7 @@ def test_paths_are_a_function_of_the_position():
     assert sample_paths(run.space, 0, [], 0, 7) != sample_paths(run.space, 0, [], 1, 7)
 
 
+@pytest.mark.quick
 def test_a_loss_that_is_not_finite_stops_the_run():
     run = setup("nats", max_bad_steps=1)
     with torch.no_grad():

@@ -44,7 +44,7 @@ SYNC = [
 
 
 def start(cases):
-    code, output = ranks.start("torchrun", 2, "train_worker.py", json.dumps(cases), timeout=300)
+    code, output = ranks.start("torchrun", 2, "train_worker.py", json.dumps(cases))
     assert code == 0 and output.count("equal within") == len(cases), output
 
 

@@ -1,7 +1,10 @@
 """One rank of distributed/test_alive.py: counts steps under a guard until what the test asks for happens.
 
-alive_worker.py HOW TIMEOUT_MINUTES
+alive_worker.py HOW
 alive_worker.py served|streamed killed|stopped      (a loader process and how the run leaves it)
+
+The watchdog's limit is long, as the machine may be busy. It gets short on the rank that is to speak, and only when what
+it is to speak of has happened.
 """
 
 from __future__ import annotations
@@ -10,12 +13,14 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 
 import torch
+from ranks import HANG, until
 from torch.utils.data import Dataset, IterableDataset
 
 from bossnas.data import loader
-from bossnas.distributed import dist, launch
+from bossnas.distributed import alive, dist, launch
 from bossnas.distributed.alive import Guard
 
 
@@ -34,33 +39,59 @@ class Streamed(IterableDataset):
         return iter(range(1000))
 
 
-LAST, HIT = 400, 5  # steps; the one at which rank 1 meets its fate
+LAST, HIT = 100, 5  # steps, where nothing else ends them; the one at which rank 1 meets its fate
+SHORT = 1.5  # seconds: the limit of a watchdog that is to speak
+FROZEN = {"freeze": 1, "frozen store": 0}
 
 
-def meet(how: str, rank: int) -> None:
+def meet(how: str, rank: int, guard: Guard, processes: list[int]) -> None:
     if how == "usr1" and rank == 1:
         os.kill(os.getpid(), signal.SIGUSR1)
     if how == "agent" and rank == 1:
         os.kill(os.getppid(), signal.SIGTERM)
     if how == "orphan" and rank == 1:
         os.kill(os.getppid(), signal.SIGKILL)
-    if how == "freeze" and rank == 1:
-        os.kill(os.getpid(), signal.SIGSTOP)
-    if how == "frozen store" and rank == 0:
-        os.kill(os.getpid(), signal.SIGSTOP)
+    if how in FROZEN:
+        if rank == FROZEN[how]:
+            time.sleep(HANG)  # the other rank freezes this one, here or on its way
+        os.kill(processes[1 - rank], signal.SIGSTOP)
+        watch(guard)
+    if how == "stuck" and rank == 0:
+        until(lambda: f'"{guard.place}"' in guard._store.get("1").decode(), "a sign of life that names rank 1's place")
+        watch(guard)
     if how == "stuck" and rank == 1:
-        time.sleep(60)
+        until(lambda: has_ended(processes[0]), "the end of rank 0")
+        watch(guard)
+        time.sleep(HANG)
     if how == "error" and rank == 1:
         raise RuntimeError("broken on purpose")
 
 
-def count(how: str, timeout_minutes: float) -> None:
-    rank, lag = dist.rank(), 2
-    with Guard(timeout_minutes) as guard:
-        for step in range(LAST):
+def watch(guard: Guard) -> None:
+    guard.at(guard.place)
+    guard.timeout = SHORT
+
+
+def has_ended(process: int) -> bool:
+    """Whether the test has taken note of its end."""
+    with suppress(ProcessLookupError):
+        os.kill(process, 0)
+        return False
+    return True
+
+
+def count(how: str) -> None:
+    rank, lag, step = dist.rank(), 2, -1
+    alive.BEAT_SECONDS = 0.1  # so that a rank which gives no sign of life is soon known ...
+    if how == "stuck":
+        alive.SILENT_BEATS = 10**6  # ... and here one whose signs of life are late on a busy machine is not meant
+    processes = dist.all_gather_object(os.getpid())
+    with Guard(HANG / 60) as guard:
+        while how != "uneven" or step < LAST:
+            step += 1
             guard.at(f"step {step}")
             if step == HIT:
-                meet(how, rank)
+                meet(how, rank, guard, processes)
             if how == "uneven" and rank == 0 or how == "orphan":
                 time.sleep(0.01)
             if guard.should_stop(lag):
@@ -95,6 +126,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[-2] in ("served", "streamed"):
         load(Served() if sys.argv[-2] == "served" else Streamed(), sys.argv[-1])
-    if sys.argv[-2] == "survive":
-        sys.exit(launch.run(survive, timeout_minutes=1))
-    sys.exit(launch.run(lambda: count(sys.argv[-2], float(sys.argv[-1])), timeout_minutes=1))
+    if sys.argv[-1] == "survive":
+        sys.exit(launch.run(survive, timeout_minutes=HANG / 60))
+    sys.exit(launch.run(lambda: count(sys.argv[-1]), timeout_minutes=HANG / 60))

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from ranks import HANG
 from torch import nn
 
 from bossnas.distributed import dist, engines, launch
@@ -190,4 +191,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     argument = next(a for a in sys.argv[1:] if not a.startswith("--local_rank"))
     specs = json.loads(argument)
-    sys.exit(launch.run(lambda: [run(spec) for spec in specs], timeout_minutes=1))
+    sys.exit(launch.run(lambda: [run(spec) for spec in specs], timeout_minutes=HANG / 60))

@@ -7,11 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = ROOT / "tests/workers"
-HANG = 600.0  # seconds: longer than anything takes on a busy machine, short enough to find what hangs
+HANG = 600  # seconds: longer than anything takes on a busy machine, short enough to find what hangs
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -28,10 +30,20 @@ def environment() -> dict[str, str]:
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(HANG),
     }
 
 
-def start(launcher: str, ranks: int, script: str, *arguments: str, timeout: float = 100) -> tuple[int, str]:
+def until(happened: Callable[[], object], what: str, every: float = 0.02) -> object:
+    """Waits for ``happened()`` to be true and returns it; fails with ``what`` after HANG seconds."""
+    end = time.monotonic() + HANG
+    while not (value := happened()):
+        assert time.monotonic() < end, f"waited {HANG} s for this: {what}"
+        time.sleep(every)
+    return value
+
+
+def start(launcher: str, ranks: int, script: str, *arguments: str) -> tuple[int, str]:
     """Exit code and output of ``tests/workers/script``. ``launcher``: python | torchrun | deepspeed."""
     port = str(free_port())
     front = {
@@ -55,7 +67,7 @@ def start(launcher: str, ranks: int, script: str, *arguments: str, timeout: floa
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=timeout)
+        output, _ = process.communicate(timeout=HANG)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from ranks import HANG
 
 from bossnas.config.loading import load
 from bossnas.config.retrain import RetrainConfig
@@ -42,4 +43,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     argument = next(a for a in sys.argv[1:] if not a.startswith("--local_rank"))
     jobs = json.loads(argument)
-    sys.exit(launch.run(lambda: [work(job) for job in jobs], timeout_minutes=1))
+    sys.exit(launch.run(lambda: [work(job) for job in jobs], timeout_minutes=HANG / 60))

@@ -13,6 +13,7 @@ import sys
 import time
 
 import torch
+from ranks import HANG
 
 from bossnas.config.loading import load
 from bossnas.distributed import dist, launch, pipe
@@ -46,7 +47,7 @@ def run(task: dict) -> None:
 
 
 def check_pipe(kind: str) -> None:
-    link = pipe.connect(CPU, 1)
+    link = pipe.connect(CPU, HANG / 60)
     x = torch.arange(24.0).view(2, 3, 4)
     if dist.rank() == 0:
         sender = Sender(link, 1, most=2)
@@ -96,4 +97,4 @@ if __name__ == "__main__":
     from bossnas.runs import session
 
     session.Guard = Signalled
-    sys.exit(launch.run(main, timeout_minutes=2))
+    sys.exit(launch.run(main, timeout_minutes=HANG / 60))

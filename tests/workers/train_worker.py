@@ -15,6 +15,7 @@ from itertools import islice
 
 import numpy as np
 import torch
+from ranks import HANG
 from torch import nn
 from torch.nn import functional as F
 
@@ -232,4 +233,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(launch.run(main, timeout_minutes=2))
+    sys.exit(launch.run(main, timeout_minutes=HANG / 60))
