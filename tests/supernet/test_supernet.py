@@ -51,6 +51,16 @@ def test_many_items_equal_one_by_one_with_gradients(name):
         torch.testing.assert_close(many[key], single[key], rtol=1e-7, atol=1e-9)
 
 
+def test_projections_without_the_last_layer_are_the_hidden_units():
+    space, net = make("nats")
+    items = [Item(path, torch.randn(3, 3, 32, 32, dtype=torch.float64)) for path in space.paths(0, [])[:2]]
+    features = net.forward(0, items)
+    hidden, out = net.project(0, items, features, last=False), net.project(0, items, features)
+    for units, projection in zip(hidden, out, strict=True):
+        assert units.shape == (3, 16)
+        torch.testing.assert_close(net.projectors[0].mlp[-1](units), projection, rtol=1e-9, atol=1e-9)
+
+
 def test_groups_inside_an_item_are_normalised_alone():
     space, net = make("hytra")
     path = space.paths(0, [])[3]
