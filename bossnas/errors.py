@@ -1,6 +1,9 @@
-"""What a user can mend, and how a run ends that was asked to stop."""
+"""What a user can mend, how a run ends that was asked to stop, and the exit codes of both."""
 
 from __future__ import annotations
+
+USER_ERROR = 2  # exit code of a mistake that the user can mend
+RESUMABLE = 75  # exit code (EX_TEMPFAIL) of a run that was asked to stop and has saved its state
 
 
 class ConfigError(ValueError):

@@ -14,8 +14,7 @@ import torch.distributed as torch_dist
 
 from bossnas.distributed.dist import barrier, world_size
 from bossnas.distributed.environment import env_int, name_loopback, read_srun
-from bossnas.distributed.launch import RESUMABLE
-from bossnas.errors import ConfigError
+from bossnas.errors import RESUMABLE, ConfigError
 
 
 def init(timeout_minutes: float = 30) -> None:

@@ -13,10 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from bossnas.distributed.environment import env_int, read_srun
-from bossnas.errors import ConfigError, Stopped
+from bossnas.errors import RESUMABLE, USER_ERROR, ConfigError, Stopped
 
-USER_ERROR = 2  # exit code of a mistake that the user can mend
-RESUMABLE = 75  # exit code (EX_TEMPFAIL) of a run that was asked to stop and has saved its state
 GRACE_SECONDS = 3.0  # the other ranks leave rank 0 this long to report the mistake that all of them see
 
 

@@ -1,4 +1,4 @@
-"""Search spaces: what a space must say about itself, and how one is chosen by name."""
+"""Search spaces, chosen by name or from a file of one's own."""
 
 from __future__ import annotations
 
@@ -6,90 +6,14 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
-
-import numpy as np
-from torch import nn
+from typing import Any
 
 from bossnas.errors import ConfigError
-from bossnas.spaces.paths import MAX_CANDIDATES, Choices
+from bossnas.spaces.paths import MAX_CANDIDATES
+from bossnas.spaces.space import Space, Traits, traits
 
-
-class Space(Protocol):
-    """What the search asks of a space. Blocks and layers count from 0; a path is one candidate id per layer.
-
-    Modules returned by `layer` and `adapter` are called with ``(x, choice, groups, stats)`` (see `bossnas.spaces.ops`),
-    the stem with ``(x, groups, stats)``, unless it is an nn.Identity. Each call returns fresh weights, and a layer's
-    weights serve all its candidates.
-    """
-
-    blocks: int
-    view_pairs: int  # pairs of views made of each image; path j of a step sees pair j modulo view_pairs
-    stride: int  # image sizes below it have no pixel left at the last scale
-
-    def layers(self, block: int) -> int:
-        """Layers of the block."""
-        ...
-
-    def candidates(self, block: int) -> list[str]:
-        """Names of the block's candidates; the position is the candidate id."""
-        ...
-
-    def stem(self) -> nn.Module:
-        """[N, 3, S, S] -> the first layer's input, the same for every path. Trained with block 0."""
-        ...
-
-    def layer(self, block: int, layer: int) -> nn.Module:
-        """The weights of all candidates of one layer."""
-        ...
-
-    def adapter(self, block: int) -> nn.Module:
-        """Brings every possible output of the block to ``neck_width(block)`` channels."""
-        ...
-
-    def neck_width(self, block: int) -> int:
-        """Channels that the block's projector takes."""
-        ...
-
-    def paths(self, block: int, winners: list[Choices]) -> list[Choices]:
-        """Every path of the block that can follow the winners of the blocks before it, in a fixed order."""
-        ...
-
-    def sample(self, block: int, winners: list[Choices], rng: np.random.Generator) -> list[Choices]:
-        """The paths of one micro-batch."""
-        ...
-
-    def describe(self, architecture: list[Choices]) -> dict[str, Any]:
-        """What architecture.json says beyond the paths, such as scales or widths."""
-        ...
-
-
-@dataclass(frozen=True)
-class Traits:
-    """What is known of a space beside what the search needs. A space has them as the class attribute ``traits``; one of
-    a user's own may leave them out, and then has these defaults.
-
-    ``options``: keys of the config's section that its class takes beside ``width``, with their defaults.
-    ``variants``: values of the options that change how many layers it has, the usual one first.
-    ``image_size`` (pixels), ``classes``, ``recipe`` (whose mean and deviation): of its published networks.
-    ``as_searched``: arguments with which its network computes what the supernet did, where its definition differs.
-    ``channel_texts``: accuracy tables also write its architectures as channel numbers, such as 8:64:32:8:24.
-    ``norm_before_head``: its networks normalise and rectify the last map before the classifier.
-
-    A space whose networks have a definition of their own also has ``network(architecture)``: their name in timm's
-    registry, and its arguments (`networks.registry`). The networks of others are cut out of the supernet's layers.
-    """
-
-    options: dict[str, Any] = field(default_factory=dict)
-    variants: tuple[dict[str, Any], ...] = ({},)
-    image_size: int | None = None
-    classes: int = 1000
-    recipe: Literal["imagenet", "cifar"] = "imagenet"
-    as_searched: dict[str, Any] = field(default_factory=dict)
-    channel_texts: bool = False
-    norm_before_head: bool = False
+__all__ = ["Space", "Traits", "known", "make", "recognise", "traits"]
 
 
 def known() -> dict[str, type]:
@@ -97,11 +21,6 @@ def known() -> dict[str, type]:
     from bossnas.spaces import hytra, mbconv, nats
 
     return {"hytra": hytra.HyTra, "mbconv": mbconv.MBConv, "nats": nats.Nats}
-
-
-def traits(space: Space | type) -> Traits:
-    """What is known of a space."""
-    return getattr(space, "traits", None) or Traits()
 
 
 def recognise(lengths: Sequence[int]) -> tuple[str, dict[str, Any]] | None:

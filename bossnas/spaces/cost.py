@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bossnas.errors import ConfigError
-from bossnas.spaces import Space
 from bossnas.spaces.paths import Choices, decode, encode
+from bossnas.spaces.space import Space
 
 Shape = tuple[int, int, int]  # channels, height, width of one image's map
 Key = tuple[int, int, int, Shape]  # block, layer, candidate id, input shape

@@ -11,9 +11,9 @@ from functools import cache
 import numpy as np
 from torch import Tensor, nn
 
-from bossnas.spaces import Traits
 from bossnas.spaces.ops import Attention, Chain, GroupedBatchNorm, Statistics, conv, conv_norm
 from bossnas.spaces.paths import Choices, all_paths, uniform_sample
+from bossnas.spaces.space import Traits
 
 KINDS = ("ATT", "CONV", "ATT", "CONV", "CONV", "CONV")  # by candidate id
 SCALES = (0, 0, 1, 1, 2, 3)  # by candidate id; scale s has stride 4 * 2**(3 - s)

@@ -8,9 +8,9 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bossnas.spaces import Traits
 from bossnas.spaces.ops import GroupedBatchNorm, HalvePool, PooledPointwise, SlimConv, Statistics
 from bossnas.spaces.paths import Choices, all_paths, fair_sample
+from bossnas.spaces.space import Traits
 
 WIDTHS = tuple(range(8, 65, 8))  # by candidate id
 KINDS = ("N", "R", "N", "R", "N")  # normal cell or residual down-sampling, by layer of the network
