@@ -18,7 +18,11 @@ setup(
     license_files=["LICENSE"],
     packages=[*find_packages(include=["bossnas", "bossnas.*"]), "bossnas_kernels"],
     package_dir={"bossnas_kernels": "kernels/bossnas_kernels"},
-    package_data={"bossnas.data.sample": ["*.tar.gz", "README.md", "LICENSE"]},
+    package_data={
+        "bossnas": ["py.typed"],
+        "bossnas_kernels": ["py.typed"],
+        "bossnas.data.sample": ["*.tar.gz", "README.md", "LICENSE"],
+    },
     entry_points={"console_scripts": ["bossnas = bossnas.cli:main"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
@@ -53,12 +57,14 @@ setup(
             "fvcore",
             "import-linter",
             "matplotlib",
+            "mypy",
             "onnx",
             "onnxruntime",
             "onnxscript",
             "pytest",
             "pytest-timeout",
             "ruff",
+            "types-PyYAML",
         ],
     },
 )

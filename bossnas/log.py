@@ -43,15 +43,16 @@ class Task:
     """One piece of work with a known number of steps; `advance` shows how far it is."""
 
     def __init__(self, title: str, total: int, done: int, bar: Progress | None, show: bool):
-        self.title, self.total, self.done, self.bar, self.show = title, total, done, bar, show
-        self.task = bar.add_task(title, total=total, completed=done, info="") if bar is not None else None
+        self.title, self.total, self.done, self.show = title, total, done, show
+        self.bar = (bar, bar.add_task(title, total=total, completed=done, info="")) if bar is not None else None
         self.started, self.first, self.spoken = time.monotonic(), done, time.monotonic()
 
     def advance(self, info: str = "", count: int = 1) -> None:
         self.done += count
         now = time.monotonic()
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, info=info)
+            bar, task = self.bar
+            bar.update(task, completed=self.done, info=info)
         elif self.show and (now - self.spoken > PLAIN_SECONDS or self.done == self.total):
             self.spoken = now
             left = (now - self.started) / max(1, self.done - self.first) * (self.total - self.done)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs the linter and every test in a virtual environment of its own: bash tests/run.sh [--slurm] [pytest arguments]
+# Runs linters, type checker and every test in a virtual environment of its own: bash tests/run.sh [--slurm] [pytest arguments]
 #
 # --slurm: also the tests on a real SLURM of two nodes on this machine, some minutes; where its programs are missing, root
 # gets them from Debian or Ubuntu.
 # BOSSNAS_VENV: the environment's folder (default .venv-tests). PYTHON: the interpreter (default python3).
-# Exits with 0 only if linter and tests pass and at least one test ran. The last line counts all tests.
+# Exits with 0 only if linters, type checker and tests pass and at least one test ran. The last line counts all tests.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 . launch/env.sh
@@ -49,6 +49,7 @@ run_pytest() { # name of the report, selection; then the script's own arguments
 
 ruff check . || failed=1
 ruff format --check --quiet . || { echo "not formatted: run ruff format ."; failed=1; }
+mypy || failed=1
 # The kernels' tests have a process of their own: Triton's interpreter is chosen before anything imports it. They, whole
 # searches and the tests of networks run beside the other rooms, about half of the time on a core each; what they print
 # comes at the end.

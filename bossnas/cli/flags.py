@@ -50,5 +50,5 @@ class Command(TyperCommand):
             return name
         parameter = parameters[own]
         if parameter.param_type_name == "argument":
-            return parameter.metavar
+            return parameter.metavar or own
         return next(flag for flag in parameter.opts if flag.startswith("--"))

@@ -50,11 +50,12 @@ def rate(
         raise ConfigError("--untrained", "needs --config and rates all blocks", "see bossnas rate --help")
     if run is not None and config is not None:
         raise ConfigError("--config", "a run has its own config", "leave it out; --set rating.KEY=VALUE overrides it")
-    settings = load(config, overrides) if untrained else None
+    settings = None if config is None else load(config, overrides)
     from bossnas.distributed import dist
     from bossnas.search import rerate
 
-    if untrained:
+    if run is None:
+        assert settings is not None, "without a run there is a config"
         written = [rerate.rate_untrained(settings) / "ratings"]
     else:
         written = [run / "ratings" / f"block_{done}.json" for done in rerate.rerate(run, block, overrides or [])]

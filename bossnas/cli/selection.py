@@ -56,7 +56,7 @@ def select(
         "params": ("--max-params", max_params, 1),
         "latency_ns": ("--max-latency-ms", max_latency_ms, 10**6),
     }
-    limits = {cost: _amount(*value) for cost, value in given.items() if value[1] is not None}
+    limits = {cost: _amount(flag, text, scale) for cost, (flag, text, scale) in given.items() if text is not None}
     check_writable(json)
     result = selection.select(
         run,

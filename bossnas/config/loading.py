@@ -6,20 +6,33 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, overload
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from bossnas.config.search import Config
 from bossnas.config.shared import RunConfig
 from bossnas.errors import ConfigError
 
-C = TypeVar("C", bound="RunConfig")
+C = TypeVar("C", bound=RunConfig)
 SECTIONS_OF = (("model", "augment", "evaluate"), ("space", "heads", "rating", "schedule"))  # a retraining's, a search's
 
 
-def load(path: str | Path | None, overrides: list[str] | None = None, schema: type[C] = Config) -> C:
+@overload
+def load(path: str | Path | None, overrides: list[str] | None = None) -> Config: ...
+
+
+@overload
+def load(path: str | Path | None, overrides: list[str] | None = None, *, schema: type[C]) -> C: ...
+
+
+@overload
+def load(path: str | Path | None, overrides: list[str] | None, schema: type[C]) -> C: ...
+
+
+def load(path: str | Path | None, overrides: list[str] | None = None, schema: type[RunConfig] = Config) -> RunConfig:
     """Reads a JSON or YAML config, applies ``a.b=value`` overrides (values are YAML) and validates.
 
     Raises ConfigError that names the field and the fix. ``path=None`` starts from the defaults. ``schema``: of a
@@ -39,7 +52,15 @@ def override(config: C, overrides: Sequence[str]) -> C:
     return validate(values, type(config))
 
 
-def validate(values: dict, schema: type[C] = Config) -> C:
+@overload
+def validate(values: dict) -> Config: ...
+
+
+@overload
+def validate(values: dict, schema: type[C]) -> C: ...
+
+
+def validate(values: dict, schema: type[RunConfig] = Config) -> RunConfig:
     """Validates plain values. Raises ConfigError on the first mistake."""
     try:
         config = schema.model_validate(values)
@@ -104,7 +125,7 @@ def _apply(values: dict, override: str) -> None:
         raise ConfigError(key, f"cannot read the value {text!r}", "quote it as YAML") from None
 
 
-def _explain(error: dict, schema: type[RunConfig]) -> ConfigError:
+def _explain(error: ErrorDetails, schema: type[RunConfig]) -> ConfigError:
     where = ".".join(str(part) for part in error["loc"] if part not in ("str", "list[str]"))
     if error["type"] == "extra_forbidden":
         section: Any = schema

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -63,17 +63,45 @@ class CheckpointConfig(Section):
     asynchronous: bool = Field(True, description="go on training while a checkpoint is written")
 
 
+class Steps(Protocol):
+    """What the train section of every kind of run has."""
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def micro_batch(self) -> int: ...
+
+    @property
+    def epochs(self) -> int: ...
+
+    @property
+    def steps_per_epoch(self) -> int | None: ...
+
+    @property
+    def warmup_epochs(self) -> float: ...
+
+
 class RunConfig(Section):
     """What every kind of run has; ``kind`` says in a run folder which it is."""
 
     kind: ClassVar[str]
+
+    if TYPE_CHECKING:  # each kind has its own defaults and its own order of fields, in which they are written
+        out: str
+        seed: int
+        kernels: str
+        data: ReaderConfig
+        train: Steps
+        engine: WorkersConfig
+        checkpoint: CheckpointConfig
 
     def check(self) -> None:
         """Raises ConfigError for values that do not go together."""
         raise NotImplementedError
 
 
-def check_batch(train: Any) -> None:
+def check_batch(train: Steps) -> None:
     """Raises ConfigError where a train section's numbers do not fit together."""
     if train.batch % train.micro_batch:
         raise ConfigError(
@@ -100,7 +128,7 @@ def check_engine(engine: WorkersConfig) -> None:
         )
 
 
-def accumulation(config: Any, world_size: int) -> int:
+def accumulation(config: RunConfig, world_size: int) -> int:
     """Micro-batches per optimizer step on each rank, so that the batch is the same on any number of ranks."""
     per_pass = config.train.micro_batch * world_size
     if config.train.batch % per_pass:

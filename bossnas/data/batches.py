@@ -12,7 +12,7 @@ the workers of all ranks; the same place is exact as long as there are as many r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count as count_up, islice
 from pathlib import Path
@@ -110,7 +110,7 @@ def view_batches(
     *,
     device: torch.device = CPU,
     bad: dict[str, str] | None = None,
-) -> Iterator[list[Tensor]]:
+) -> Generator[list[Tensor]]:
     """The micro-batches of a part of an epoch, for one rank.
 
     Each is a list with a tensor [batch, 3, S, S] on ``device`` (channels_last) for every view in ``views``. No sample
@@ -137,13 +137,14 @@ def epoch_batches(
     copies: int = 1,
     device: torch.device = CPU,
     bad: dict[str, str] | None = None,
-) -> Iterator[Any]:
+) -> Generator[Any]:
     """As `view_batches`, of whatever ``collate`` makes.
 
     ``copies``, of an index: how often a sample comes, on different ranks if there are as many, so that the epoch has as
     many fewer samples. The collate gets the numbers sample * copies + copy in place of the samples'.
     """
     start, steps, batch, rank, world = part.start, part.steps, part.batch, part.rank, part.world
+    dataset: _Indexed | _Streamed
     if part.images > len(source):
         raise ConfigError(
             source.field,
@@ -187,7 +188,7 @@ def fixed_view_batches(
     *,
     device: torch.device = CPU,
     bad: dict[str, str] | None = None,
-) -> Iterator[list[Tensor]]:
+) -> Generator[list[Tensor]]:
     """Batches of views that are the same at every call.
 
     A stream is read by one process, from its beginning to the last batch asked for, and gives batches in ascending
@@ -205,12 +206,13 @@ def same_batches(
     *,
     device: torch.device = CPU,
     bad: dict[str, str] | None = None,
-) -> Iterator[Any]:
+) -> Generator[Any]:
     """As `fixed_view_batches`, of whatever ``collate`` makes."""
     count = len(source) if fixed.count is None else min(fixed.count, len(source))
     firsts = range(0, count, fixed.batch)
     chosen = range(len(firsts)) if fixed.only is None else fixed.only
     allowed, workers = _allowed(settings.max_bad, len(source)), settings.workers
+    dataset: _Indexed | _Streamed
     if isinstance(source, ShardStream):
         shards = source.order(fixed.seed, FIXED_EPOCH) if fixed.shuffle else np.arange(len(source.urls))
         dataset = _Streamed(

@@ -25,8 +25,11 @@ def place(views_on: str, device: torch.device) -> str:
 class Batcher(Protocol):
     """Makes batches of an epoch: begun in a loader process, to which it travels, and completed on the device."""
 
-    seed: int
-    epoch: int
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def epoch(self) -> int: ...
 
     def begin(self, pictures: list[np.ndarray], samples: list[int], labels: list[int | None]) -> dict[str, Tensor]: ...
 

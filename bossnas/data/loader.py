@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sized
 from contextlib import closing, contextmanager
 from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
@@ -45,7 +45,7 @@ class BegunBatch(NamedTuple):
 
 def load(
     dataset: Dataset, collate: Batcher, allowed: int, workers: int, device: torch.device, known: dict[str, str]
-) -> Iterator[Any]:
+) -> Generator[Any]:
     """The batches of a dataset of Items, completed on ``device``. ``known``: unreadable images that were met before.
 
     Raises the ConfigErrors that the workers met, and one (data.max_bad) for more than ``allowed`` unreadable images.
@@ -73,10 +73,11 @@ def load(
             yield collate.complete(parts, device)
 
 
-def _here(dataset: Dataset) -> Iterator[BegunBatch]:
+def _here(dataset: Dataset) -> Generator[BegunBatch]:
     if isinstance(dataset, IterableDataset):
         yield from dataset
     else:
+        assert isinstance(dataset, Sized)
         for i in range(len(dataset)):
             yield dataset[i]
 
@@ -90,7 +91,9 @@ def _start_worker(worker: int) -> None:
 
 def _end_with_parent() -> None:
     """A run that was killed leaves no workers: torch's look at the server that forked them, which they keep alive."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
@@ -119,7 +122,7 @@ def _context(dataset: Dataset) -> multiprocessing.context.BaseContext:
     return context
 
 
-def _from_workers(dataset: Dataset, workers: int, device: torch.device) -> Iterator[BegunBatch]:
+def _from_workers(dataset: Dataset, workers: int, device: torch.device) -> Generator[BegunBatch]:
     # its own generator: the loader must not draw from the run's random numbers
     loader = DataLoader(
         dataset,
@@ -135,10 +138,10 @@ def _from_workers(dataset: Dataset, workers: int, device: torch.device) -> Itera
     others = set(multiprocessing.active_children())
     with _held_back():
         iterator = iter(loader)
-    workers = set(multiprocessing.active_children()) - others
+    started = set(multiprocessing.active_children()) - others
 
     def end() -> None:
-        for worker in workers:
+        for worker in started:
             worker.kill()
 
     # a generator that an exception holds is not closed at the interpreter's exit, which would wait for the workers

@@ -20,8 +20,10 @@ import zipfile
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import braceexpand
 import numpy as np
@@ -32,7 +34,7 @@ from bossnas.errors import ConfigError
 from bossnas.files import draft
 
 log = logging.getLogger("bossnas.data.shards")
-OPENERS = {".tar": open, ".tar.gz": gzip.open, ".tgz": gzip.open, ".tar.xz": lzma.open}
+OPENERS: dict[str, Callable[..., Any]] = {".tar": open, ".tar.gz": gzip.open, ".tgz": gzip.open, ".tar.xz": lzma.open}
 INDEX_FORMAT = 2
 INDEX_THREADS = 8  # they wait for the storage side by side; the parsing itself holds the interpreter's lock
 MANY_SHARDS = 20  # from here on the log says that shards are indexed
@@ -66,11 +68,9 @@ class ShardIndex:
         without images, or a label is not a number.
         """
         shards = expand(pattern, field)
-        tables = [_cached(shard) for shard in shards]
-        unknown = [i for i, table in enumerate(tables) if table is None]
-        for i, table in zip(unknown, _index_all([shards[i] for i in unknown], field), strict=True):
-            tables[i] = table
-        index = cls(shards, tables, field)
+        cached = [_cached(shard) for shard in shards]
+        made = iter(_index_all([shard for shard, table in zip(shards, cached, strict=True) if table is None], field))
+        index = cls(shards, [next(made) if table is None else table for table in cached], field)
         log.debug("%s: %d images in %d shards", field, len(index), len(shards))
         return index
 
@@ -164,7 +164,7 @@ def expand_braces(text: str, field: str) -> list[str]:
     """``a-{0..2}.tar`` -> three names. Raises ConfigError for unbalanced braces."""
     try:
         return list(braceexpand.braceexpand(text))
-    except braceexpand.UnbalancedBracesError:
+    except braceexpand.UnbalancedBracesError:  # type: ignore[attr-defined]  # its stubs lack the name
         raise ConfigError(field, f"{text!r} has unbalanced braces", "close them") from None
 
 
@@ -217,11 +217,12 @@ def index_shard(path: Path, field: str) -> dict[str, np.ndarray]:
     # before the scan: a shard that changes while it is read has another stamp, and its index is made anew
     stamp = _stamp(path)
     table = _scan(path, field)
+    arrays: dict[str, Any] = {"stamp": stamp, **table}
     for cache in _caches(path):
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
             with draft(cache) as made, open(made, "wb") as file:
-                np.savez(file, stamp=stamp, **table)
+                np.savez(file, **arrays)
             return table
         except OSError as error:
             log.debug("the index %s cannot be written (%s)", cache, error)
@@ -234,7 +235,9 @@ def _kind(path: Path) -> str | None:
 
 
 def _unpack(path: Path) -> bytes:
-    with OPENERS[_kind(path)](path, "rb") as file:
+    kind = _kind(path)
+    assert kind is not None, "`expand` takes shards alone"
+    with OPENERS[kind](path, "rb") as file:
         return file.read()
 
 

@@ -20,13 +20,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from bossnas.data.shards import OPENERS, expand, expand_braces, is_remote
-from bossnas.data.tars import entries
+from bossnas.data.tars import Unpacked, entries
 from bossnas.errors import ConfigError
 
 log = logging.getLogger("bossnas.data.streams")
@@ -115,7 +115,9 @@ class ShardStream:
         """The shards' numbers in the order of an epoch; share() splits it over the readers."""
         return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(self.urls))
 
-    def read(self, shards: Sequence[int], seed_key: Sequence[int], buffer: int, skip: int = 0) -> Iterator[Sample]:
+    def read(
+        self, shards: Sequence[int] | np.ndarray, seed_key: Sequence[int], buffer: int, skip: int = 0
+    ) -> Iterator[Sample]:
         """The samples of these shards, in this order, through a shuffle buffer of ``buffer`` samples (up to 1: none).
 
         The same arguments give the same sequence. The first ``skip`` samples of it are fetched but not given out.
@@ -134,11 +136,11 @@ class ShardStream:
     def _shard(self, number: int) -> Iterator[Sample]:
         url, name = self.urls[number], shown(self.urls[number])
         path = url if not is_remote(url) or url.startswith("pipe:") else urlsplit(url).path
-        opener = next((OPENERS[kind] for kind in OPENERS if path.endswith(kind)), open)
+        opener: Callable[..., Any] = next((OPENERS[kind] for kind in OPENERS if path.endswith(kind)), open)
         is_tar = opener is open or url.startswith("pipe:")
         row = -1
         with contextlib.closing(ByteStream(url, self.field, self.retries, self.timeout, self.backoff, is_tar)) as file:
-            unpacked = file if is_tar else opener(file)
+            unpacked: Unpacked = file if is_tar else opener(file)
             for row, entry in enumerate(entries(unpacked, name, self.field, with_data=True)):
                 yield Sample(number << 32 | row, entry.data, entry.label, f"{name}/{entry.key}")
         if self.counts is not None and row + 1 != self.counts[number]:
@@ -232,15 +234,14 @@ class ByteStream:
         while not self._has_ended:
             ended = False
             try:
-                if self._source is None:
-                    self._connect()
-                chunk = self._source.read(CHUNK)
+                source = self._connect() if self._source is None else self._source
+                chunk = source.read(CHUNK)
                 if chunk:
                     self._chunk, self._used = chunk, 0
                     self._fetched += len(chunk)
                     return True
                 # a file or an object store that ends is at its end (sure); HTTP and a pipe end where they break, too
-                if not more_is_due or self._source.sure:
+                if not more_is_due or source.sure:
                     break
                 reason, ended = "the connection ended before the tar does", True
             except Exception as error:  # drivers of stores raise nearly anything; it is logged or raised below
@@ -271,14 +272,15 @@ class ByteStream:
         self._has_ended = True
         return False
 
-    def _connect(self) -> None:
-        self._source = _open(self.url, self._fetched, self.timeout)
-        position = self._source.start
+    def _connect(self) -> Connection:
+        self._source = source = _open(self.url, self._fetched, self.timeout)
+        position = source.start
         while position < self._fetched:  # no range requests here
-            skipped = self._source.read(min(CHUNK, self._fetched - position))
+            skipped = source.read(min(CHUNK, self._fetched - position))
             if not skipped:
                 raise EOFError(f"it now ends at byte {position}")
             position += len(skipped)
+        return source
 
 
 def _open(url: str, position: int, timeout: float) -> Connection:
@@ -325,19 +327,21 @@ class _Pipe:
         self.process = subprocess.Popen(
             command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
         )
+        assert self.process.stdout is not None
+        self.output = self.process.stdout
         self.poll = select.poll()
-        self.poll.register(self.process.stdout, select.POLLIN | select.POLLHUP)
+        self.poll.register(self.output, select.POLLIN | select.POLLHUP)
 
     def read(self, size: int) -> bytes:
         if not self.poll.poll(self.timeout * 1000):
             raise TimeoutError(f"no byte for {self.timeout:g} s")
-        data = os.read(self.process.stdout.fileno(), size)
+        data = os.read(self.output.fileno(), size)
         if not data and (code := self.process.wait(self.timeout)):
             raise OSError(f"the command ended with exit code {code}")
         return data
 
     def close(self) -> None:
-        self.process.stdout.close()
+        self.output.close()
         if self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):  # it has ended just now
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -354,8 +358,9 @@ def _is_lasting(error: Exception) -> bool:
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "not found"
-    if getattr(error, "status", None) and hasattr(error, "message"):  # its text has the whole URL
-        return f"HTTP {error.status} {error.message[:REASON]}".partition("\n")[0]
+    status, message = getattr(error, "status", None), getattr(error, "message", None)
+    if status and message is not None:  # its text has the whole URL
+        return f"HTTP {status} {message[:REASON]}".partition("\n")[0]
     return f"{type(error).__name__}: {str(error)[:REASON] or 'no answer in time'}".partition("\n")[0]
 
 

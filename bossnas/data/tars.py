@@ -11,7 +11,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Protocol
 
 from bossnas.data.images import EXTENSIONS, MAX_BYTES
 from bossnas.errors import ConfigError
@@ -27,6 +27,16 @@ TELLING_NOTES = re.compile(rb" (path|size|hdrcharset|GNU)")  # webdataset's writ
 MAX_NOTES = 2**20  # bytes of them before one member
 
 
+class Unpacked(Protocol):
+    """An unpacked tar that is read forwards."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+    def read1(self, size: int, /) -> bytes: ...
+
+    def seek(self, position: int, /) -> object: ...
+
+
 @dataclass(slots=True)
 class Entry:
     """A sample of a tar. ``data``: of the image, where asked for; at most MAX_BYTES + 1 bytes."""
@@ -39,15 +49,16 @@ class Entry:
     data: bytes = b""
 
 
-def entries(file: BinaryIO, name: str, field: str, with_data: bool) -> Iterator[Entry]:
+def entries(file: Unpacked, name: str, field: str, with_data: bool) -> Iterator[Entry]:
     """The samples of an unpacked tar that is read forwards from byte 0: both readers number them in this order.
 
     The image or the label coming again under the key of the sample before starts another sample; of images with
     different extensions under one key the first is taken. Both are warned of once a shard, samples without an image are
-    counted in the log. ``file`` needs read, read1 and seek forwards. Raises ConfigError that names ``field`` and the
-    shard (``name``) when it is damaged, holds no image or a label that is no number.
+    counted in the log. Raises ConfigError that names ``field`` and the shard (``name``) when it is damaged, holds no
+    image or a label that is no number.
     """
-    entry, seen = None, set()
+    entry: Entry | None = None
+    seen: set[str] = set()
     count = repeated = surplus = imageless = 0
     try:
         for member, offset, size, is_file in members(file):
@@ -99,7 +110,7 @@ def entries(file: BinaryIO, name: str, field: str, with_data: bool) -> Iterator[
         log.info("%s: %d samples have no image and are passed over", name, imageless)
 
 
-def members(file: BinaryIO) -> Iterator[tuple[str, int, int, bool]]:
+def members(file: Unpacked) -> Iterator[tuple[str, int, int, bool]]:
     """The members of an unpacked tar: name, offset of the data, size in bytes, and whether it is a regular file.
 
     At each of them the file stands at the data's first byte, and up to ``size`` bytes may be read from it. Other than
@@ -114,11 +125,13 @@ def members(file: BinaryIO) -> Iterator[tuple[str, int, int, bool]]:
         if not header[0] and not header.strip(b"\0"):
             break
         data = start + BLOCK
-        fields = None if notes else PLAIN_HEADER.match(header, 124)
-        is_plain = fields and int(fields[2], 8) == sum(header) - sum(header[148:156]) + 8 * ord(" ")
+        plain = None if notes else PLAIN_HEADER.match(header, 124)
+        if plain is not None and int(plain[2], 8) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+            plain = None
         try:
-            if is_plain:
-                kind, size = fields[3], int(fields[1], 8)
+            info: tarfile.TarInfo | None
+            if plain is not None:
+                kind, size = plain[3], int(plain[1], 8)
             else:
                 info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
                 kind, size = info.type, info.size
@@ -131,12 +144,14 @@ def members(file: BinaryIO) -> Iterator[tuple[str, int, int, bool]]:
                     notes += header + text
                 start = end
                 continue
-            if is_plain:
+            if plain is not None:
                 name, is_file = header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape"), True
             else:
                 notes += header
                 with tarfile.open(fileobj=io.BytesIO(notes), mode="r:", encoding="utf-8") as tar:
                     info = tar.next()
+                if info is None:
+                    raise tarfile.ReadError("its extended header has nothing after it")
                 name, size, is_file = info.name, info.size, info.isreg() and info.sparse is None
                 end, notes = data + tar.offset - len(notes), b""
         except ConfigError:  # of the stream that the tar comes through

@@ -26,7 +26,7 @@ from bossnas_kernels.looks import BOX, BRIGHTNESS, CONTRAST, FLIP, GREY, HUE, OR
 try:
     import cv2
 except ImportError:  # no wheel for this platform: Pillow makes the views, more slowly
-    cv2 = None
+    cv2 = None  # type: ignore[assignment]  # mypy knows no module that may be missing
 
 CROP_AREA, CROP_RATIO, CROP_TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
 FLIP_P, JITTER_P, GREY_P = 0.5, 0.8, 0.2

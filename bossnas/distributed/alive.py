@@ -205,6 +205,8 @@ def _span(seconds: float) -> str:
 
 def _position() -> str:
     """Where the main thread is just now: the innermost function of this package, and of all."""
-    stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])
+    main = threading.main_thread().ident
+    assert main is not None
+    stack = traceback.extract_stack(sys._current_frames()[main])
     ours = [f for f in stack if Path(f.filename).parent.is_relative_to(Path(__file__).parents[1])]
     return " in ".join(f"{f.name} ({f.filename}:{f.lineno})" for f in [*ours[-1:], stack[-1]][::-1])

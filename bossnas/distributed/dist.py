@@ -147,7 +147,8 @@ def all_gather_object(value: T) -> list[T]:
 
 def from_main(function: Callable[[], T]) -> T:
     """What ``function`` gives on rank 0, on every rank; a ConfigError of it is raised on all of them."""
-    return all_gather_object(together(lambda: function() if rank() == 0 else None))[0]
+    found: list[Any] = all_gather_object(together(lambda: function() if rank() == 0 else None))
+    return found[0]
 
 
 @torch.no_grad()
@@ -196,16 +197,16 @@ class _Average(torch.autograd.Function):
 
 def together(function: Callable[[], T]) -> T:
     """Runs ``function`` (no collectives inside) on every rank. A ConfigError of one is raised on all of them."""
-    result, mine = None, None
+    results, mine = [], None
     try:
-        result = function()
+        results.append(function())
     except ConfigError as error:
         mine = (error.field, error.problem, error.fix)
     # also after an error: a rank that left now would leave the others waiting here
     for parts in all_gather_object(mine):
         if parts is not None:
             raise ConfigError(*parts)
-    return result
+    return results[0]
 
 
 def shuffle(x: Tensor, index: Tensor, group: Any = None) -> Tensor:

@@ -122,7 +122,7 @@ class Receiver:
         if self.shape is None:
             self.shape = (shape, dtype)
             for later in (message, *self.posted):
-                self._post_payload(later)
+                self._post_payload(later, shape, dtype)
         message.payload_work.wait()
         self._post()
         return message.payload
@@ -135,10 +135,9 @@ class Receiver:
             self.posted.append(_Posted(place, self.count, header, work))
             self.count += 1
             if self.shape is not None:
-                self._post_payload(self.posted[-1])
+                self._post_payload(self.posted[-1], *self.shape)
 
-    def _post_payload(self, message: _Posted) -> None:
-        shape, dtype = self.shape
+    def _post_payload(self, message: _Posted, shape: torch.Size, dtype: torch.dtype) -> None:
         message.payload = torch.empty(shape, dtype=dtype, device=self.link.device)
         message.payload_work = torch_dist.irecv(
             message.payload, self.peer, group=self.link.payloads, tag=2 * message.number + 1
@@ -148,10 +147,11 @@ class Receiver:
 class _Posted:
     """A message that is waited for."""
 
+    payload: Tensor  # both once its shape is known
+    payload_work: Any
+
     def __init__(self, place: Place, number: int, header: Tensor, header_work: Any):
         self.place, self.number, self.header, self.header_work = place, number, header, header_work
-        self.payload: Tensor | None = None
-        self.payload_work: Any = None
 
 
 def _read(message: _Posted, peer: int, known: tuple[torch.Size, torch.dtype] | None) -> tuple[torch.Size, torch.dtype]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeGuard
+
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -29,6 +34,6 @@ def in_share(first: int, end: int, size: int, rank: int) -> tuple[int, int, int]
     return start, min(max(end, 0), size), start - first
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether ranks share the tensor."""
     return hasattr(tensor, "to_local")

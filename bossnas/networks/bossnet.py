@@ -47,7 +47,7 @@ class BossNet(nn.Module):
         _check(encoding, act, last_stride)
         self.encoding = tuple(tuple(int(kind) for kind in stage) for stage in encoding)
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
-        self.grad_checkpointing = False
+        self.grad_checkpointing, self.global_pool_type = False, global_pool
         self.arguments = {
             "encoding": self.encoding,
             "width": width,
@@ -101,10 +101,10 @@ class BossNet(nn.Module):
             if isinstance(module, ConvBlock):
                 nn.init.zeros_(module.bn3.weight)
             elif isinstance(module, AttentionBlock):
-                nn.init.zeros_(module.net[5].weight)
+                nn.init.zeros_(module.net.get_parameter("5.weight"))
 
     def stages(self) -> list[nn.Sequential]:
-        return [self.layer1, self.layer2, self.layer3, self.layer4]
+        return [getattr(self, name) for name in ("layer1", "layer2", "layer3", "layer4")]
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[N, in_chans, S, S] -> the last map [N, C, H, W]."""
@@ -271,13 +271,13 @@ def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
 def _second_pass(block: nn.Module) -> Iterator[None]:
     """Batch norms keep the running statistics that the first pass on the same images has left."""
     norms = [m for m in block.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, torch.zeros_like(norm.num_batches_tracked)
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, _, batches in kept:
+        norm.momentum, norm.num_batches_tracked = 0.0, None if batches is None else torch.zeros_like(batches)
     try:
         yield
     finally:
-        for norm, (momentum, batches) in zip(norms, kept, strict=True):
+        for norm, momentum, batches in kept:
             norm.momentum, norm.num_batches_tracked = momentum, batches
 
 

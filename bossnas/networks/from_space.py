@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,13 @@ class Standalone(nn.Module):
 
     def __init__(self, stem: nn.Module, layers: Sequence[nn.Module], choices: Sequence[int], head: nn.Sequential):
         super().__init__()
+        last = head[-1]
+        assert isinstance(last, nn.Linear)
         self.stem, self.layers, self.head = stem, nn.ModuleList(layers), head
         self.choices = tuple(choices)
-        self.num_features = self.head_hidden_size = head[-1].in_features
-        self.num_classes, self.global_pool_type, self.grad_checkpointing = head[-1].out_features, "avg", False
+        self.num_features = self.head_hidden_size = last.in_features
+        self.num_classes, self.global_pool_type, self.grad_checkpointing = last.out_features, "avg", False
+        layer: Any
         for layer in self.layers:
             layer.is_unit = True  # sharded as one
 
@@ -136,9 +140,9 @@ def _keep_used(layer: nn.Module, choice: int, x: Tensor) -> Tensor:
 
     A parameter is used if the output depends on it, that is, if autograd reaches it.
     """
-    sizes: dict[nn.Module, tuple[int, int]] = {}
+    sizes: dict[SlimConv, tuple[int, int]] = {}
 
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def note(module: SlimConv, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         sizes[module] = (inputs[0].shape[1], output.shape[1])
 
     handles = [m.register_forward_hook(note) for m in layer.modules() if isinstance(m, SlimConv)]
@@ -154,12 +158,12 @@ def _keep_used(layer: nn.Module, choice: int, x: Tensor) -> Tensor:
     return y.detach()
 
 
-def _cut(module: nn.Module, used: set[int], sizes: dict[nn.Module, tuple[int, int]]) -> None:
+def _cut(module: nn.Module, used: set[int], sizes: dict[SlimConv, tuple[int, int]]) -> None:
     for name, child in module.named_children():
         parameters = list(child.parameters())
         if parameters and not any(id(p) in used for p in parameters):
             setattr(module, name, nn.Identity())
-        elif child in sizes:
+        elif isinstance(child, SlimConv) and child in sizes:
             c_in, c_out = sizes[child]
             setattr(module, name, SlimConv(c_in, c_out, child.kernel_size[0], child.stride[0]))
         else:

@@ -38,10 +38,12 @@ def fuse_bn(model: nn.Module, images: Tensor | None = None) -> nn.Module:
         )
     for first, name in found:
         before, norm = fused.get_submodule(first), fused.get_submodule(name)
+        assert isinstance(norm, nn.BatchNorm2d)  # timm's norm with activation is one, too
         if isinstance(before, SelfAttention):
             # output channels are q, k, v (METHOD 1.1): the last third makes the values
             _fold(before.to_qkv, norm, rows=slice(2 * norm.num_features, None))
         else:
+            assert isinstance(before, nn.Conv2d)
             _fold(before, norm)
         rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
         fused.set_submodule(name, rest)
@@ -81,6 +83,7 @@ def pairs(
             type(module) in first
             and len(users) == 1
             and type(following := module_of.get(users[0])) in second
+            and following is not None
             and times.count(module) == times.count(following) == 1
         ):
             found.append((node.target, users[0].target))
@@ -101,13 +104,15 @@ class _Tracer(fx.Tracer):
 @torch.no_grad()
 def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d, rows: slice = slice(None)) -> None:
     """norm(conv(x)) = fold(conv)(x) in the output channels ``rows``. The sums are float64's."""
-    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None and var is not None
+    scale = torch.rsqrt(var.double() + norm.eps)
     scale = scale if norm.weight is None else scale * norm.weight.double()
     weight, bias = conv.weight.double(), torch.zeros(conv.out_channels, dtype=torch.float64)
     if conv.bias is not None:
         bias += conv.bias.double()
     weight[rows] *= scale[:, None, None, None]
-    bias[rows] = (bias[rows] - norm.running_mean.double()) * scale
+    bias[rows] = (bias[rows] - mean.double()) * scale
     if norm.bias is not None:
         bias[rows] += norm.bias.double()
     conv.weight = nn.Parameter(weight.to(conv.weight.dtype))

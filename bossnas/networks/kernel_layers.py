@@ -70,10 +70,12 @@ class KernelNorm(nn.BatchNorm2d):
             eps=self.eps,
         )
         if self.training:
+            own_mean, own_var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+            assert own_mean is not None and own_var is not None and batches is not None and self.momentum is not None
             with torch.no_grad():
-                self.num_batches_tracked.add_(1)
-                self.running_mean.lerp_(mean[0].to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_(var[0].to(self.running_var.dtype), self.momentum)
+                batches.add_(1)
+                own_mean.lerp_(mean[0].to(own_mean.dtype), self.momentum)
+                own_var.lerp_(var[0].to(own_var.dtype), self.momentum)
         return y
 
     def extra_repr(self) -> str:

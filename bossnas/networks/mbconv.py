@@ -44,7 +44,7 @@ class MBConvNet(nn.Module):
         super().__init__()
         self.paths = _checked(paths)
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
-        self.grad_checkpointing = False
+        self.grad_checkpointing, self.global_pool_type = False, global_pool
         self.arguments = {
             "paths": self.paths,
             "width": width,
@@ -225,13 +225,13 @@ def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
 def _second_pass(block: nn.Module) -> Iterator[None]:
     """Batch norms keep the running statistics that the first pass on the same images has left."""
     norms = [m for m in block.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, torch.zeros_like(norm.num_batches_tracked)
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, _, batches in kept:
+        norm.momentum, norm.num_batches_tracked = 0.0, None if batches is None else torch.zeros_like(batches)
     try:
         yield
     finally:
-        for norm, (momentum, batches) in zip(norms, kept, strict=True):
+        for norm, momentum, batches in kept:
             norm.momentum, norm.num_batches_tracked = momentum, batches
 
 

@@ -42,7 +42,7 @@ class NatsNet(nn.Module):
             raise ValueError(f"widths: expected five channel numbers, got {widths!r}")
         self.widths, self.skip_relu = tuple(widths), skip_relu
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
-        self.grad_checkpointing = False
+        self.grad_checkpointing, self.global_pool_type = False, global_pool
         self.arguments = {
             "widths": self.widths,
             "skip_relu": skip_relu,
@@ -78,7 +78,8 @@ class NatsNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """[N, in_chans, S, S] -> the last map [N, C, H, W]."""
         x = self.stem(x)
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4, self.layer5):
+        for name in ("layer1", "layer2", "layer3", "layer4", "layer5"):
+            layer = getattr(self, name)
             x = _checkpointed(layer, x) if self.grad_checkpointing and self.training else layer(x)
         return self.act(self.bn(x))
 
@@ -184,11 +185,11 @@ def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
 def _second_pass(block: nn.Module) -> Iterator[None]:
     """Batch norms keep the running statistics that the first pass on the same images has left."""
     norms = [m for m in block.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, torch.zeros_like(norm.num_batches_tracked)
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, _, batches in kept:
+        norm.momentum, norm.num_batches_tracked = 0.0, None if batches is None else torch.zeros_like(batches)
     try:
         yield
     finally:
-        for norm, (momentum, batches) in zip(norms, kept, strict=True):
+        for norm, momentum, batches in kept:
             norm.momentum, norm.num_batches_tracked = momentum, batches

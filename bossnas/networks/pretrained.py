@@ -7,11 +7,11 @@ import json
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import timm
@@ -21,7 +21,7 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from bossnas.errors import ConfigError
-from bossnas.networks.spec import FORMAT, Network, Spec, load_network
+from bossnas.networks.spec import FORMAT, Colours, Network, Spec, load_network
 
 EMA_KEYS = ("model_ema", "state_dict_ema")
 KEYS = ("model", "state_dict", "module")  # under which training scripts keep the weights
@@ -33,7 +33,7 @@ SHOWN = 3  # weights that an error names
 # what training scripts store beside the weights: their arguments, and scores as NumPy scalars
 _SCALARS = [type(np.dtype(name)) for name in ("bool", "int32", "int64", "float16", "float32", "float64")]
 _scalar = np.float64().__reduce__()[0]  # the function that makes one, which NumPy 1 and 2 have in other places
-SAFE = [
+SAFE: list[Any] = [
     argparse.Namespace,
     np.dtype,
     (_scalar, "numpy._core.multiarray.scalar"),
@@ -198,7 +198,8 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
 
 def _classifier(model: nn.Module) -> set[str]:
     """The names of the classifier's modules, where timm's ``get_classifier`` tells them."""
-    found = model.get_classifier() if hasattr(model, "get_classifier") else ()
+    get: Callable[[], Any] | None = getattr(model, "get_classifier", None)
+    found = () if get is None else get()
     modules = found if isinstance(found, tuple) else (found,)
     return {name for name, module in model.named_modules() if any(module is one for one in modules)}
 
@@ -252,8 +253,8 @@ def open_network(
         dict(options or {}),
         classes or rows or about.num_classes,
         image_size or about.input_size[-1],
-        tuple(about.mean),
-        tuple(about.std),
+        cast("Colours", tuple(about.mean)),
+        cast("Colours", tuple(about.std)),
         about.interpolation,
         about.crop_pct,
     )

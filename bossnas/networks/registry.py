@@ -71,43 +71,43 @@ def _build(
 
 
 @register_model
-def bossnet(pretrained: bool = False, **kwargs: Any) -> BossNet:
+def bossnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Any HyTra architecture: ``encoding``, ``width``, ``act``, ``se``, ``last_stride`` as of `BossNet`."""
     return _build(BossNet, "bossnet", pretrained, kwargs)
 
 
 @register_model
-def bossnet_t0(pretrained: bool = False, **kwargs: Any) -> BossNet:
+def bossnet_t0(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """BossNet-T0: 38.4 M parameters, 3.44 G multiply-adds at 224 pixels."""
     return _build(BossNet, "bossnet_t0", pretrained, {"encoding": T0, **kwargs})
 
 
 @register_model
-def bossnet_t0_nose(pretrained: bool = False, **kwargs: Any) -> BossNet:
+def bossnet_t0_nose(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """BossNet-T0 without squeeze-and-excitation and with ReLU: 37.3 M parameters."""
     return _build(BossNet, "bossnet_t0_nose", pretrained, {"encoding": T0, "act": "relu", "se": False, **kwargs})
 
 
 @register_model
-def bossnet_t0_288(pretrained: bool = False, **kwargs: Any) -> BossNet:
+def bossnet_t0_288(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """BossNet-T0 at 288 pixels: 5.73 G multiply-adds."""
     return _build(BossNet, "bossnet_t0_288", pretrained, {"encoding": T0, **kwargs})
 
 
 @register_model
-def bossnet_t1(pretrained: bool = False, **kwargs: Any) -> BossNet:
+def bossnet_t1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """BossNet-T1, which keeps the size of the maps in its last stage: 7.94 G multiply-adds."""
     return _build(BossNet, "bossnet_t1", pretrained, {"encoding": T0, "last_stride": 1, **kwargs})
 
 
 @register_model
-def bossnet_t1_256(pretrained: bool = False, **kwargs: Any) -> BossNet:
+def bossnet_t1_256(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """BossNet-T1 at 256 pixels: 10.5 G multiply-adds."""
     return _build(BossNet, "bossnet_t1_256", pretrained, {"encoding": T0, "last_stride": 1, **kwargs})
 
 
 @register_model
-def bossnas_mbconv(pretrained: bool = False, **kwargs: Any) -> MBConvNet:
+def bossnas_mbconv(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """An architecture of the MBConv space: ``paths``, ``width``, ``last`` as of `MBConvNet`."""
     if "paths" not in kwargs:
         raise ValueError("paths: is needed, such as ['21', '1023', '3210', '0123', '1132']")
@@ -115,7 +115,7 @@ def bossnas_mbconv(pretrained: bool = False, **kwargs: Any) -> MBConvNet:
 
 
 @register_model
-def bossnas_nats(pretrained: bool = False, **kwargs: Any) -> NatsNet:
+def bossnas_nats(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """A network of NATS-Bench's size space: ``widths``, ``skip_relu`` as of `NatsNet`."""
     if "widths" not in kwargs:
         raise ValueError("widths: is needed, five channel numbers such as [64, 40, 32, 32, 24]")
@@ -123,7 +123,7 @@ def bossnas_nats(pretrained: bool = False, **kwargs: Any) -> NatsNet:
 
 
 @register_model
-def bossnas_own(pretrained: bool = False, **kwargs: Any) -> Standalone:
+def bossnas_own(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """An architecture of a space of one's own: ``space`` as path/to/file.py:ClassName, ``paths``, ``width``; it takes
     images of three channels and has no stochastic depth. Also of a built-in space: ``space`` as its name."""
     missing = {"space", "paths"} - kwargs.keys()

@@ -19,6 +19,7 @@ from bossnas.files import draft
 from bossnas.networks import registry  # noqa: F401  (registers the networks in timm)
 
 FORMAT = "bossnas-network-1"
+Colours = tuple[float, float, float]  # values of red, green and blue
 # Arguments by which timm's create_model would read or fetch weights: a description says what a network is, no more.
 REFUSED = (
     "pretrained",
@@ -49,8 +50,8 @@ class Spec:
     model_args: dict[str, Any] = field(default_factory=dict)
     classes: int = 1000
     image_size: int = 224
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: Colours = (0.485, 0.456, 0.406)
+    std: Colours = (0.229, 0.224, 0.225)
     interpolation: str = "bicubic"
     crop: float = 0.875
 

@@ -50,7 +50,7 @@ class LARS(SharedOptimizer):
         super().__init__(groups, own, {"lr": lr}, kinds=(MOMENTUM,), sharded=sharded, clip=clip, norm_group=norm_group)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's may take a closure
         """One update with the gradients of the parameters."""
         assert closure is None, "LARS takes no closure"
         settings = {
@@ -82,7 +82,8 @@ class LARS(SharedOptimizer):
         """A trust ratio needs the norms of whole parameters: their squares are added up over the ranks first."""
         held = [piece for piece in self.held() if piece.gradient is not None]
         index = [piece.number for piece in held]
-        weights, gradients = [piece.weight for piece in held], [piece.gradient for piece in held]
+        weights = [piece.weight for piece in held]
+        gradients = [piece.gradient for piece in held if piece.gradient is not None]
         w_norm, g_norm = self._norms(index, weights, gradients)
         factor = self.scale(gradients, math.hypot(*g_norm))
         if not self.applied:

@@ -186,13 +186,14 @@ class LibraryOptimizer(SharedOptimizer):
             if self.algorithm.steps == "state":
                 state[STEPS] = count
             if state:
+                assert self._library is not None, "what is held is in a group"
                 self._library.state[leaf] = state
 
     def _counts_on_device(self) -> bool:
         return self._library is not None and bool(self._library.defaults.get("fused"))
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's may take a closure
         """One update with the gradients of the parameters; the followers come after it, unless it is sharded."""
         assert closure is None, "this optimizer takes no closure"
         held = self._held()
@@ -201,21 +202,21 @@ class LibraryOptimizer(SharedOptimizer):
         if not self.applied:
             return
         if self._library is not None:
-            self._update(held)
+            self._update(self._library, held)
         self.steps += 1
         if not self.sharded:
             self.follow()
 
-    def _update(self, held: list[Held]) -> None:
+    def _update(self, library: torch.optim.Optimizer, held: list[Held]) -> None:
         for (_, leaf), piece in zip(self._pieces, held, strict=True):
             if leaf is not piece.weight:
                 leaf.data, leaf.grad = piece.weight.detach(), piece.gradient
         self._counts.fill_(self.steps)
-        for group in self._library.param_groups:
+        for group in library.param_groups:
             group["lr"] = self.param_groups[0]["lr"]
             if callable(self.algorithm.steps):
                 group[STEPS] = self.algorithm.steps(self.steps)
-        self._library.step()
+        library.step()
         for (_, leaf), piece in zip(self._pieces, held, strict=True):
             if leaf is not piece.weight:
                 leaf.grad = None

@@ -101,7 +101,7 @@ class Task:
 
 
 def memory(
-    tasks: Sequence[Task], peaks: Sequence[int], weights: int, image_bytes: int, queue: int, bucket: int
+    tasks: Sequence[Task], peaks: Sequence[int], weights: int, image_bytes: int, queue: int, bucket: float
 ) -> dict[str, float]:
     """Bytes on a rank that trains ``tasks`` side by side: {"weights", "gradients", "optimizer", "inputs",
     "activations", "reserved", "total"}.

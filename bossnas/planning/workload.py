@@ -12,6 +12,8 @@ import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
@@ -90,7 +92,8 @@ class Workload:
             shape = self.input_shape(block, winners)
             macs = {path: self.table.path(block, path, shape)[0].macs for path in self.space.paths(block, winners)}
             mean = sum(macs.values()) / len(macs)
-            winners.append(min(macs, key=lambda path, m=macs: abs(m[path] - mean)))
+            distance = {path: abs(value - mean) for path, value in macs.items()}
+            winners.append(min(distance, key=distance.__getitem__))
         return winners
 
     @property
@@ -127,16 +130,15 @@ class Workload:
 
     def _head_macs(self, block: int, shape: Shape, paths: Sequence[Choices]) -> tuple[int, int]:
         """Multiply-adds of an image in the projector and in the predictor, summed over the paths."""
-        projector, predictor = self.online.projectors[block].eval(), self.predictors[block].eval()
+        projector, predictor = self.online.projector(block).eval(), self.predictors[block].eval()
+
+        def through(choice: int, shape: Shape) -> Tensor:
+            return projector.mlp(projector.pool(torch.zeros(1, *shape), choice))
+
         ends = [(path[-1], self.table.path(block, path, shape)[1]) for path in paths]
         with self.mode, torch.no_grad():
-            one = {
-                end: cost.count([projector], lambda e=end: projector.mlp(projector.pool(torch.zeros(1, *e[1]), e[0])))[
-                    "macs"
-                ]
-                for end in set(ends)
-            }
-            width = predictor[0].in_features
+            one = {end: cost.count([projector], partial(through, *end))["macs"] for end in set(ends)}
+            width = predictor[0].get_parameter("weight").shape[1]
             row = cost.count([predictor], lambda: predictor(torch.zeros(1, width)))["macs"]
         return sum(one[end] for end in ends), row * len(paths)
 
@@ -240,7 +242,7 @@ def count_micro(
     loop = train_block(
         networks,
         space,
-        engine,
+        cast("protocol.Engine", engine),  # it has what a micro-batch needs
         iter([features]),
         RunState(block, step),
         Training(settings.model_copy(update={"epochs": 1, "warmup_epochs": 0}), step + 1, accumulate=2, seed=seed),

@@ -9,7 +9,7 @@ do with workers, ranks or the place where an epoch was taken up.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -88,7 +88,7 @@ def train_transform(augment: AugmentConfig, image_size: int) -> TrainTransform:
             is_training=True,
             separate=True,
             use_prefetcher=True,
-            color_jitter=augment.jitter or None,
+            color_jitter=augment.jitter or None,  # type: ignore[arg-type]  # timm takes None for none
             auto_augment=augment.auto,
             interpolation=augment.interpolation,
             mean=MEAN[augment.normalise],
@@ -185,7 +185,7 @@ def train_batches(
     classes: int,
     device: torch.device = CPU,
     bad: dict[str, str] | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor]]:
     """The micro-batches of a part of an epoch, for one rank.
 
     Each is images, float32 [batch, 3, S, S], channels_last, and soft targets, float32 [batch, classes], on ``device``:
@@ -221,7 +221,7 @@ def train_batches(
     collate = _Collate(transform, source.field, _shards(source), classes, part.seed, part.epoch)
     begun = epoch_batches(source, collate, settings, part, copies=copies, device=device, bad=bad)
 
-    def finish() -> Iterator[tuple[Tensor, Tensor]]:
+    def finish() -> Generator[tuple[Tensor, Tensor]]:
         with closing(begun):
             for number, (images, labels) in enumerate(begun, part.start):
                 with _own_numbers(device):

@@ -116,6 +116,7 @@ def evaluate_network(
     model, images = dist.together(lambda: _prepare(network, settings, where, kernels, fuse, source))
     transform, classes = eval_transform(network.spec), network.spec.classes
     own = FixedBatches(settings.val_images, batch).of_rank(len(images), dist.rank(), dist.world_size())
+    assert own.only is not None
     batches = eval_batches(images, transform, settings, own, classes=classes, device=where)
     with log.progress("evaluate", len(own.only), show=dist.rank() == 0) as task:
         return evaluate(model, batches, classes, precision=precision, device=where, advance=lambda _: task.advance())

@@ -272,7 +272,7 @@ def _mbconv(model: MBConvNet, architecture: Sequence[Choices]) -> Names:
         yield from _gate(f"{name}.se", f"{theirs}.3")
         yield f"{name}.conv3.weight", f"{theirs}.4.0.weight"
         yield from _norm(f"{name}.bn3", f"{theirs}.4.1")
-        for i, part in enumerate(shortcut):
+        for i, part in enumerate(shortcut.children()):
             if isinstance(part, nn.Conv2d):
                 yield f"{name}.shortcut.{i}.weight", f"{layer}.shortcut.{i}.0.weight"
                 yield from _norm(f"{name}.shortcut.{i + 1}", f"{layer}.shortcut.{i}.1")

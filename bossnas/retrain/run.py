@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Generator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -134,8 +135,10 @@ def _spec(config: RetrainConfig) -> Spec:
     if model.run is not None:
         spec = inherit.spec_of_run(Path(model.run), classes, model.image_size, model.options, inherited=model.inherit)
     elif model.architecture is not None:
+        assert model.space is not None, "`check` refuses one without the other"
         spec = inherit.spec_of_architecture(model.space, model.architecture, classes, model.image_size, model.options)
     else:
+        assert model.name is not None, "`check` wants one of the three"
         cfg = timm.get_pretrained_cfg(model.name) if timm.is_model(model.name) else None
         size = model.image_size or (cfg.input_size[-1] if cfg is not None else Spec.image_size)
         spec = Spec(model.name, model.options, classes, size)
@@ -210,8 +213,9 @@ def _adapted(model: nn.Module, train: RetrainTrain, name: str) -> nn.Module:
                 "set it to false",
             )
     if train.activation_checkpointing:
+        network: Any = model
         try:
-            model.set_grad_checkpointing(True)
+            network.set_grad_checkpointing(True)
         except (AttributeError, AssertionError, NotImplementedError):
             raise ConfigError("train.activation_checkpointing", f"{name} has none", "set it to false") from None
     return model
@@ -239,11 +243,12 @@ def _network(config: RetrainConfig, start: Beginning) -> tuple[nn.Module, dict[s
         except ConfigError as error:
             raise ConfigError("model.checkpoint", error.problem, error.fix) from None
     elif start.where is None and model_config.inherit:
+        assert model_config.run is not None, "`check` refuses to inherit from nothing"
         inherited = inherit.inherit(model, spec, Path(model_config.run))
     return model.train(), price, inherited
 
 
-def epoch_batches(run: Retraining, epoch: int, start: int) -> Any:
+def epoch_batches(run: Retraining, epoch: int, start: int) -> Generator[tuple[Tensor, Tensor]]:
     """This rank's micro-batches of an epoch, from its step ``start`` on."""
     config = run.config
     part = EpochSlice(

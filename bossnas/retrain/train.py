@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,7 +142,7 @@ class _Step(NamedTuple):
 
 def _step(
     run: Retraining,
-    network: nn.Module,
+    network: Callable[[Tensor], Tensor],
     batches: Iterator[tuple[Tensor, Tensor]],
     lr: float,
     running: list[Tensor],
@@ -207,7 +207,7 @@ def _seed(*key: int) -> int:
     return int(np.random.default_rng([seed, LAYERS, *place]).integers(2**63))
 
 
-def _batches(run: Retraining) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(run: Retraining) -> Generator[tuple[Tensor, Tensor]]:
     """This rank's micro-batches from where the run is to its end."""
     first, start = divmod(run.state.step, run.steps_per_epoch)
     for epoch in range(first, run.config.train.epochs):
@@ -248,10 +248,12 @@ def _evaluate(run: Retraining, session: Session) -> dict[str, evaluate.Result]:
         )
     state.evaluation_seconds += sum(result.seconds for result in results.values())
     kind, best = _better(results)
-    is_best = state.best is None or best.top1 > state.best["top1"]
-    if is_best:
+    if state.best is None or best.top1 > state.best["top1"]:
         state.best = {"top1": best.top1, "top5": best.top5, "epoch": epoch, "step": state.step, "ema": kind == "ema"}
         _write_weights(run, session.folder / "best.safetensors", kind, best)
+        said = "the best so far"
+    else:
+        said = f"best {state.best['top1']:.2%} of epoch {state.best['epoch']}"
     session.metrics.write(
         "eval",
         None,
@@ -271,7 +273,7 @@ def _evaluate(run: Retraining, session: Session) -> dict[str, evaluate.Result]:
         epoch,
         config.train.epochs,
         words,
-        "the best so far" if is_best else f"best {state.best['top1']:.2%} of epoch {state.best['epoch']}",
+        said,
     )
     return results
 
@@ -283,6 +285,7 @@ def _better(results: dict[str, evaluate.Result]) -> tuple[str, evaluate.Result]:
 def _write_weights(run: Retraining, file: Path, kind: str, result: evaluate.Result) -> None:
     """By rank 0: the network's weights, or their average's (``kind``), with what was measured with them."""
     home = run.network.model if kind == "model" else run.network.average
+    assert home is not None, "what was evaluated is there"
     about = {
         "run": file.absolute().parent.name,
         "step": run.state.step,
@@ -313,6 +316,7 @@ def _finish(run: Retraining, folder: Path, results: dict[str, evaluate.Result]) 
     if dist.rank() > 0:
         return
     state = run.state
+    assert state.best is not None, "the run ends with an evaluation"
     result: dict[str, Any] = {
         "architecture": run.network.spec.architecture,
         "top1": last.top1,

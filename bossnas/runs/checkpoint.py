@@ -52,7 +52,7 @@ class Saver:
 
     def __init__(self, root: str | Path, keep: int, asynchronous: bool = True):
         self.root, self.keep, self.asynchronous = Path(root), keep, asynchronous
-        self._group = torch_dist.new_group(backend="gloo") if dist.world_size() > 1 else None
+        self._group: Any = torch_dist.new_group(backend="gloo") if dist.world_size() > 1 else None
         self._stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None

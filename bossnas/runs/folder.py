@@ -7,7 +7,7 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import bossnas
 from bossnas.config.loading import C, dump, validate
@@ -60,6 +60,7 @@ def check_same(folder: Path, config: RunConfig, field: str = "out") -> None:
     old = read_config(folder, type(config))
     changed = _differences(old, config)
     if changed == ["schedule"]:
+        assert isinstance(config, Config) and isinstance(old, Config), "a search alone has a schedule"
         raise ConfigError(
             "schedule",
             f"is {config.schedule}, but the run in {folder} began with {old.schedule}, and "
@@ -84,7 +85,15 @@ def prepare_folder(folder: Path, config: RunConfig, kind: str | None = None) -> 
     write_json(folder / "versions.json", {"kind": kind or config.kind, **_versions()})
 
 
-def read_config(folder: Path, schema: type[C] = Config) -> C:
+@overload
+def read_config(folder: Path) -> Config: ...
+
+
+@overload
+def read_config(folder: Path, schema: type[C]) -> C: ...
+
+
+def read_config(folder: Path, schema: type[RunConfig] = Config) -> RunConfig:
     """The config of the run in ``folder``. Raises ConfigError when there is none, or one of another kind."""
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -25,7 +25,7 @@ def claim(config: RunConfig, resume: str | None) -> Path | None:
     ``resume``: None: the folder must hold no run; "auto": it may; else the path of a run or of a checkpoint, from which
     the run goes on in its own folder. Raises ConfigError where that cannot be.
     """
-    if resume in (None, "auto"):
+    if resume is None or resume == "auto":
         claim_folder(config, resume == "auto")
         return None
     path, out = Path(resume), Path(config.out)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -45,7 +45,7 @@ class Session:
 
 
 @contextmanager
-def opened(config: RunConfig | Any, is_past: Callable[[dict], bool]) -> Iterator[Session]:
+def opened(config: RunConfig, is_past: Callable[[dict], bool]) -> Iterator[Session]:
     """The session of a run whose folder is prepared and whose state is restored.
 
     ``is_past(line)``: whether the restored run has this line of metrics behind it; the others it writes again.
@@ -64,12 +64,12 @@ def opened(config: RunConfig | Any, is_past: Callable[[dict], bool]) -> Iterator
         saver.wait()
 
 
-def epoch_images(config: RunConfig | Any) -> int | None:
+def epoch_images(config: RunConfig) -> int | None:
     """Images that an epoch takes, where the config says it; None: all that there are."""
     return config.train.batch * config.train.steps_per_epoch if config.train.steps_per_epoch else None
 
 
-def check_epoch(config: RunConfig | Any, images: int) -> None:
+def check_epoch(config: RunConfig, images: int) -> None:
     """Raises ConfigError where ``images`` training images do not make an epoch."""
     needed = epoch_images(config) or config.train.batch
     if images < needed:
@@ -80,7 +80,7 @@ def check_epoch(config: RunConfig | Any, images: int) -> None:
         )
 
 
-def require_room(config: RunConfig | Any, size: int) -> None:
+def require_room(config: RunConfig, size: int) -> None:
     """Raises ConfigError unless the disk has room for the run's checkpoints of ``size`` bytes: those that are kept, and
     the one that is written before the oldest goes."""
     folder = Path(config.out)
@@ -88,7 +88,7 @@ def require_room(config: RunConfig | Any, size: int) -> None:
     checkpoint.require_room(folder, max(size * (config.checkpoint.keep + 1) - held, 0))
 
 
-def warn_of_sample(config: RunConfig | Any, training: int, validation: int) -> None:
+def warn_of_sample(config: RunConfig, training: int, validation: int) -> None:
     """Says in the log that a run uses the embedded images, where its config names no others."""
     if config.data.train is None and dist.rank() == 0:
         logger.warning(

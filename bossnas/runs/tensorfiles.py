@@ -48,7 +48,7 @@ def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 def index(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and dtype of every tensor, by name."""
-    found = _Reader(folder).read_metadata().state_dict_metadata
+    found: dict[str, Any] = _Reader(folder).read_metadata().state_dict_metadata  # of tensors alone, see `write`
     return {name: (entry.size, entry.properties.dtype) for name, entry in found.items()}
 
 
@@ -70,7 +70,7 @@ class _Writer(FileSystemWriter):
 
 class _Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> records.Metadata:
-        with open(self.path / INDEX, "rb") as file:
+        with open(Path(self.path) / INDEX, "rb") as file:
             return _IndexUnpickler(file).load()
 
 

@@ -69,7 +69,8 @@ def first_leaders(space: Space, seed: int) -> list[Choices]:
 
 def _rated_leaders(job: Job) -> list[Choices]:
     """The best path of every block, each rated on the best ones before it. All ranks hold all weights."""
-    run, leaders = job.run, []
+    run = job.run
+    leaders: list[Choices] = []
     for block in range(run.space.blocks):
         leader = job.rate_midway(block, leaders)
         if block + 1 < run.space.blocks:  # a prefix has fixed statistics, as when the block is finished
@@ -164,6 +165,7 @@ class _Row:
     def _stream(self, place: Place) -> None:
         """Brings a micro-batch to the own blocks and on to the next row."""
         if self.source is None:
+            assert self.images is not None, "the first row has the images"
             with self.trace.span("images"):
                 views = next(self.images)
         else:
@@ -195,7 +197,8 @@ class _Row:
         assert len({step for step, _, _ in everyone}) == 1, "the rows are at different steps"
         for step, block, values in sorted(chain(*(records for _, _, records in everyone)), key=lambda r: r[:2]):
             self.job.session.metrics.write("train", block, step, **values)
-        state, counts = self.run.state, {}
+        state = self.run.state
+        counts: dict[int, int] = {}
         for _, of_row, _ in everyone:
             counts |= of_row
         state.step, state.images_seen = self.step, seen

@@ -70,8 +70,8 @@ def rate(
             progress.save(pieces, at_once=stop)
             if guard is not None:
                 guard.at(f"the rating of {place}")
-            if stop:
-                raise guard.stopped()
+                if stop:
+                    raise guard.stopped()
 
         scores = rate_block(
             run.networks(block),
@@ -114,7 +114,7 @@ def write(folder: Path, run: Run, block: int, scores: Scores, name: str, prefix:
         )
 
 
-class Calibration(Sequence):
+class Calibration:
     """The fixed calibration batches of training images (METHOD 4): whole batches, or one of all the images. They are
     made once and stay in the CPU's memory."""
 
@@ -134,11 +134,9 @@ class Calibration(Sequence):
             )
             run.calibration = [batch[0].cpu() for batch in chosen]
 
-    def __len__(self) -> int:
-        return len(self.run.calibration)
-
-    def __getitem__(self, i: int) -> Tensor:
-        return self.run.calibration[i].to(self.run.machine.device, memory_format=torch.channels_last)
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self.run.calibration:
+            yield batch.to(self.run.machine.device, memory_format=torch.channels_last)
 
 
 def _validation(run: Run) -> Validation:

@@ -6,6 +6,7 @@ import copy
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from bossnas.runs import checkpoint, session
 from bossnas.runs.resume import check_data
 from bossnas.runs.session import Machine
 from bossnas.spaces import Space, cost, ops
+from bossnas.spaces.ops import Chain
 from bossnas.spaces.paths import decode, encode
 from bossnas.supernet import heads
 from bossnas.supernet.supernet import Networks, Supernet
@@ -51,7 +53,7 @@ class Run:
 
     def networks(self, block: int) -> Networks:
         """What the training and the rating of a block work on."""
-        return Networks(self.online, self.target, self.predictors[block])
+        return Networks(self.online, self.target, cast(Chain, self.predictors[block]))
 
     @property
     def accumulate(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -121,7 +121,7 @@ def _train_block(job: Job, where: Path | None) -> None:
     engine.close()
 
 
-def start_block(run: Run) -> tuple[Engine, Iterator[Step | None]]:
+def start_block(run: Run) -> tuple[Engine, Generator[Step | None]]:
     """The engine of the state's block and its training on the winners before it; nothing has run yet."""
     state = run.state
 

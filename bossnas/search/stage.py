@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from bossnas.optim.lars import LARS
 from bossnas.runs.session import Session, warn_bad_step
 from bossnas.search import rating, winners
 from bossnas.search.run import Run, make_engine, save
-from bossnas.spaces.ops import synchronise
+from bossnas.spaces.ops import Chain, synchronise
 from bossnas.spaces.paths import Choices, encode
 from bossnas.supernet.supernet import Networks, Supernet
 from bossnas.supernet.train_block import RunState, Step, Training, train_block
@@ -125,7 +125,7 @@ def save_due(run: Run, step: int) -> bool:
     return step % run.config.checkpoint.every_steps == 0 or step == total_steps(run) or rating_due(run, step)
 
 
-def train_batches(run: Run, first_epoch: int, step: int) -> Iterator[list[Tensor]]:
+def train_batches(run: Run, first_epoch: int, step: int) -> Generator[list[Tensor]]:
     """The micro-batches of images of a stage whose epochs count from ``first_epoch``, from its ``step`` on."""
     config, mesh = run.config, run.machine.mesh
     first, start = divmod(step, run.steps_per_epoch)
@@ -149,7 +149,7 @@ class Stage(NamedTuple):
 
     engine: Engine
     target: Supernet
-    steps: Iterator[Step | None]
+    steps: Generator[Step | None]
 
 
 def train_with(run: Run, position: RunState, inputs: Iterator[list[Tensor]], prefix: list[Choices]) -> Stage:
@@ -173,10 +173,11 @@ def train_with(run: Run, position: RunState, inputs: Iterator[list[Tensor]], pre
     # before `wrap`: fsdp2 trains copies of the modules, and their norms must average, too
     if train.sync_batch_norm:
         synchronise(trained, followers, average=partial(dist.average, group=run.machine.mesh.group))
-    trained, followers = engine.wrap(trained, followers, optimizer)
-    networks = Networks(
-        run.online.replaced(block, trained), run.target.replaced(block, followers), trained["predictor"]
-    )
+    ours, theirs = engine.wrap(trained, followers, optimizer)
+    assert isinstance(ours, nn.ModuleDict) and isinstance(theirs, nn.ModuleDict), "an engine keeps what it is given"
+    predictor = ours["predictor"]
+    assert isinstance(predictor, Chain)
+    networks = Networks(run.online.replaced(block, ours), run.target.replaced(block, theirs), predictor)
     training = Training(
         train, run.steps_per_epoch, run.accumulate, config.seed, run.machine.mesh.group, config.engine.check_paths
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 
 PAIRWISE = 64  # so few rows are compared each with each
@@ -20,7 +22,7 @@ def _keep(rows: np.ndarray) -> np.ndarray:
     """Mask of the non-dominated of rows in lexicographic order, where only an earlier row can dominate a later one."""
     n = len(rows)
     if n <= PAIRWISE:
-        return ~np.triu((rows[:, None] <= rows).all(2), 1).any(0)
+        return cast("np.ndarray", ~np.triu((rows[:, None] <= rows).all(2), 1).any(0))
     low, high = rows[: n // 2], rows[n // 2 :]
     keep_low = _keep(low)
     keep = np.zeros(n, bool)
@@ -44,7 +46,7 @@ def dominated(rows: np.ndarray, by: np.ndarray) -> np.ndarray:
         at = np.searchsorted(by[:, 0], rows[:, 0], side="right") - 1
         return (at >= 0) & (least[at] <= rows[:, 1])
     if len(rows) * len(by) <= PAIRWISE**2:
-        return (by[:, None] <= rows).all(2).any(0)
+        return cast("np.ndarray", (by[:, None] <= rows).all(2).any(0))
     middle = np.partition(by[:, 0], (len(by) - 1) // 2)[(len(by) - 1) // 2]
     under, reached = by[:, 0] <= middle, rows[:, 0] >= middle
     result = np.zeros(len(rows), bool)

@@ -65,7 +65,7 @@ def select(
 
     def row(selected: Selected) -> dict[str, Any]:
         paths = [encode(path) for path in selected.architecture]
-        costs = {"macs": selected.cost.macs, "params": selected.cost.params}
+        costs: dict[str, float] = {"macs": selected.cost.macs, "params": selected.cost.params}
         if table.has_latency:
             costs["latency_ms"] = selected.cost.latency_ms
         return {
@@ -238,7 +238,7 @@ def _completed(
     options: Options, rest: list[Completions], budget: np.ndarray, columns: list[int]
 ) -> list[tuple[int, int]]:
     """(option, least score of its completions) of every option that can be completed within the budget."""
-    result = []
+    result: list[tuple[int, int]] = []
     for start, completions_there in enumerate(rest):
         rows = completions_there.rows
         open_options = np.flatnonzero(options.following == start)

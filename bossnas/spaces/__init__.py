@@ -152,6 +152,8 @@ def _own(name: str, width: float) -> Space:
     if not Path(file).is_file():
         raise ConfigError("space.name", f"there is no file {file}", "name a Python file as path/to/file.py:ClassName")
     spec = importlib.util.spec_from_file_location(f"bossnas_own_space_{Path(file).stem}", file)
+    if spec is None or spec.loader is None:
+        raise ConfigError("space.name", f"{file} is no Python file", "name one as path/to/file.py:ClassName")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -96,9 +97,7 @@ class CostTable:
         for layer in range(self.space.layers(block)):
             module = self.space.layer(block, layer).eval()
             for choice, shape in sorted({(path[layer], shape) for (_, path), shape in reached.items()}):
-                self.entries[block, layer, choice, shape] = run(
-                    lambda x, c=choice, m=module: m(x, c, 1, None), [module], shape
-                )
+                self.entries[block, layer, choice, shape] = run(partial(_through, module, choice), [module], shape)
             reached = {key: self.entries[block, layer, key[1][layer], shape].shape for key, shape in reached.items()}
 
     def after(self, block: int, start: Start, path: Choices) -> Start:
@@ -198,12 +197,16 @@ def call_stem(stem: nn.Module, x: Tensor) -> Tensor:
     return x if isinstance(stem, nn.Identity) else stem(x, 1, None)
 
 
+def _through(layer: nn.Module, choice: int, x: Tensor) -> Tensor:
+    return layer(x, choice, 1, None)
+
+
 @torch.no_grad()
 def run(call: Callable[[Tensor], Tensor], modules: list[nn.Module], shape: Shape) -> Entry:
     """Runs ``call`` with one image's map of zeros; what it cost of ``modules``, and the output's shape."""
     x = torch.zeros(1, *shape)
     shapes: list[Shape] = []
-    price = count(modules, lambda: shapes.append(tuple(call(x).shape[1:])))
+    price = count(modules, lambda: shapes.append(cast("Shape", tuple(call(x).shape[1:]))))
     return Entry(Cost(price["macs"], price["params"]), shapes[0])
 
 

@@ -7,6 +7,7 @@ call on the concatenation of items gives what separate calls would. ``stats`` sa
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class Statistics:
     """
 
     def __init__(self, recording: bool = True) -> None:
-        self.table: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self.table: dict[GroupedBatchNorm, tuple[Tensor, Tensor]] = {}
         self.parts: dict[Hashable, Statistics] = {}
         self.recording = recording
 
@@ -62,7 +63,7 @@ class Statistics:
             result.parts[place] = Statistics.average([p.parts[place] for p in passes])
         return result
 
-    def norms(self) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
+    def norms(self) -> Iterator[tuple[GroupedBatchNorm, Tensor, Tensor]]:
         """Every recorded norm with its mean and variance, those of all parts included."""
         for module, (mean, var) in self.table.items():
             yield module, mean, var
@@ -94,6 +95,8 @@ class GroupedBatchNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(channels) if zero_init else torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
+        self.running_mean: Tensor
+        self.running_var: Tensor
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
         self.act = act
@@ -111,7 +114,7 @@ class GroupedBatchNorm(nn.Module):
         """``residual``, like x, is added before the activation. ``partial_stats``: see `bossnas_kernels.gbn_act`."""
         own, mean, var = _source(self, stats)
         if own and stats is None and self.average is not None:
-            return self._synchronised(x, groups, residual)
+            return self._synchronised(x, groups, residual, self.average)
         y, mean, var = gbn_act(
             x,
             self.weight,
@@ -136,14 +139,14 @@ class GroupedBatchNorm(nn.Module):
             self.running_mean.lerp_(mean.detach().mean(0).to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(var.detach().mean(0).to(self.running_var.dtype), self.momentum)
 
-    def _synchronised(self, x: Tensor, groups: int, residual: Tensor | None) -> Tensor:
+    def _synchronised(self, x: Tensor, groups: int, residual: Tensor | None, average: Average) -> Tensor:
         """Normalised by the statistics of the group's images on all ranks, in plain PyTorch."""
         with torch.autocast(x.device.type, enabled=False):
             rows = full(x).unflatten(0, (groups, -1))  # [G, N, C, ...]
             inner = [1, *range(3, rows.ndim)]
-            mean = self.average(rows.mean(inner, keepdim=True))
+            mean = average(rows.mean(inner, keepdim=True))
             centered = rows - mean
-            var = self.average(centered.square().mean(inner, keepdim=True))
+            var = average(centered.square().mean(inner, keepdim=True))
             if self.momentum is not None:
                 count = rows[0, :, 0].numel()  # of this rank; those of all would change the variance by 1 / count
                 self.follow(mean.flatten(1), var.flatten(1) * (count / max(count - 1, 1)))
@@ -164,9 +167,10 @@ def full(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def synchronise(*modules: nn.Module, average: Average) -> None:
+def synchronise(*modules: nn.Module, average: Average | None) -> None:
     """Has every batch norm of the modules use the images of all ranks in training. ``average(x)``: the mean of a tensor
-    over the ranks, differentiable. Ratings, whose statistics are recorded, are not touched."""
+    over the ranks, differentiable; None: use its own images again. Ratings, whose statistics are recorded,
+    are not touched."""
     for module in modules:
         for norm in module.modules():
             if isinstance(norm, GroupedBatchNorm):
@@ -208,6 +212,7 @@ class PooledPointwise(nn.Module):
             elif norm.momentum is not None:
                 norm.follow(mean, biased * (count / max(count - 1, 1)))
         else:
+            assert mean is not None and var is not None
             biased = var
         y = (x.mean((2, 3)) @ weight.T).view(groups, -1, weight.shape[0])
         mean, biased = (t.view(-1, 1, t.shape[-1]) for t in (mean, biased))
@@ -221,9 +226,14 @@ def _source(norm: GroupedBatchNorm, stats: Statistics | None) -> tuple[bool, Ten
     return (True, None, None) if norm.training else (False, norm.running_mean, norm.running_var)
 
 
-def _record(norm: nn.Module, stats: Statistics, mean: Tensor, var: Tensor) -> None:
+def _record(norm: GroupedBatchNorm, stats: Statistics, mean: Tensor, var: Tensor) -> None:
     assert norm not in stats.table, "a batch norm ran twice in one recorded pass"
     stats.table[norm] = (mean, var)
+
+
+class _GivesStats(Protocol):
+    def with_stats(self, x: Tensor, groups: int) -> tuple[Tensor, Tensor | None]:
+        """The output, and the statistics of each of its groups where the kernel takes them (see `gbn_act`)."""
 
 
 class Chain(nn.Sequential):
@@ -239,7 +249,7 @@ class Chain(nn.Sequential):
         self, x: Tensor, groups: int = 1, stats: Statistics | None = None, residual: Tensor | None = None
     ) -> Tensor:
         parts = list(self)
-        partial_stats = None
+        partial_stats: Tensor | None = None
         for i, part in enumerate(parts):
             following = parts[i + 1] if i + 1 < len(parts) else None
             extra = {} if residual is None or following is not None else {"residual": residual}
@@ -250,7 +260,7 @@ class Chain(nn.Sequential):
             elif (
                 hasattr(part, "with_stats") and isinstance(following, GroupedBatchNorm) and _source(following, stats)[0]
             ):
-                x, partial_stats = part.with_stats(x, groups)
+                x, partial_stats = cast("_GivesStats", part).with_stats(x, groups)
             else:
                 x = part(x)
         return x
@@ -277,14 +287,15 @@ class WideConv(nn.Conv2d):
     (measured: 1.3 to 6 times faster from as many output channels as twice the output's positions)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        padding = cast("tuple[int, ...]", self.padding)  # never the name of a way to pad
         height, width = (
             (size + 2 * p - k) // s + 1
-            for size, p, k, s in zip(x.shape[2:], self.padding, self.kernel_size, self.stride, strict=True)
+            for size, p, k, s in zip(x.shape[2:], padding, self.kernel_size, self.stride, strict=True)
         )
         exported = torch.jit.is_tracing() or torch.compiler.is_exporting()  # must work for any number of images
         if x.device.type != "cpu" or exported or 2 * x.shape[0] * height * width > self.out_channels:
             return super().forward(x)
-        patches = F.unfold(x, self.kernel_size, padding=self.padding, stride=self.stride)  # [N, C*k*k, positions]
+        patches = F.unfold(x, self.kernel_size, padding=padding, stride=self.stride)  # [N, C*k*k, positions]
         y = F.linear(patches.mT.flatten(0, 1), self.weight.flatten(1), self.bias)  # one product, not one per image
         return y.view(len(x), height, width, -1).permute(0, 3, 1, 2)
 
@@ -360,5 +371,5 @@ class SlimConv(nn.Conv2d):
     def __init__(self, max_in: int, max_out: int, kernel: int, stride: int = 1):
         super().__init__(max_in, max_out, kernel, stride, kernel // 2, bias=False)
 
-    def forward(self, x: Tensor, c_out: int) -> Tensor:
+    def forward(self, x: Tensor, c_out: int) -> Tensor:  # type: ignore[override]  # called by its own layers alone
         return F.conv2d(x, self.weight[:c_out, : x.shape[1]], None, self.stride, self.padding)

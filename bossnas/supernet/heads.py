@@ -11,8 +11,9 @@ from bossnas.spaces.ops import Chain, GroupedBatchNorm, Statistics
 
 def mlp(width: int, hidden: int, out: int, std: float | None) -> Chain:
     """Linear, batch norm, ReLU, Linear; weights normal with ``std`` (None: sqrt(2 / fan_in)), biases 0."""
-    layers = Chain(nn.Linear(width, hidden), GroupedBatchNorm(hidden, act="relu"), nn.Linear(hidden, out))
-    for layer in (layers[0], layers[2]):
+    first, second = nn.Linear(width, hidden), nn.Linear(hidden, out)
+    layers = Chain(first, GroupedBatchNorm(hidden, act="relu"), second)
+    for layer in (first, second):
         nn.init.normal_(layer.weight, std=math.sqrt(2 / layer.in_features) if std is None else std)
         nn.init.zeros_(layer.bias)
     return layers

@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +17,8 @@ from bossnas.spaces.ops import Statistics
 from bossnas.spaces.paths import Choices
 from bossnas.supernet.supernet import Item, Supernet
 from bossnas.supernet.units import Unit, units
+
+T = TypeVar("T")
 
 
 class Footprint:
@@ -32,7 +36,8 @@ class Footprint:
         self.inner: dict[tuple, int] = {}  # peak of each kind, its output included
         outputs: dict[tuple, Tensor] = {}
         entered = network.enter(block, x)  # as one node: every path shares it
-        shapes, samples = {(): tuple(entered.shape[1:])}, {(): entered}
+        shapes: dict[Choices, tuple[int, ...]] = {(): tuple(entered.shape[1:])}
+        samples: dict[Choices, Tensor] = {(): entered}
         self.inputs[()] = entered.nbytes
         for path in paths:
             for depth, choice in enumerate(path):
@@ -41,25 +46,21 @@ class Footprint:
                     continue
                 kind = (depth, choice, shapes[parent])
                 if kind not in outputs:
-                    item, made = Item(path, samples[parent], 2), []
-                    self.inner[kind] = peak_bytes(
-                        lambda i=item, m=made, d=depth: m.extend(network(block, [i], Statistics(), start=d, stop=d + 1))
+                    item = Item(path, samples[parent], 2)
+                    self.inner[kind], (outputs[kind],) = _measured(
+                        partial(network, block, [item], Statistics(), start=depth, stop=depth + 1)
                     )
-                    outputs[kind] = made[0]
                 samples[node] = outputs[kind]
                 self.kinds[node], shapes[node] = kind, tuple(outputs[kind].shape[1:])
                 self.inputs[node] = outputs[kind].nbytes
-        projector = network.projectors[block]
+        projector = network.projector(block)
         self.pools: dict[tuple, int] = {}  # peak of the projector's first part, by the last layer's kind
         for path in paths:
-            kind, pooled = self.kinds[path], []
+            kind = self.kinds[path]
             if kind not in self.pools:
-                self.pools[kind] = peak_bytes(
-                    lambda p=path, rows=pooled: rows.append(projector.pool(samples[p], p[-1], 2, Statistics()))
-                )
-                self.head = pooled[0].nbytes + peak_bytes(  # the second part
-                    lambda rows=pooled: projector.mlp(rows[0], 2, Statistics())
-                )
+                self.pools[kind], pooled = _measured(partial(projector.pool, samples[path], path[-1], 2, Statistics()))
+                # the second part
+                self.head = pooled.nbytes + peak_bytes(partial(projector.mlp, pooled, 2, Statistics()))
 
     def of(self, unit: Unit, images: int) -> int:
         """Bytes at the unit's peak when ``images`` pass it together: each layer's inputs, outputs, and one candidate at
@@ -96,9 +97,14 @@ class Footprint:
 def peak_bytes(call: Callable[[], object]) -> int:
     """The most bytes of tensors that ``call`` made and that were alive at once. What a single operation allocates and
     frees inside is not seen. Works on every device."""
+    return _measured(call)[0]
+
+
+def _measured(call: Callable[[], T]) -> tuple[int, T]:
+    """`peak_bytes`, and what ``call`` gave."""
     with _Alive() as alive:
-        call()
-    return alive.peak
+        result = call()
+    return alive.peak, result
 
 
 class _Alive(TorchDispatchMode):

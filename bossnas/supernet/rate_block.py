@@ -80,7 +80,7 @@ def rate_block(
     networks: Networks,
     winners: Sequence[Choices],
     paths: Sequence[Choices],
-    calibration: Sequence[Tensor],
+    calibration: Iterable[Tensor],
     validation: Validation,
     how: RatingOptions | None = None,
     *,
@@ -207,9 +207,9 @@ class _Rating:
         views = [p[None].chunk(2, 1) for p in pooled]
         rows = [
             scores.instance_discrimination(a, b, self.temperature),
-            torch.cat([scores.instance_discrimination(*pair, self.temperature) for pair in views]),
+            torch.cat([scores.instance_discrimination(x, y, self.temperature) for x, y in views]),
             scores.view_agreement(a, b),
-            torch.cat([scores.view_agreement(*pair) for pair in views]),
+            torch.cat([scores.view_agreement(x, y) for x, y in views]),
             scores.effective_rank(a, b),
         ]
         return torch.stack(rows, 1).double()
@@ -237,7 +237,8 @@ def _features(
 
     if not chosen:
         return
-    trail, here = [network.enter(block, x, at("stem"))], ()
+    trail = [network.enter(block, x, at("stem"))]
+    here: Choices = ()
     for unit in chosen:
         depth = next(
             (d for d, (a, b) in enumerate(zip(here, unit.prefix, strict=False)) if a != b),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bossnas.spaces import Space
-from bossnas.spaces.ops import Statistics
+from bossnas.spaces.ops import Chain, Statistics
 from bossnas.spaces.paths import Choices
 from bossnas.supernet.heads import Projector
 
@@ -68,7 +68,7 @@ class Supernet(nn.Module):
             nodes = self._batched(
                 nodes, {key: 0 for key in nodes}, lambda x, _, *rest: self.stem(x, *rest), stats, "stem"
             )
-        layers = list(self.blocks[block])
+        layers = list(cast("nn.ModuleList", self.blocks[block]))
         for depth in range(start or 0, len(layers) if stop is None else stop):
             parents = keys
             # a node is its parent and its choice: behind other choices the same candidate sees another map
@@ -101,13 +101,16 @@ class Supernet(nn.Module):
 
         Without the ``last`` linear layer, behind which there are no statistics: the hidden units [groups*N, hidden].
         """
-        projector = self.projectors[block]
+        projector = self.projector(block)
         nodes = {i: (x, item.groups) for i, (x, item) in enumerate(zip(features, items, strict=True))}
         ends = {i: item.path[-1] for i, item in enumerate(items)}
         out = self._batched(nodes, ends, projector.pool, stats, "pool")
         mlp = projector.mlp if last else projector.mlp[:-1]
         rows = self._batched(out, {i: 0 for i in out}, lambda x, _, *rest: mlp(x, *rest), stats, "mlp")
         return [rows[i][0] for i in range(len(items))]
+
+    def projector(self, block: int) -> Projector:
+        return cast("Projector", self.projectors[block])
 
     def part(self, block: int) -> nn.ModuleDict:
         """The modules that are trained with a block: its layers, its projector, and with block 0 the stem."""
@@ -172,7 +175,7 @@ class Networks(NamedTuple):
 
     online: Supernet
     target: Supernet
-    predictor: nn.Module
+    predictor: Chain
 
 
 def recomputed(function: Callable, *args: object) -> Tensor:

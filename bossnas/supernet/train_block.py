@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,7 +87,7 @@ def train_block(
     state: RunState,
     training: Training,
     prefix: list[Choices],
-) -> Iterator[Step | None]:
+) -> Generator[Step | None]:
     """Trains block ``state.block`` from ``state.step`` to the end of its stage.
 
     Yields None after every micro-batch but an update's last, and a Step after the optimizer step. ``inputs`` gives the

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bossnas.data.packing.image_sets import ImageFile, ImageSet
+from bossnas.data.packing.image_sets import ImageFile, ImageSet, read_member
 from bossnas.errors import ConfigError
 
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
@@ -68,7 +68,7 @@ def cifar(place: Path, kind: str) -> ImageSet:
             for i, (key, label) in enumerate(zip(keys, labels, strict=True))
         ]
         rows += len(images)
-        digest.update(images)
+        digest.update(images.data)
         pixels.append(images)
     images_n3hw = np.concatenate(pixels).reshape(-1, 3, SIDE, SIDE)
 
@@ -84,14 +84,15 @@ class _Files:
     """The files of a folder, or of a tar archive, whose own folder counts as that folder."""
 
     def __init__(self, place: Path):
-        self.place, self.archive = place, None
+        self.place = place
+        self.archive: dict[str, bytes] | None = None
         if place.is_file():
             self.archive = {}
             try:
                 with tarfile.open(place) as tar:
                     for member in tar:
                         if member.isreg() and member.size <= MAX_MEMBER:
-                            self.archive[PurePosixPath(member.name).name] = tar.extractfile(member).read()
+                            self.archive[PurePosixPath(member.name).name] = read_member(tar, member)
             except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
                 raise ConfigError("folder", f"{place} is damaged ({error})", "download it again") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import tarfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def items_in_classes(root: Path, names: list[str], classes: list[str], prefix: s
         raise ConfigError(
             "folder", f"{root / names[tops.index(None)]} lies beside class folders", "move it into one, or remove it"
         )
-    labels = {name: number for number, name in enumerate(classes)}
+    labels: dict[str | None, int] = {name: number for number, name in enumerate(classes)}
     unknown = {top for top in tops if top} - set(labels)
     if unknown:
         raise ConfigError(
@@ -114,6 +115,13 @@ def reader(folder: Path) -> Callable[[ImageFile], bytes]:
             return file.read(min(os.fstat(file.fileno()).st_size, MAX_BYTES + 1))
 
     return read
+
+
+def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """The bytes of a member that is a regular file."""
+    file = tar.extractfile(member)
+    assert file is not None, member.name
+    return file.read()
 
 
 def _size(path: Path) -> int:

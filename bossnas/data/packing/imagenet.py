@@ -18,6 +18,7 @@ from bossnas.data.packing.image_sets import (
     classes_of,
     items_in_classes,
     list_images,
+    read_member,
     reader,
     sample_keys,
 )
@@ -116,15 +117,16 @@ def _list(root: Path, split: str, show: bool) -> tuple[list[str], dict[str, tupl
         return list_images(folder, split), {}
     if not archive.is_file():
         return [], {}
-    places, length = {}, archive.stat().st_size
+    places: dict[str, tuple[int, int]] = {}
+    length = archive.stat().st_size
     with open(archive, "rb") as file, progress(f"listing {archive.name}, MiB", length >> 20, show=show) as bar:
         try:
             for name, offset, size in _members(file, 0, length):
                 if name.endswith(".tar"):
                     wnid = PurePosixPath(name).stem
                     places |= {
-                        f"{wnid}/{image}": tuple(at)
-                        for image, *at in _members(file, offset, offset + size)
+                        f"{wnid}/{image}": (start, count)
+                        for image, start, count in _members(file, offset, offset + size)
                         if image.lower().endswith(SUFFIXES)
                     }
                 elif name.lower().endswith(SUFFIXES):
@@ -190,7 +192,7 @@ def _find_labels(folder: Path, root: Path) -> Path | None:
 
 def _read_labels(file: Path, names: list[str], classes: list[str]) -> dict[str, str]:
     """{image's name without extension: WordNet id}, from any of the formats that docs/packing.md lists."""
-    meta = file.parent / META
+    meta: Path | io.BytesIO = file.parent / META
     try:
         if file.name.endswith((".tar.gz", ".tgz", ".tar")):
             with tarfile.open(file) as tar:
@@ -199,8 +201,8 @@ def _read_labels(file: Path, names: list[str], classes: list[str]) -> dict[str, 
                     raise ConfigError(
                         "val_labels", f"{file} lacks {TRUTH} or {META}", f"download {DEVKIT}.tar.gz again"
                     )
-                text = tar.extractfile(inside[TRUTH]).read().decode()
-                meta = io.BytesIO(tar.extractfile(inside[META]).read())
+                text = read_member(tar, inside[TRUTH]).decode()
+                meta = io.BytesIO(read_member(tar, inside[META]))
         else:
             text = file.read_text(encoding="utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError, tarfile.TarError) as error:

@@ -85,10 +85,12 @@ def average_gradients(parameters: list[nn.Parameter], group: Any = None) -> None
     chosen = [p for p, flag in zip(parameters, used.tolist(), strict=True) if flag]
     if not chosen:
         return
+    gradients = []
     for p in chosen:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    flat = torch.cat([p.grad.flatten() for p in chosen])
+        gradients.append(p.grad)
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce_sum(flat, group).div_(world)
-    for p, piece in zip(chosen, flat.split([p.numel() for p in chosen]), strict=True):
-        p.grad.copy_(piece.view_as(p))
+    for gradient, piece in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(piece.view_as(gradient))

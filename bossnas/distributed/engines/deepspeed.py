@@ -319,6 +319,7 @@ def _import_deepspeed(kind: str) -> ModuleType:
             f"set the environment variable DS_ACCELERATOR={kind}",
         )
     if kind == "cpu":  # else a shared-memory all-reduce is compiled for a minute; gloo does the work
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+        comm: Any = sys.modules["deepspeed.comm.torch"]
+        comm.build_shm_op = lambda: None
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
     return deepspeed

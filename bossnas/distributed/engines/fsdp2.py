@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -59,8 +59,11 @@ class FSDP2Engine:
                 _check(part)
         ensure_group()
         self._kind = next(module.parameters()).device.type
-        mesh = DeviceMesh.from_group(self.group or torch_group.WORLD, self._kind)
-        self._roots, self._pairs = [], []
+        group = self.group or torch_group.WORLD
+        assert group is not None
+        mesh = DeviceMesh.from_group(group, self._kind)
+        self._roots: list[_Root] = []
+        self._pairs: list[tuple[nn.Parameter, DTensor]] = []
         for home in (module, followers):
             if home is None:
                 continue
@@ -68,9 +71,9 @@ class FSDP2Engine:
             copied = copy.deepcopy(home, {id(part): part for part in (self.group, *home.buffers())})
             self._roots.append(_sharded(copied, mesh))
             self._pairs += [
-                pair
-                for pair in zip(home.parameters(), copied.parameters(), strict=True)
-                if isinstance(pair[1], DTensor)
+                (whole, shared)
+                for whole, shared in zip(home.parameters(), copied.parameters(), strict=True)
+                if isinstance(shared, DTensor)
             ]
         module, *rest = [root.part for root in self._roots]
         followers = rest[0] if rest else None
@@ -120,6 +123,9 @@ class FSDP2Engine:
 class _Root(nn.Module):
     """Above all units, which are called by themselves: FSDP2 keeps here which of them still have gradients to reduce,
     and in which order to bring their weights together ahead of time."""
+
+    set_requires_gradient_sync: Callable[[bool], None]  # `fully_shard` gives it these two
+    reset_iter_state: Callable[[], None]
 
     def __init__(self, part: nn.Module):
         super().__init__()

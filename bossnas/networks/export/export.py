@@ -302,7 +302,7 @@ def _hub(subject: _Subject, folder: Path) -> list[Tensor]:
     }
     timm.models.save_for_hf(
         subject.model,
-        hub,
+        str(hub),
         safe_serialization=True,
         model_config={"pretrained_cfg": about, "model_args": dict(spec.model_args)},
     )

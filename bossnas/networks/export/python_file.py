@@ -66,7 +66,8 @@ def source_text(model: nn.Module, name: str, spec: Spec) -> str:
     """The file's text, whose weights are ``name``.pt. ``model``: one that `check_alone` takes; its ``arguments`` are
     what its class was made with."""
     kind = type(model)
-    arguments = {**model.arguments, "num_classes": spec.classes}
+    given: Any = model.arguments
+    arguments = {**given, "num_classes": spec.classes}
     images = {key: getattr(spec, key) for key in ("image_size", "mean", "std", "interpolation", "crop")}
     head = (
         f"# {spec.architecture}, written by bossnas {__version__} export. Needs torch alone.\n"

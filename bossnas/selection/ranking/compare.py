@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -101,7 +101,7 @@ def compare(
     costs = CostTable.of(chosen.space, chosen.image_size)
     sizes = size_baselines(costs, rated, chosen.classes)
     totals = blocks.sum(1)
-    values = sum(map(combine.standardised, totals)) if seeds else totals[0]
+    values = _standardised_sum(totals) if seeds else totals[0]
     name = first.name if first.name not in {*sizes, *sampling.proxies} else f"{first.name} (given)"
     with_size = combine.standardised(values) + size_weight * combine.standardised(sizes["sum_log_channels"])
     scores = {name: values, f"{name} + size": with_size, **sizes}
@@ -130,7 +130,7 @@ def compare(
         "baselines": {name: figures[name] for name in sizes},
     }
     if isinstance(first, tables.BlockScores):
-        alone = {str(b): sum(map(combine.standardised, blocks[:, b])) for b in range(blocks.shape[1])}
+        alone = {str(b): _standardised_sum(blocks[:, b]) for b in range(blocks.shape[1])}
         result["blocks"] = list(correlation.brief(alone, truth, sizes).values())
     if seeds:
         result["seeds"] = _spread(ratings, blocks, truth, sizes)
@@ -138,6 +138,11 @@ def compare(
         result["proxies"] = _with_proxies(chosen, rated, scores, truth, sizes, sampling)
     result["definitions"] = {**correlation.DEFINITIONS, **SIZE_DEFINITIONS, "combine": HOW[how]}
     return Comparison(result, scores, truth)
+
+
+def _standardised_sum(rows: np.ndarray) -> np.ndarray:
+    """Of the rows, each of them standardised."""
+    return cast("np.ndarray", sum(map(combine.standardised, rows)))
 
 
 def _read(sources: list[Path], score: str | None, better: str, seeds: bool) -> list[tables.Scores]:
@@ -169,7 +174,7 @@ def _spread(
     """The figures of every seed, their mean and standard deviation, and how far the seeds agree."""
     totals = blocks.sum(1)
     each = list(correlation.brief({str(i): total for i, total in enumerate(totals)}, truth, sizes).values())
-    result = {"each": each, **correlation.spread(each)}
+    result: dict[str, Any] = {"each": each, **correlation.spread(each)}
     result["agreement"] = {"together": correlation.agreement(totals)}
     if isinstance(ratings[0], tables.BlockScores):
         of_blocks = []
@@ -179,7 +184,8 @@ def _spread(
             of_blocks.append({"each": of_seeds, **correlation.spread(of_seeds)})
         result["blocks"] = of_blocks
         result["agreement"]["blocks"] = [
-            _agreement([rating.blocks[b] for rating in ratings]) for b in range(blocks.shape[1])
+            _agreement([rating.blocks[b] for rating in ratings if isinstance(rating, tables.BlockScores)])
+            for b in range(blocks.shape[1])
         ]
     return result
 
@@ -228,6 +234,7 @@ def _choose_space(
         raise ConfigError("image_size", f"is not known for {name}", "give the side of its images, in pixels")
     # an unknown name is refused before the size matters
     space = spaces.make(name, image_size=size or 1, **options)
+    assert size is not None, "the built-in spaces have one"
     return _Chosen(name, told_by, space, size, published.classes)
 
 

@@ -96,19 +96,25 @@ def brief(
 
 def spread(figures: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, float | None]]:
     """Mean and standard deviation (n - 1) of every figure over seeds; None where one of them is not defined."""
-    columns = {key: [row[key] for row in figures] for key in figures[0]}
-    whole = {key: None not in values for key, values in columns.items()}
+    columns = {key: _defined([row[key] for row in figures]) for key in figures[0]}
     return {
-        "mean": {key: float(np.mean(v)) if whole[key] else None for key, v in columns.items()},
-        "std": {key: float(np.std(v, ddof=1)) if whole[key] else None for key, v in columns.items()},
+        "mean": {key: None if v is None else float(np.mean(v)) for key, v in columns.items()},
+        "std": {key: None if v is None else float(np.std(v, ddof=1)) for key, v in columns.items()},
     }
 
 
 def agreement(values: np.ndarray) -> dict[str, float | None]:
     """Spearman's rho between each two of the rows [seeds, n]: their mean and the least."""
-    pairs = [coefficients(values[i], values[j])["spearman"] for i in range(len(values)) for j in range(i)]
-    whole = None not in pairs
-    return {"mean": float(np.mean(pairs)) if whole else None, "least": min(pairs) if whole else None}
+    pairs = _defined([coefficients(values[i], values[j])["spearman"] for i in range(len(values)) for j in range(i)])
+    if pairs is None:
+        return {"mean": None, "least": None}
+    return {"mean": float(np.mean(pairs)), "least": min(pairs)}
+
+
+def _defined(values: Sequence[float | None]) -> list[float] | None:
+    """The values; None where one of them is not defined."""
+    known = [value for value in values if value is not None]
+    return known if len(known) == len(values) else None
 
 
 def coefficients(score: np.ndarray, accuracy: np.ndarray) -> dict[str, float | None]:

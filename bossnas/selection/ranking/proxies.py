@@ -107,9 +107,10 @@ def open_branches(network: nn.Module) -> nn.Module:
     1.1) would be invisible to every proxy."""
     with torch.no_grad():
         for module in network.modules():
-            scale = getattr(module, "weight", None)
-            if getattr(module, "is_norm", False) and not scale.any():
-                scale.fill_(1)
+            if getattr(module, "is_norm", False):
+                scale = module.get_parameter("weight")
+                if not scale.any():
+                    scale.fill_(1)
     return network
 
 
