@@ -190,7 +190,6 @@ def test_the_network_computes_what_the_supernet_does(tmp_path, name, text, last)
     assert sorted(report.taken + report.fresh) == sorted(counted)
 
 
-@pytest.mark.quick
 def test_nats_without_relu_keeps_its_own_skips(tmp_path):
     finished(tmp_path, "nats", "74|33|2")
     net, report = taken_over(tmp_path, skip_relu=False)

@@ -421,7 +421,6 @@ def test_room_of_older_checkpoints_counts_on_resume(finished, monkeypatch):
     search.search(config(finished), resume="auto")
 
 
-@pytest.mark.quick
 def test_calibration_uses_whole_batches(tmp_path):
     for images, batches, sizes in ((1999, 2, [1999]), (900, 2, [900, 900]), (3000, 1, [2000])):
         run = search.build(

@@ -172,7 +172,6 @@ def test_every_proxy_is_finite_on_every_space(name):
         assert math.isfinite(proxy(net, images, None))
 
 
-@pytest.mark.quick
 def test_closed_branches_are_opened():
     net = network("hytra")
     closed = [m for m in net.modules() if isinstance(m, GroupedBatchNorm) and not m.weight.any()]

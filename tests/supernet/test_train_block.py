@@ -128,7 +128,6 @@ def test_instance_loss_is_cross_entropy_over_the_images_in_both_directions():
     assert losses.instance_loss([torch.ones(4, 2)], [torch.ones(4, 2)], 0.1).item() == pytest.approx(math.log(4))
 
 
-@pytest.mark.quick
 def test_objectives_and_the_number_of_paths():
     """Instance discrimination leaves the predictor alone; both losses add up; fewer paths train fewer candidates."""
     moved = {}
