@@ -10,7 +10,8 @@ class ConfigError(ValueError):
     """A mistake that the user can mend. Reads "field: problem; fix" on one line.
 
     ``field`` is an argument of the function, the thing itself or a key of the config, such as train.lr; ``fix`` names
-    other arguments as `force`. Neither speaks of options: on the command line, `bossnas.cli.flags` makes them so.
+    other arguments as `force`. Neither speaks of options: on the command line `bossnas.cli.flags` puts
+    the options in their place.
     """
 
     def __init__(self, field: str, problem: str, fix: str):

@@ -1,4 +1,4 @@
-"""What a command calls the things that errors name: the library says run or `score`, a command RUN or --score."""
+"""Errors in a command's own words: the library names an argument (run, `score`), the command a flag (RUN, --score)."""
 
 from __future__ import annotations
 

@@ -102,6 +102,11 @@ def readers(source: ShardSet, settings: ReaderConfig, world: int) -> int | None:
     return world * max(settings.workers, 1) if isinstance(source, ShardStream) else None
 
 
+def data_state(source: ShardSet, settings: ReaderConfig, world: int) -> dict[str, Any]:
+    """What the order of the images depends on, besides a run's position and config: kept with its checkpoints."""
+    return {"images": len(source), "readers": readers(source, settings, world)}
+
+
 def view_batches(
     source: ShardSet,
     views: Views,

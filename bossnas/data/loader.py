@@ -46,7 +46,7 @@ class BegunBatch(NamedTuple):
 def load(
     dataset: Dataset, collate: Batcher, allowed: int, workers: int, device: torch.device, known: dict[str, str]
 ) -> Generator[Any]:
-    """The batches of a dataset of Items, completed on ``device``. ``known``: unreadable images that were met before.
+    """The batches of a dataset of BegunBatches, completed on ``device``. ``known``: unreadable images met before.
 
     Raises the ConfigErrors that the workers met, and one (data.max_bad) for more than ``allowed`` unreadable images.
     """

@@ -16,8 +16,9 @@ FIXED_EPOCH = 2**31 - 1  # the epoch of fixed batches: none that a training reac
 class EpochSlice:
     """Micro-batches ``start``..``steps`` - 1 of an epoch that has ``steps`` of them, for one rank.
 
-    ``batch``: images of a micro-batch on one rank, of the ``world`` ranks that share every micro-batch. A run's place
-    in the data is this and nothing else: the order is a function of ``seed`` and ``epoch``.
+    ``batch``: images of a micro-batch on one rank, of the ``world`` ranks that share every micro-batch. The order is a
+    function of ``seed`` and ``epoch``, so this says where a run is in its data; for a stream as long as it has as many
+    readers.
     """
 
     seed: int
@@ -50,6 +51,7 @@ class FixedBatches:
 
     def of_rank(self, images: int, rank: int, world: int) -> FixedBatches:
         """Every ``world``-th of the batches of ``images`` images, from number ``rank`` on."""
+        assert self.only is None, "batches are dealt out once"
         count = images if self.count is None else min(self.count, images)
         return replace(self, only=range(rank, -(-count // self.batch), world))
 

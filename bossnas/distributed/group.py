@@ -90,7 +90,7 @@ def ensure_group() -> None:
     """Makes a process group of one for libraries that cannot do without (DeepSpeed). It needs no port."""
     if torch_dist.is_initialized():
         return
-    assert env_int("WORLD_SIZE", 1) == 1, "dist.init() comes first"
+    assert env_int("WORLD_SIZE", 1) == 1, "group.init() comes first"
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK=os.environ.get("LOCAL_RANK", "0"))
     name_loopback()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

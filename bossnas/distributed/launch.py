@@ -25,14 +25,15 @@ def run(function: Callable[[], Any], timeout_minutes: float = 30) -> int:
     1: anything else, with traceback; a SystemExit keeps its code. With one rank the code is returned, with more the
     process ends.
     """
-    joined = False
+    joined, me = False, 0
     try:
         joined = _join(timeout_minutes)
+        me = env_int("RANK", 0) if joined else 0
         function()
         code = 0
     except ConfigError as error:
         code = USER_ERROR
-        if joined and _rank() > 0:
+        if me > 0:
             time.sleep(GRACE_SECONDS)
         print(f"error: {error}", file=sys.stderr)
     except Stopped as stop:
@@ -40,7 +41,7 @@ def run(function: Callable[[], Any], timeout_minutes: float = 30) -> int:
         if joined:  # this process ends, and a launcher may send a signal once more
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, signal.SIG_IGN)
-        if not joined or _rank() == 0:
+        if me == 0:
             print(stop, file=sys.stderr)
         _tell_elastic_agent(stop)
     except KeyboardInterrupt:
@@ -51,7 +52,7 @@ def run(function: Callable[[], Any], timeout_minutes: float = 30) -> int:
             print(request.code, file=sys.stderr)
     except OSError as error:
         if error.errno != errno.ENOSPC:
-            code = _unexpected(joined)
+            code = _unexpected(joined, me)
         else:
             code = USER_ERROR
             print(
@@ -60,10 +61,9 @@ def run(function: Callable[[], Any], timeout_minutes: float = 30) -> int:
                 file=sys.stderr,
             )
     except Exception:
-        code = _unexpected(joined)
-    if "torch" in sys.modules:  # else there can be no group, and importing it would take seconds
-        from bossnas.distributed import group
-
+        code = _unexpected(joined, me)
+    group = sys.modules.get("bossnas.distributed.group")
+    if group is not None:  # else nobody has made a group, and importing it would import torch
         group.shutdown(code)
     return code
 
@@ -79,10 +79,6 @@ def _join(timeout_minutes: float) -> bool:
     return True
 
 
-def _rank() -> int:
-    return env_int("RANK", 0)
-
-
 def _tell_elastic_agent(stop: Stopped) -> None:
     """torchrun with restarts takes exit code 75 for a failure and would start the ranks again; its agent stops on
     SIGTERM. Where the agent was asked first, it passed SIGTERM or SIGINT on and need not be told."""
@@ -91,11 +87,11 @@ def _tell_elastic_agent(stop: Stopped) -> None:
         os.kill(stop.parent, signal.SIGTERM)
 
 
-def _unexpected(joined: bool) -> int:
+def _unexpected(joined: bool, me: int) -> int:
     """Reports the exception at hand. With other ranks it waits: often it is their end that caused it, and then the
     launcher acts on their exit code first."""
     text = traceback.format_exc()
     if joined:
         time.sleep(GRACE_SECONDS)
-    print(f"rank {_rank()} failed:\n{text}", file=sys.stderr, end="")
+    print(f"rank {me} failed:\n{text}", file=sys.stderr, end="")
     return 1

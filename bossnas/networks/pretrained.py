@@ -297,7 +297,7 @@ def _best(folder: Path) -> Path:
     if (folder / "config.json").exists():
         raise ConfigError(
             "checkpoint",
-            f"{folder} holds a search, whose network is not trained yet",
+            f"{folder} holds a search or a rating, whose network is not trained yet",
             f"train it with bossnas retrain --from-run {folder}",
         )
     raise ConfigError(

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bossnas.errors import ConfigError
-from bossnas.files import draft
+from bossnas.files import draft, open_to_others
 from bossnas.networks import registry  # noqa: F401  (registers the networks in timm)
 
 FORMAT = "bossnas-network-1"
@@ -37,7 +37,7 @@ REFUSED = (
 
 @dataclass(frozen=True)
 class Spec:
-    """A network that `build` makes, and the images that it takes. Everything in it is what JSON can hold.
+    """A network that `build_network` makes, and the images that it takes. Everything in it is what JSON can hold.
 
     ``architecture``: a name that timm knows, among them those of `bossnas.networks.registry`; ``model_args``: its own
     keyword arguments, such as an encoding; ``mean``, ``std``: by channel, of pixels in 0..1; ``crop``: the share of the
@@ -113,7 +113,7 @@ def refused_images(spec: Spec, error: Exception) -> ConfigError:
 
 @dataclass(frozen=True)
 class Network:
-    """What a file of `save` holds. ``about``: where the weights come from and what was measured with them."""
+    """What a file of `save_network` holds. ``about``: where the weights come from and what was measured with them."""
 
     spec: Spec
     weights: dict[str, Tensor]
@@ -128,12 +128,13 @@ def save_network(path: Path, spec: Spec, weights: Mapping[str, Tensor], about: M
     try:
         with draft(path) as made:
             save_file(tensors, made, metadata)
+            open_to_others(made)
     except SafetensorError as error:
         raise OSError(f"cannot write {path} ({error})") from None
 
 
 def load_network(path: Path) -> Network:
-    """Reads a file of `save`. Raises ConfigError when it is missing, damaged or none of those."""
+    """Reads a file of `save_network`. Raises ConfigError when it is missing, damaged or none of those."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

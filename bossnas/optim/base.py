@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bossnas.distributed import dist
 from bossnas.distributed.shares import in_share, is_dtensor, local, shard
+from bossnas.errors import ConfigError
 from bossnas.optim.groups import ema_update
 
 
@@ -180,3 +181,17 @@ def check_state(saved: Mapping[str, Tensor], needed: Mapping[str, torch.Size]) -
                 f"optimizer state of {name}: {had or 'nothing'} was saved, {needed.get(name, 'nothing')} is needed; it "
                 "belongs to another model"
             )
+
+
+def check_bad_steps(count: int, most: int, of: str, last: int) -> None:
+    """Raises ConfigError when more than ``most`` steps had a gradient that was not finite (outcome "bad").
+
+    ``of``: what was trained, for the message, such as " of block 0"; ``last``: the number of the last such step.
+    """
+    if count > most:
+        raise ConfigError(
+            "train.lr",
+            f"{count} steps{of} had a gradient that is not finite, the last one step {last}; train.max_bad_steps "
+            "allows no more",
+            "lower it, or lengthen train.warmup_epochs; the last checkpoint is unharmed",
+        )

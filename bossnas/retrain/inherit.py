@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def spec_of_run(
     """
     config, architecture = _found(folder)
     space = _space(config.space)
-    if inherited:
+    if inherited and config.space.name in spaces.known():
         options = {**spaces.traits(space).as_searched, **(options or {})}
     return _spec(
         config.space,
@@ -69,7 +69,7 @@ def spec_of_architecture(
     ``image_size``: None: the space's. Raises ConfigError for a text that is no architecture of the space.
     """
     made = _space(space)
-    recipe = spaces.traits(made).recipe
+    recipe = spaces.traits(spaces.known().get(space.name, object)).recipe
     return _spec(
         space, made, _read(made, text, "model.architecture"), classes, image_size or space.image_size, options, recipe
     )
@@ -185,8 +185,8 @@ def _spec(
     options: Mapping[str, Any] | None,
     recipe: str,
 ) -> Spec:
-    if hasattr(space, "network"):
-        name, args = space.network(architecture)
+    if config.name in spaces.known():
+        name, args = cast(Any, space).network(architecture)
     else:
         file, _, kind = config.name.rpartition(":")
         paths = [encode(path) for path in architecture]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bossnas.config.retrain import RetrainConfig, RetrainTrain
 from bossnas.config.shared import MEAN, STD, accumulation
-from bossnas.data.batches import Data, open_data, open_set, readers
+from bossnas.data.batches import Data, data_state, open_data, open_set
 from bossnas.data.order import EpochSlice
 from bossnas.distributed import dist, engines
 from bossnas.distributed.engines.protocol import Engine
@@ -32,7 +32,7 @@ from bossnas.retrain.batches import check_labels, count_classes, train_batches, 
 from bossnas.runs import checkpoint, session
 from bossnas.runs.folder import prepare_folder
 from bossnas.runs.resume import check_data, claim, go_back
-from bossnas.runs.session import Machine
+from bossnas.runs.session import Counted, Machine
 from bossnas.spaces import cost
 
 NETWORK = "network.json"  # the file of a run folder that describes its network
@@ -74,7 +74,7 @@ class TrainedNetwork:
 
 
 @dataclass
-class Retraining:
+class Retraining(Counted):
     """Everything a retraining holds. ``where``: the checkpoint from which it goes on, None: it begins."""
 
     config: RetrainConfig
@@ -86,23 +86,6 @@ class Retraining:
     where: Path | None
     state: Position = field(default_factory=Position)
     bad: dict[str, str] = field(default_factory=dict)  # unreadable training images met so far
-
-    @property
-    def accumulate(self) -> int:
-        """Micro-batches per optimizer step."""
-        return accumulation(self.config, self.machine.mesh.shards)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.config.train.steps_per_epoch or len(self.images.train) // self.config.train.batch
-
-    @property
-    def total_steps(self) -> int:
-        return self.config.train.epochs * self.steps_per_epoch
-
-    @property
-    def val_images(self) -> int:
-        return min(self.config.data.val_images or len(self.images.val), len(self.images.val))
 
 
 def begin(config: RetrainConfig, resume: str | None) -> Beginning:
@@ -296,7 +279,7 @@ def save(run: Retraining, saver: checkpoint.Saver) -> None:
     saver.save(
         f"step{run.state.step:08d}",
         weights(run) | checkpoint.momentum(0, run.engine),
-        {**asdict(run.state), "data": _data_state(run)},
+        {**asdict(run.state), "data": data_state(run.images.train, run.config.data, run.machine.mesh.shards)},
     )
 
 
@@ -305,7 +288,11 @@ def restore(run: Retraining) -> None:
     if run.where is None:
         return
     values = checkpoint.read_state(run.where)
-    check_data(values["data"], _data_state(run), bool(values["step"] % run.steps_per_epoch))
+    check_data(
+        values["data"],
+        data_state(run.images.train, run.config.data, run.machine.mesh.shards),
+        bool(values["step"] % run.steps_per_epoch),
+    )
     checkpoint.load(run.where, weights(run))
     run.state = Position(**{name: values[name] for name in asdict(run.state)})
     best, file = run.state.best, Path(run.config.out) / "best.safetensors"
@@ -314,11 +301,6 @@ def restore(run: Retraining) -> None:
             "%s is not of the best evaluation so far, step %d: the next one counts as the best", file, best["step"]
         )  # it was written after the checkpoint, and what follows may come out otherwise
         run.state.best = None
-
-
-def _data_state(run: Retraining) -> dict[str, Any]:
-    """What the order of the images depends on, besides the position and the config."""
-    return {"images": len(run.images.train), "readers": readers(run.images.train, run.config.data, dist.world_size())}
 
 
 def bring_home(run: Retraining) -> None:

@@ -23,6 +23,7 @@ from bossnas.errors import ConfigError
 from bossnas.files import write_json
 from bossnas.log import logger
 from bossnas.networks.spec import save_network
+from bossnas.optim.base import check_bad_steps
 from bossnas.retrain import evaluate
 from bossnas.retrain.batches import eval_batches, eval_transform
 from bossnas.retrain.run import Retraining, begin, bring_home, build, epoch_batches, prepare, restore, save, statistics
@@ -110,7 +111,7 @@ def _train(run: Retraining, session: Session) -> dict[str, evaluate.Result]:
             )
             if step.outcome == "bad":
                 warn_bad_step(f"step {state.step}", state.bad_steps)
-            protocol.check_bad_steps(state.bad_steps, train.max_bad_steps, "", state.step)
+            check_bad_steps(state.bad_steps, train.max_bad_steps, "", state.step)
             task.advance(
                 f"epoch {epoch + 1}/{train.epochs}  loss {step.loss:.3f}  {train.batch / seconds:.0f} images/s"
             )

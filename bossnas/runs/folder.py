@@ -14,7 +14,7 @@ from bossnas.config.loading import C, dump, validate
 from bossnas.config.search import Config
 from bossnas.config.shared import RunConfig
 from bossnas.errors import ConfigError
-from bossnas.files import write_json, write_text
+from bossnas.files import remove_drafts, write_json, write_text
 
 # What may change between a run and its continuation, since results do not depend on it; "engine.": all of that section.
 FREE = (
@@ -79,6 +79,8 @@ def prepare_folder(folder: Path, config: RunConfig, kind: str | None = None) -> 
         raise ConfigError(
             "out", f"cannot make {folder} ({error.strerror})", "choose another folder with `out`"
         ) from None
+    remove_drafts(folder)
+    remove_drafts(folder / "ratings")
     write_text(folder / "config.json", dump(config))
     if isinstance(config, Config):
         (folder / "ratings").mkdir(exist_ok=True)
@@ -109,7 +111,7 @@ def read_config(folder: Path, schema: type[RunConfig] = Config) -> RunConfig:
 
 
 def kind_of(folder: Path) -> str:
-    """What the run in ``folder`` is: search, retraining, or another kind that `prepare` was told."""
+    """What the run in ``folder`` is: search, retraining, or another kind that `prepare_folder` was told."""
     try:
         return json.loads((folder / "versions.json").read_text(encoding="utf-8")).get("kind", "search")
     except (OSError, json.JSONDecodeError):

@@ -1,4 +1,4 @@
-"""The scaffold around a run, one for searches and retrainings: what it works on, writes to, saves with and stops by."""
+"""What a search and a retraining have in common around their work: machine, metrics, checkpoints, signals, checks."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
-from bossnas.config.shared import RunConfig
+from bossnas.config.shared import RunConfig, accumulation
 from bossnas.distributed import dist
 from bossnas.distributed.alive import Guard
 from bossnas.errors import ConfigError
@@ -21,12 +21,39 @@ from bossnas.runs.metrics import Metrics
 
 @dataclass
 class Machine:
-    """What a run works on: the device of this rank, which kernels run there (triton | reference; off in retrainings),
-    and how the ranks divide the work."""
+    """What a run works on: the device of this rank, which kernels run there (triton | reference, or off in a
+    retraining), and how the ranks divide the work."""
 
     device: torch.device
     kernels: str
     mesh: dist.Mesh
+
+
+class Counted:
+    """What a search and a retraining count alike, of their config, images and machine."""
+
+    config: Any
+    images: Any  # a `data.batches.Data`
+    machine: Machine
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches per optimizer step."""
+        return accumulation(self.config, self.machine.mesh.shards)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.config.train.steps_per_epoch or len(self.images.train) // self.config.train.batch
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of a retraining, or of a block's stage."""
+        return self.config.train.epochs * self.steps_per_epoch
+
+    @property
+    def val_images(self) -> int:
+        """Validation images that are used."""
+        return min(self.config.data.val_images or len(self.images.val), len(self.images.val))
 
 
 @dataclass

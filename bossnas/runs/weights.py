@@ -14,7 +14,7 @@ from torch import Tensor
 
 import bossnas
 from bossnas.errors import ConfigError
-from bossnas.files import draft
+from bossnas.files import draft, open_to_others
 from bossnas.runs import checkpoint
 from bossnas.runs.folder import read_config
 
@@ -72,6 +72,7 @@ def export(run: Path, out: Path, name: str | None = None, force: bool = False) -
     try:
         with draft(out) as made:
             save_file(checkpoint.read(where, KINDS), made, metadata)
+            open_to_others(made)
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             "out",

@@ -49,6 +49,7 @@ def rate(
     ``guard``: what may ask for a stop; then raises Stopped once the progress is in the file.
     """
     winners, settings = list(run.state.winners[:block] if prefix is None else prefix), run.config.rating
+    assert len(winners) == block, "the prefix holds exactly the blocks before this one"
     paths = run.space.paths(block, winners)
     validation = _validation(run)
     most = _units_fit(run, block, winners, paths)
@@ -142,7 +143,7 @@ class Calibration:
 def _validation(run: Run) -> Validation:
     """Validation batches, one A and one B view of every image."""
     batch = run.config.rating.batch
-    count = min(run.config.data.val_images or len(run.images.val), len(run.images.val))
+    count = run.val_images
 
     def take(batches: Sequence[int]) -> Iterator[list[Tensor]]:
         return fixed_view_batches(
@@ -161,7 +162,7 @@ def _units_fit(run: Run, block: int, winners: Sequence[Choices], paths: Sequence
     """How many paths are computed together within rating.max_gib; equal on all ranks."""
     rating, config = run.config.rating, run.config
     images = max(
-        2 * min(rating.batch, config.data.val_images or len(run.images.val), len(run.images.val)),
+        2 * min(rating.batch, run.val_images),
         min(rating.calibration_images, len(run.images.train)),
     )
     gib = rating.max_gib

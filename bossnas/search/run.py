@@ -15,14 +15,14 @@ from bossnas import spaces
 from bossnas.config.search import Config
 from bossnas.config.shared import accumulation
 from bossnas.data import views
-from bossnas.data.batches import Data, open_data, readers
+from bossnas.data.batches import Data, data_state, open_data
 from bossnas.distributed import dist, engines
 from bossnas.distributed.engines.protocol import Engine
 from bossnas.files import write_json
 from bossnas.log import logger
 from bossnas.runs import checkpoint, session
 from bossnas.runs.resume import check_data
-from bossnas.runs.session import Machine
+from bossnas.runs.session import Counted, Machine
 from bossnas.spaces import Space, cost, ops
 from bossnas.spaces.ops import Chain
 from bossnas.spaces.paths import decode, encode
@@ -32,7 +32,7 @@ from bossnas.supernet.train_block import RunState
 
 
 @dataclass
-class Run:
+class Run(Counted):
     """Everything a search holds: networks, space, data and where it is."""
 
     config: Config
@@ -54,15 +54,6 @@ class Run:
     def networks(self, block: int) -> Networks:
         """What the training and the rating of a block work on."""
         return Networks(self.online, self.target, cast(Chain, self.predictors[block]))
-
-    @property
-    def accumulate(self) -> int:
-        """Micro-batches per optimizer step."""
-        return accumulation(self.config, self.machine.mesh.shards)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.config.train.steps_per_epoch or len(self.images.train) // self.config.train.batch
 
 
 def build(config: Config, training: bool = True) -> Run:
@@ -176,7 +167,7 @@ def save(saver: checkpoint.Saver, run: Run, engines: dict[int, Engine]) -> None:
             "bad_by_block": list(state.bad_by_block),
             "winners": [encode(p) for p in state.winners],
             "leaders": [encode(p) for p in state.leaders],
-            "data": _data_state(run),
+            "data": data_state(run.images.train, run.config.data, run.machine.mesh.shards),
         },
     )
 
@@ -196,7 +187,9 @@ def restore(run: Run, folder: Path, training: bool = True) -> Path | None:
 def _load(run: Run, where: Path, training: bool) -> None:
     values, state = checkpoint.read_state(where), run.state
     if training:
-        check_data(values["data"], _data_state(run), bool(values["step"]))
+        check_data(
+            values["data"], data_state(run.images.train, run.config.data, run.machine.mesh.shards), bool(values["step"])
+        )
     checkpoint.load(where, _weights(run, range(run.space.blocks)))
     state.block, state.step, state.images_seen = values["block"], values["step"], values["images_seen"]
     state.bad_steps, state.bad_by_block[:] = values["bad_steps"], values["bad_by_block"]
@@ -217,11 +210,3 @@ def _weights(run: Run, blocks: range) -> dict[str, Tensor]:
         if (int(number[1]) if number else 0) in blocks:
             found[name] = tensor
     return found
-
-
-def _data_state(run: Run) -> dict:
-    """What the order of the images depends on, besides the position and the config."""
-    return {
-        "images": len(run.images.train),
-        "readers": readers(run.images.train, run.config.data, run.machine.mesh.shards),
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from bossnas.data.batches import view_batches
 from bossnas.data.order import EpochSlice
 from bossnas.distributed import dist
 from bossnas.distributed.engines.protocol import Engine
-from bossnas.files import write_json
+from bossnas.files import write_text
 from bossnas.log import logger
 from bossnas.optim.groups import parameter_groups
 from bossnas.optim.lars import LARS
@@ -57,7 +58,7 @@ class Trace:
             {"name": name, "ph": "X", "pid": 0, "tid": rank, "ts": start * 1e6, "dur": took * 1e6}
             for name, start, took in self.spans
         ]
-        write_json(file, {"traceEvents": events})
+        write_text(file, json.dumps({"traceEvents": events}))
 
 
 @dataclass
@@ -111,7 +112,7 @@ class Job:
 
 def total_steps(run: Run) -> int:
     """Optimizer steps of a block's stage."""
-    return run.config.train.epochs * run.steps_per_epoch
+    return run.total_steps
 
 
 def rating_due(run: Run, step: int) -> bool:

@@ -21,7 +21,7 @@ SIZE_DEFINITIONS = {
 
 
 def size_baselines(table: CostTable, architectures: Sequence[Sequence[Choices]], classes: int) -> dict[str, np.ndarray]:
-    """The sizes named in DEFINITIONS, each an array with one value per architecture; params and macs are int64."""
+    """The sizes named in SIZE_DEFINITIONS, each an array with one value per architecture; params and macs are int64."""
     sizes = table.networks(architectures)
     layers = _Layers(table)
     walked = np.array([layers.walk(architecture) for architecture in architectures])

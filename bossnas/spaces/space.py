@@ -72,8 +72,8 @@ class Traits:
     ``channel_texts``: accuracy tables also write its architectures as channel numbers, such as 8:64:32:8:24.
     ``norm_before_head``: its networks normalise and rectify the last map before the classifier.
 
-    A space whose networks have a definition of their own also has ``network(architecture)``: their name in timm's
-    registry, and its arguments (`networks.registry`). The networks of others are cut out of the supernet's layers.
+    A built-in space also has ``network(architecture)``: the name of its network in timm's registry, and the arguments
+    (`networks.registry`). The network of a user's own space is cut out of the supernet's layers.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -88,4 +88,5 @@ class Traits:
 
 def traits(space: Space | type) -> Traits:
     """What is known of a space."""
-    return getattr(space, "traits", None) or Traits()
+    found = getattr(space, "traits", None)
+    return found if isinstance(found, Traits) else Traits()

@@ -1,4 +1,4 @@
-"""The memory that paths take which are rated together."""
+"""How much memory a unit of paths takes while it is rated."""
 
 from __future__ import annotations
 

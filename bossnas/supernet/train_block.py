@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from bossnas.config.search import TrainConfig
 from bossnas.distributed import dist
-from bossnas.distributed.engines.protocol import Engine, Outcome, check_bad_steps
+from bossnas.distributed.engines.protocol import Engine, Outcome
+from bossnas.optim.base import check_bad_steps
 from bossnas.optim.cosine import ema_momentum, learning_rate
 from bossnas.spaces import Space
 from bossnas.spaces.paths import Choices

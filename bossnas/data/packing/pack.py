@@ -22,7 +22,7 @@ from bossnas.data.packing.image_sets import ImageFile, ImageSet, image_folder
 from bossnas.data.packing.imagenet import imagenet, looks_like_imagenet
 from bossnas.data.shards import index_shard
 from bossnas.errors import ConfigError
-from bossnas.files import draft, write_text
+from bossnas.files import Abandoned, draft, write_text
 from bossnas.log import progress as show_progress
 
 log = logging.getLogger("bossnas.data.packing.pack")
@@ -132,7 +132,7 @@ def write_shard(path: Path, samples: Iterable[tuple[tuple, tuple[bytes, str | No
                     tar.write(sample | ({} if label < 0 else {"cls": str(label).encode()}))
                     count += 1
         if not count:
-            made.unlink()
+            raise Abandoned
     if not count:
         return {"samples": 0, "bytes": 0, "sha256": None, "bad": bad}
     return {"samples": count, "bytes": path.stat().st_size, "sha256": hashed.digest.hexdigest(), "bad": bad}

@@ -145,20 +145,6 @@ def autocast(device_type: str, precision: str) -> AbstractContextManager:
     return torch.autocast(device_type, dtype=dtype, enabled=precision != "fp32")
 
 
-def check_bad_steps(count: int, most: int, of: str, last: int) -> None:
-    """Raises ConfigError when more than ``most`` steps had a gradient that was not finite (outcome "bad").
-
-    ``of``: what was trained, for the message, such as " of block 0"; ``last``: the number of the last such step.
-    """
-    if count > most:
-        raise ConfigError(
-            "train.lr",
-            f"{count} steps{of} had a gradient that is not finite, the last one step {last}; train.max_bad_steps "
-            "allows no more",
-            "lower it, or lengthen train.warmup_epochs; the last checkpoint is unharmed",
-        )
-
-
 def check_precision(kind: str, precision: str) -> None:
     """Raises ConfigError when devices of type ``kind`` (cpu | cuda) cannot do ``precision``."""
     if precision == "bf16" and kind == "cuda" and not torch.cuda.is_bf16_supported():
