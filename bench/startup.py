@@ -4,7 +4,37 @@
 
 Each command runs in a process of its own, the checkouts in turn: a busy moment of the machine falls on both. The table
 has the median of user and system time, with the lowest and highest; with another checkout the ratio of medians.
-"""User and system time of one process that runs a command with a checkout's code."""
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+COMMANDS = {
+    "import bossnas": ["-c", "import bossnas"],
+    "bossnas --help": ["-m", "bossnas.cli", "--help"],
+    "bossnas --version": ["-m", "bossnas.cli", "--version"],
+    "a mistake in a config": [
+        "-m",
+        "bossnas.cli",
+        "search",
+        "--config",
+        "configs/hytra_ds.json",
+        "--set",
+        "train.epoch=2",
+    ],
+}
+
+
+def seconds(checkout: Path, command: list[str]) -> float:
+    """User and system time of one process that runs a command with a checkout's code."""
     env = {**os.environ, "PYTHONPATH": f"{checkout}{os.pathsep}{checkout / 'kernels'}"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, *command], cwd=checkout, env=env, capture_output=True, check=False)
