@@ -21,7 +21,14 @@ from bossnas.runs.folder import prepare_folder
 from bossnas.search import search
 from bossnas.search.run import build, restore
 
-NATS = [*TINY, "space.name=nats", "data.val_images=8", "checkpoint.keep=20", "checkpoint.every_steps=1"]
+NATS = [
+    *TINY,
+    "space.name=nats",
+    "space.image_size=16",
+    "data.val_images=8",
+    "checkpoint.keep=20",
+    "checkpoint.every_steps=1",
+]
 
 
 def config(out, *more):

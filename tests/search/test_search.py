@@ -271,6 +271,7 @@ def test_two_deepspeed_ranks_run_the_users_line(tmp_path, project_root):
         "deepspeed",
         "--num_accelerators",
         "2",
+        f"--master_port={free_port()}",  # two suites may run at a time
         "launch/train.py",
         "--config",
         "configs/hytra_ds.json",
@@ -385,6 +386,7 @@ def test_a_mistake_that_one_rank_sees_ends_both_with_one_line(finished, project_
         "deepspeed",
         "--num_accelerators",
         "2",
+        f"--master_port={free_port()}",  # two suites may run at a time
         "launch/train.py",
         *arguments(finished, file=finished / "config.json"),
     ]

@@ -151,7 +151,7 @@ def test_scores_equal_the_ordinary_procedure(name, block):
         space, online, target, predictor, (a, b), calibration = made
         winners = first_winners(space, block)
         paths = space.paths(block, winners)
-        paths = paths[:: max(1, len(paths) // 12)]
+        paths = paths[:: max(1, len(paths) // 6)]  # six or seven: three units of at most three
         nets, pairs = (online, target, predictor), [(a, b), (b[:5], a[:5])]
         truth = ordinary(nets, block, winners, paths, calibration, pairs)
         for most in (None, 3):
