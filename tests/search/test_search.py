@@ -13,7 +13,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from ranks import HANG, ROOT, environment
+from ranks import HANG, ROOT, environment, free_port
 from tiny_search import TINY
 
 from bossnas import cli, log
