@@ -149,7 +149,7 @@ def test_export(finished, tmp_path, capsys):
         module.load_state_dict(found.of(kind))
     assert load_file(out).keys() == found.tensors.keys()
     about = found.about
-    assert (about["space"], about["width"], about["image_size"], about["step"]) == ("nats", 0.0625, 32, 0)
+    assert (about["space"], about["width"], about["image_size"], about["step"]) == ("nats", 0.0625, 16, 0)
     assert about["winners"] == json.loads((finished / "winners.json").read_text())["winners"]
     assert about["versions"]["torch"] == torch.__version__ and about["split"] == "cifar10"
 
