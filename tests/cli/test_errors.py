@@ -196,7 +196,7 @@ SEARCH, RETRAIN = ("--config", ROOT / "configs/quickstart_ds.json"), ("--config"
         ("plan", [*SEARCH, "--train-images", "3"], "--train-images: 3 are fewer"),
         ("plan", [*SEARCH, "--kernel-rates", "none"], "--kernel-rates: none holds no measured step"),
         ("evaluate", ["none.pth", "--val", "a.tar"], "NETWORK: cannot read none.pth"),
-        ("evaluate", ["young"], "NETWORK: young holds a search, .* bossnas retrain --from-run young$"),
+        ("evaluate", ["young"], "NETWORK: young holds a search or a rating, .* bossnas retrain --from-run young$"),
         ("evaluate", ["full"], "NETWORK: full is not a run's folder"),
         ("export", ["none.pth", "out"], "NETWORK: cannot read none.pth"),
         ("export", ["none.pth", "full"], "OUT: full is not empty; .* with --force$"),
