@@ -24,16 +24,16 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(root), str(root / "kernels")]
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bossnas.distributed import launch
-from bossnas.files import write_json  # noqa: E402
+from bossnas.files import write_json
 from bossnas.networks.export import export
-from bossnas.networks.fuse import fuse_bn  # noqa: E402
-from bossnas.networks.spec import Network, Spec, build_network  # noqa: E402
+from bossnas.networks.fuse import fuse_bn
+from bossnas.networks.spec import Network, Spec, build_network
 from bossnas.selection import latency
 from bossnas.spaces import cost
 

@@ -24,13 +24,13 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(root), str(root / "kernels")]
 
-import torch  # noqa: E402
+import torch
 
-from bossnas import spaces  # noqa: E402
+from bossnas import spaces
 from bossnas.distributed import dist, launch
 from bossnas.runs import checkpoint
-from bossnas.supernet.heads import predictor  # noqa: E402
-from bossnas.supernet.supernet import Supernet  # noqa: E402
+from bossnas.supernet.heads import predictor
+from bossnas.supernet.supernet import Supernet
 
 HIDDEN, OUT = 1024, 256
 

@@ -32,20 +32,20 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "kernels")]
 os.environ["WDS_SECURE"] = "1"
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import webdataset  # noqa: E402
-from PIL import Image, ImageFilter, ImageOps  # noqa: E402
-from torchvision import transforms as T  # noqa: E402
+import numpy as np
+import torch
+import webdataset
+from PIL import Image, ImageFilter, ImageOps
+from torchvision import transforms as T
 
-from bossnas.config import shared  # noqa: E402
+from bossnas.config import shared
 from bossnas.data import views
 from bossnas.data.batches import _Indexed
-from bossnas.data.collate import Collate  # noqa: E402
-from bossnas.data.images import decode  # noqa: E402
-from bossnas.data.shards import ShardIndex  # noqa: E402
-from bossnas.data.streams import ShardStream  # noqa: E402
-from bossnas.errors import ConfigError  # noqa: E402
+from bossnas.data.collate import Collate
+from bossnas.data.images import decode
+from bossnas.data.shards import ShardIndex
+from bossnas.data.streams import ShardStream
+from bossnas.errors import ConfigError
 
 PLACES = ("device", "worker_crops", "worker")
 PAIRS = {"imagenet": 4, "cifar": 1}

@@ -24,11 +24,11 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(root), str(root / "kernels")]
 
-import torch  # noqa: E402
+import torch
 
-from bossnas.config.loading import load  # noqa: E402
-from bossnas.runs import checkpoint  # noqa: E402
-from bossnas.search.run import build  # noqa: E402
+from bossnas.config.loading import load
+from bossnas.runs import checkpoint
+from bossnas.search.run import build
 
 WIDTHS = {"nats": 0.25, "hytra": 0.0625}
 RATES = {"nats": 0.48, "hytra": 4.8}  # the paper's, for a batch of 4096

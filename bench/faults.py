@@ -34,9 +34,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-import torch  # noqa: E402
+import torch
 
-from bossnas.distributed import launch  # noqa: E402
+from bossnas.distributed import launch
 from bossnas.runs import checkpoint
 
 TINY = [

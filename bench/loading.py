@@ -36,17 +36,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+import torch
+from PIL import Image
 
-from bossnas.config.search import DataConfig  # noqa: E402
-from bossnas.data import views  # noqa: E402
+from bossnas.config.search import DataConfig
+from bossnas.data import views
 from bossnas.data.batches import view_batches
 from bossnas.data.order import EpochSlice, permutation
-from bossnas.data.shards import ShardIndex  # noqa: E402
-from bossnas.data.streams import ShardStream  # noqa: E402
-from bossnas.errors import ConfigError  # noqa: E402
+from bossnas.data.shards import ShardIndex
+from bossnas.data.streams import ShardStream
+from bossnas.errors import ConfigError
 
 PLACES = ("device", "worker_crops", "worker")
 broken: list[str] = []

@@ -29,19 +29,19 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(root), str(root / "kernels")]
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from bossnas import spaces  # noqa: E402
-from bossnas.search.rating import CPU_GIB  # noqa: E402
-from bossnas.spaces.ops import GroupedBatchNorm, PooledPointwise, SlimConv  # noqa: E402
-from bossnas.spaces.paths import Choices, decode  # noqa: E402
+from bossnas import spaces
+from bossnas.search.rating import CPU_GIB
+from bossnas.spaces.ops import GroupedBatchNorm, PooledPointwise, SlimConv
+from bossnas.spaces.paths import Choices, decode
 from bossnas.supernet import heads
 from bossnas.supernet.memory import Footprint, peak_bytes
-from bossnas.supernet.rate_block import RatingOptions, Validation, calibrate, rate_block  # noqa: E402
-from bossnas.supernet.supernet import Item, Networks, Supernet  # noqa: E402
-from bossnas.supernet.units import Unit, units  # noqa: E402
+from bossnas.supernet.rate_block import RatingOptions, Validation, calibrate, rate_block
+from bossnas.supernet.supernet import Item, Networks, Supernet
+from bossnas.supernet.units import Unit, units
 
 SIZES = {"hytra": 64, "mbconv": 64, "nats": 32}  # pixels
 PREFIX = {"hytra": ["5433", "3230", "0010"]}  # of BossNet-T0; elsewhere the path in the middle of each block's list

@@ -23,15 +23,15 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(root), str(root / "kernels")]
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-from bossnas.config.loading import load  # noqa: E402
-from bossnas.distributed import dist, launch  # noqa: E402
-from bossnas.runs.ratings import read_ratings  # noqa: E402
-from bossnas.search.search import search  # noqa: E402
-from bossnas.search.stage import WAITS, Trace  # noqa: E402
-from bossnas.selection.ranking.correlation import coefficients  # noqa: E402
+from bossnas.config.loading import load
+from bossnas.distributed import dist, launch
+from bossnas.runs.ratings import read_ratings
+from bossnas.search.search import search
+from bossnas.search.stage import WAITS, Trace
+from bossnas.selection.ranking.correlation import coefficients
 
 BESIDE = ("rate", "save")  # spans that are no training
 

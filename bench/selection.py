@@ -21,19 +21,19 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(root), str(root / "kernels")]
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-from bossnas import spaces  # noqa: E402
-from bossnas.config.loading import load  # noqa: E402
+from bossnas import spaces
+from bossnas.config.loading import load
 from bossnas.distributed import dist, launch
 from bossnas.files import write_json
-from bossnas.runs.ratings import BlockRating  # noqa: E402
+from bossnas.runs.ratings import BlockRating
 from bossnas.selection import latency, select
-from bossnas.selection.graph import Graph  # noqa: E402
-from bossnas.selection.pareto import nondominated  # noqa: E402
-from bossnas.spaces.cost import COSTS, CostTable, call_stem  # noqa: E402
-from bossnas.spaces.paths import encode  # noqa: E402
+from bossnas.selection.graph import Graph
+from bossnas.selection.pareto import nondominated
+from bossnas.spaces.cost import COSTS, CostTable, call_stem
+from bossnas.spaces.paths import encode
 
 TOP = 10
 ROUNDS = 5  # of --latency

@@ -17,13 +17,13 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(root), str(root / "kernels")]
 
-import torch  # noqa: E402
+import torch
 
-from bossnas.config.loading import load  # noqa: E402
+from bossnas.config.loading import load
 from bossnas.distributed import launch
-from bossnas.errors import ConfigError  # noqa: E402
-from bossnas.search import search, winners  # noqa: E402
-from bossnas.spaces.paths import decode  # noqa: E402
+from bossnas.errors import ConfigError
+from bossnas.search import search, winners
+from bossnas.spaces.paths import decode
 
 
 def main() -> None:

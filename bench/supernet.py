@@ -34,20 +34,20 @@ from typing import Any
 root = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(root), str(root / "kernels")]
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-import bossnas_kernels  # noqa: E402
-from bossnas import spaces  # noqa: E402
-from bossnas.optim.groups import parameter_groups  # noqa: E402
+import bossnas_kernels
+from bossnas import spaces
+from bossnas.optim.groups import parameter_groups
 from bossnas.optim.lars import LARS
-from bossnas.spaces.paths import Choices, decode  # noqa: E402
+from bossnas.spaces.paths import Choices, decode
 from bossnas.supernet import heads, losses
 from bossnas.supernet.rate_block import RatingOptions, Validation, rate_block
-from bossnas.supernet.supernet import Item, Networks, Supernet  # noqa: E402
-from bossnas_kernels import reference  # noqa: E402
+from bossnas.supernet.supernet import Item, Networks, Supernet
+from bossnas_kernels import reference
 
 KERNELS = ("triton", "reference", "eager", "compile")
 VARIANTS = KERNELS + tuple(f"item-{kernels}" for kernels in KERNELS)

@@ -13,7 +13,7 @@ paths = [str(root), str(root / "kernels")]  # launchers put only this folder on 
 sys.path[:0] = paths
 os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)  # of loaders
 
-from bossnas.cli import main  # noqa: E402
+from bossnas.cli import main
 
 if __name__ == "__main__":
     main(["search", *sys.argv[1:]])

@@ -20,17 +20,17 @@ import numpy as np
 root = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(root), str(root / "kernels")]
 
-from bossnas import spaces  # noqa: E402
-from bossnas.errors import ConfigError  # noqa: E402
+from bossnas import spaces
+from bossnas.errors import ConfigError
 from bossnas.files import write_json
 from bossnas.runs.folder import read_config
 from bossnas.runs.ratings import (
-    BlockRating,  # noqa: E402
+    BlockRating,
     read_ratings,
 )
 from bossnas.selection.ranking import correlation
-from bossnas.spaces.cost import CostTable  # noqa: E402
-from bossnas.spaces.paths import decode  # noqa: E402
+from bossnas.spaces.cost import CostTable
+from bossnas.spaces.paths import decode
 
 SIZES = ("macs", "params")
 

@@ -24,11 +24,11 @@ from scipy import stats
 root = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(root), str(root / "kernels")]
 
-from bossnas import spaces  # noqa: E402
+from bossnas import spaces
 from bossnas.selection import HOW, combine
 from bossnas.selection.ranking import correlation, tables
 from bossnas.selection.sizes import size_baselines
-from bossnas.spaces.cost import CostTable  # noqa: E402
+from bossnas.spaces.cost import CostTable
 
 SPLIT_SEED, CHOOSING = 0, 0.2
 LAYERS = (2, 2, 1)

@@ -26,24 +26,24 @@ root = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(root), str(root / "kernels")]
 
 from bossnas import log
-from bossnas.config.loading import load, override  # noqa: E402
+from bossnas.config.loading import load, override
 from bossnas.config.search import Config
-from bossnas.errors import ConfigError  # noqa: E402
-from bossnas.files import write_json  # noqa: E402
-from bossnas.optim.groups import parameter_groups  # noqa: E402
+from bossnas.errors import ConfigError
+from bossnas.files import write_json
+from bossnas.optim.groups import parameter_groups
 from bossnas.optim.lars import LARS
 from bossnas.search import rating, winners
-from bossnas.search.run import Run, build, make_engine  # noqa: E402
-from bossnas.search.search import search  # noqa: E402
-from bossnas.search.stage import total_steps, train_batches  # noqa: E402
-from bossnas.spaces.ops import Statistics  # noqa: E402
-from bossnas.spaces.paths import Choices, decode, encode  # noqa: E402
+from bossnas.search.run import Run, build, make_engine
+from bossnas.search.search import search
+from bossnas.search.stage import total_steps, train_batches
+from bossnas.spaces.ops import Statistics
+from bossnas.spaces.paths import Choices, decode, encode
 from bossnas.supernet import rate_block
-from bossnas.supernet.scores import BETTER  # noqa: E402
-from bossnas.supernet.supernet import Item, Networks, Supernet  # noqa: E402
+from bossnas.supernet.scores import BETTER
+from bossnas.supernet.supernet import Item, Networks, Supernet
 from bossnas.supernet.train_block import (
     Training,
-    train_block,  # noqa: E402
+    train_block,
 )
 
 BASE = [

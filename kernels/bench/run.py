@@ -30,10 +30,10 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-import timing  # noqa: E402
-import torch  # noqa: E402
+import timing
+import torch
 
-import bossnas_kernels  # noqa: E402
+import bossnas_kernels
 
 BENCHMARKS = ("gbn_act", "dwconv2d", "mhsa2d", "lars_ema", "ensemble_loss", "augment_views")
 SLOWER = 1.1  # --compare flags a case that takes more than this many times the old median

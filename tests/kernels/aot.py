@@ -21,10 +21,10 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "kernels"), str(Path(__file__).resolve().parent)]
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 166912),

@@ -11,7 +11,7 @@ if not ON_GPU and not _too_late:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import pytest  # noqa: E402
+import pytest
 
 
 def pytest_collection_modifyitems(items):

@@ -13,11 +13,11 @@ if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "kernels"), str(Path(__file__).resolve().parent)]
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from compare import error  # noqa: E402
+import torch
+import triton
+from compare import error
 
-from bossnas_kernels import attention, depthwise, ensemble_loss, grouped_norm, lars, reference  # noqa: E402
+from bossnas_kernels import attention, depthwise, ensemble_loss, grouped_norm, lars, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
