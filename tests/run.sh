@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs linters, type checker and every test in a virtual environment of its own: bash tests/run.sh [--slurm] [pytest arguments]
+# Runs linters, the type checker and all tests in an environment of its own: bash tests/run.sh [--slurm] [pytest arguments]
 #
 # --slurm: also the tests on a real SLURM of two nodes on this machine, some minutes; where its programs are missing, root
 # gets them from Debian or Ubuntu.

@@ -35,7 +35,7 @@ from bossnas.optim.lars import LARS
 from bossnas.search import rating, winners
 from bossnas.search.run import Run, build, make_engine
 from bossnas.search.search import search
-from bossnas.search.stage import total_steps, train_batches
+from bossnas.search.stage import train_batches
 from bossnas.spaces.ops import Statistics
 from bossnas.spaces.paths import Choices, decode, encode
 from bossnas.supernet import rate_block
@@ -289,7 +289,7 @@ def training(run: Run, setting: Setting) -> Iterator[int]:
         Training(config.train, run.steps_per_epoch, run.accumulate, config.seed),
         state.winners,
     )
-    half = total_steps(run) // 2
+    half = run.total_steps // 2
     for step in steps:
         if step is None:
             continue

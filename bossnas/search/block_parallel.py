@@ -23,7 +23,7 @@ from bossnas.distributed.pipe import Place, Receiver, Sender
 from bossnas.log import logger
 from bossnas.runs import checkpoint
 from bossnas.search import winners
-from bossnas.search.stage import Job, measures, rating_due, save_due, total_steps, train_batches, train_with, warn
+from bossnas.search.stage import Job, measures, rating_due, save_due, train_batches, train_with, warn
 from bossnas.spaces import Space
 from bossnas.spaces.paths import Choices, encode
 from bossnas.supernet.supernet import Item, Supernet
@@ -36,7 +36,7 @@ def block_parallel(job: Job, where: Path | None) -> None:
     """Trains all blocks at once, rating them in mid-stage to choose their leaders; then rates them in order, each on
     the winners before it. ``where``: the checkpoint to go on from."""
     run, state = job.run, job.run.state
-    total, blocks = total_steps(run), run.space.blocks
+    total, blocks = run.total_steps, run.space.blocks
     if not state.leaders:
         state.leaders[:] = first_leaders(run.space, run.config.seed)
         logger.info("first leaders %s", "|".join(map(encode, state.leaders)))

@@ -24,7 +24,6 @@ from bossnas.search.stage import (
     measures,
     rating_due,
     save_due,
-    total_steps,
     train_batches,
     train_with,
     warn,
@@ -98,7 +97,7 @@ def sequential(job: Job, where: Path | None) -> None:
 
 def _train_block(job: Job, where: Path | None) -> None:
     run, state = job.run, job.run.state
-    block, total = state.block, total_steps(run)
+    block, total = state.block, run.total_steps
     engine, steps = start_block(run)
     if where is not None and state.step:
         checkpoint.load_engine(where, block, engine)

@@ -107,23 +107,18 @@ class Job:
                 run, block, self.session.folder / "ratings" / f"block_{block}.partial", guard=self.session.guard
             )
         winner, value = winners.settle(run, self.session.folder, scores)
-        self.session.metrics.write("rating", block, total_steps(run), best=value, path=encode(winner))
-
-
-def total_steps(run: Run) -> int:
-    """Optimizer steps of a block's stage."""
-    return run.total_steps
+        self.session.metrics.write("rating", block, run.total_steps, best=value, path=encode(winner))
 
 
 def rating_due(run: Run, step: int) -> bool:
     """Whether blocks are rated in mid-stage after ``step`` steps. The run has been saved before it is: a run that goes
     on from there rates them again, and finds the same."""
     every, (epoch, rest) = run.config.rating.every_epochs, divmod(step, run.steps_per_epoch)
-    return every > 0 and 0 < step < total_steps(run) and rest == 0 and epoch % every == 0
+    return every > 0 and 0 < step < run.total_steps and rest == 0 and epoch % every == 0
 
 
 def save_due(run: Run, step: int) -> bool:
-    return step % run.config.checkpoint.every_steps == 0 or step == total_steps(run) or rating_due(run, step)
+    return step % run.config.checkpoint.every_steps == 0 or step == run.total_steps or rating_due(run, step)
 
 
 def train_batches(run: Run, first_epoch: int, step: int) -> Generator[list[Tensor]]:
