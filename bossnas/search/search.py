@@ -120,13 +120,20 @@ def _train_block(job: Job, where: Path | None) -> None:
     engine.close()
 
 
-def start_block(run: Run) -> tuple[Engine, Generator[Step | None]]:
-    """The engine of the state's block and its training on the winners before it; nothing has run yet."""
+def start_block(
+    run: Run, batches: Iterator[list[Tensor]] | None = None
+) -> tuple[Engine, Generator[Step | None]]:
+    """The engine of the state's block and its training on the winners before it; nothing has run yet.
+
+    ``batches``: micro-batches of views of images (None: those of the config's data).
+    """
     state = run.state
+    if batches is None:
+        # epochs count on from block to block: no stage repeats the order and the views of the one before (METHOD 7.8)
+        batches = train_batches(run, state.block * run.config.train.epochs, state.step)
 
     def inputs() -> Iterator[list[Tensor]]:
-        # epochs count on from block to block: no stage repeats the order and the views of the one before (METHOD 7.8)
-        for views in train_batches(run, state.block * run.config.train.epochs, state.step):
+        for views in batches:
             with stage.engine.autocast():
                 features = [run.target.features(state.winners, x) for x in views]
             yield features
