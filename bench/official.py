@@ -13,7 +13,6 @@ The candidates are the space's own modules, with attention over the right axis; 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -80,12 +79,12 @@ class OfficialStep:
     def __init__(
         self, online: Supernet, target: Supernet, predictor: nn.Module, winners: Sequence[Choices], settings: dict
     ):
-        """``settings``: lr, momentum, weight_decay, trust. The networks are copied."""
+        """``settings``: lr, momentum, weight_decay, trust. The networks are changed."""
         self.block, self.winners, self.settings = len(winners), list(winners), settings
         layout = torch.contiguous_format
-        self.online = plain(copy.deepcopy(online)).to(memory_format=layout).train().requires_grad_(True)
-        self.target = plain(copy.deepcopy(target)).to(memory_format=layout).train().requires_grad_(False)
-        self.predictor = plain(copy.deepcopy(predictor)).train()
+        self.online = plain(online).to(memory_format=layout).train().requires_grad_(True)
+        self.target = plain(target).to(memory_format=layout).train().requires_grad_(False)
+        self.predictor = plain(predictor).train()
         trained = [self.online.part(b) for b in range(self.block + 1)]
         followers = [self.target.part(b) for b in range(self.block + 1)]
         for b in range(self.block):  # the necks of blocks that are done are not run

@@ -16,8 +16,11 @@ this project to the comparison, "theirs".
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -218,17 +221,19 @@ def take_turns(name: str, row: str, threads: int) -> None:
     ]
     run = search.build(load(str(root / config), overrides))
     freeze(run, block, prefix)
+    for network in (run.online, run.target):  # two networks of full size in two processes need 14 GiB
+        del network.blocks[block + 1 :], network.projectors[block + 1 :]
     generator = torch.Generator().manual_seed(0)
     views = [torch.randn(IMAGES, 3, size, size, generator=generator) for _ in range(2 * run.space.view_pairs)]
     steps = official(run, views) if name == "official" else ours(run, views)
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     del run
+    held = forget_peak()
     print("ready", file=channel, flush=True)
     for _ in sys.stdin:
         cpu, wall = time.process_time(), time.perf_counter()
         loss = next(steps)
         cost = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
-        print(json.dumps({**cost, "loss": loss, "peak": most_held() - held}), file=channel, flush=True)
+        print(json.dumps({**cost, "loss": loss, "peak": peak() - held}), file=channel, flush=True)
 
 
 def ours(run: Run, views: list[Tensor]) -> Iterator[float]:
@@ -252,6 +257,20 @@ def official(run: Run, views: list[Tensor]) -> Iterator[float]:
     for step in range(STEPS):
         paths = sample_paths(run.space, block, run.state.winners, run.config.seed, step, train.paths)
         yield one.step(paths, views, ema_momentum(step, STEPS, train.ema))
+
+
+def forget_peak() -> int:
+    """Bytes that the process holds; `peak` counts from now on."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed while the networks were built goes back first
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def peak() -> int:
+    """The most bytes that the process has held since `forget_peak`."""
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", text)[1]) * 1024  # type: ignore[index]
 
 
 def most_held() -> int:
