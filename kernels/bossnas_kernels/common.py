@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable
@@ -86,12 +87,17 @@ def operation(
     backward_op.register_fake(fake_backward)
     forward_op.register_autograd(lambda ctx, *grads: gradients(ctx, backward_op, *grads), setup_context=save)
 
+    def run(ctx, *inputs):
+        ctx.set_materialize_grads(False)
+        output = forward(*inputs)
+        save(ctx, inputs, output)
+        return output
+
     eager = type(
         f"Eager_{name}",
         (torch.autograd.Function,),
         {
-            "forward": staticmethod(forward),
-            "setup_context": staticmethod(save),
+            "forward": staticmethod(run),
             "backward": staticmethod(once_differentiable(lambda ctx, *grads: gradients(ctx, backward, *grads))),
         },
     )
@@ -107,10 +113,20 @@ def _on_its_device(launch: Callable) -> Callable:
 
     @functools.wraps(launch)
     def guarded(first, *others):
-        with torch.cuda.device_of(first):
+        with on_device_of(first):
             return launch(first, *others)
 
     return guarded
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Makes the GPU of x the current one, which Triton launches on; no work where it is, or where there is no other."""
+    index = x.get_device() if x.is_cuda else -1
+    return _HERE if index < 0 or _gpus() == 1 or index == torch.cuda.current_device() else torch.cuda.device(index)
+
+
+_HERE: contextlib.AbstractContextManager = contextlib.nullcontext()
+_gpus = functools.cache(torch.cuda.device_count)
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
