@@ -203,27 +203,23 @@ def lars_ema_step(
 
     All lists are of equal length; shapes and devices must agree (ValueError).
     """
-    if _lars_by_kernel(weights, gradients, momenta, excluded, targets):
+    settings = {
+        "lr": lr,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "trust": trust,
+        "ema": ema,
+        "loss_scale": loss_scale,
+        "clip": clip,
+        "squares": squares,
+        "norm": norm,
+    }
+    if weights and _by_kernel("lars_ema_step", weights[0]):
         checks.lars_norms(weights, squares, norm, loss_scale)
-        step = lars.lars_ema_step
-    else:
-        step = reference.lars_ema_step
-    return step(
-        weights,
-        gradients,
-        momenta,
-        excluded,
-        targets,
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        trust=trust,
-        ema=ema,
-        loss_scale=loss_scale,
-        clip=clip,
-        squares=squares,
-        norm=norm,
-    )
+        applied = lars.lars_ema_step(weights, gradients, momenta, excluded, targets, **settings)
+        if applied is not None:
+            return applied
+    return reference.lars_ema_step(weights, gradients, momenta, excluded, targets, **settings)
 
 
 def lars_squares(weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
@@ -232,13 +228,10 @@ def lars_squares(weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) 
     Of pieces of tensors, they are to be added up over the ranks before `lars_ema_step` gets them. Raises ValueError
     where lengths, shapes or devices do not agree.
     """
-    module = lars if _lars_by_kernel(weights, gradients) else reference
-    return module.lars_squares(weights, gradients)
-
-
-def _lars_by_kernel(weights: Sequence[Tensor], *others) -> bool:
-    """Whether Triton takes all of them; the first dtype decides before the rest is looked at."""
-    return bool(weights) and _by_kernel("lars_ema_step", weights[0]) and lars.takes(weights, *others)
+    squares = None
+    if weights and _by_kernel("lars_ema_step", weights[0]):
+        squares = lars.lars_squares(weights, gradients)
+    return reference.lars_squares(weights, gradients) if squares is None else squares
 
 
 def byol_ensemble_loss(q: Tensor, k: Tensor) -> Tensor:

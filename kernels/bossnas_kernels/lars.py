@@ -16,7 +16,10 @@ from __future__ import annotations
 
 import collections
 import functools
+import operator
+import weakref
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -37,8 +40,15 @@ _COLUMNS = 7  # of the table: addresses of weight, momentum, target; elements; e
 _LARGEST: tl.constexpr = tl.constexpr(3.4e38)  # finite number of fp32, nearly
 
 
-_verdicts: collections.deque[tuple[tuple, str | None]] = collections.deque(maxlen=8)  # fingerprints, why not
-_UNKNOWN = "not looked at yet"
+class _Verdict(NamedTuple):
+    why_not: str | None  # None: the kernels take the tensors
+    copied: list[int]  # gradients that lie in memory unlike their weights
+
+
+# The last verdicts beside all that they depend on, which no address is part of: memory that is used again for other
+# tensors cannot mislead. What is known of weights, momenta and targets is found by who they are, which is cheaper.
+_verdicts: collections.deque[tuple[tuple, _Verdict]] = collections.deque(maxlen=8)
+_known: collections.deque[tuple[list, list[int], tuple]] = collections.deque(maxlen=4)
 
 
 def takes(
@@ -50,35 +60,67 @@ def takes(
 ) -> bool:
     """Whether the kernels can work on these tensors; says once why not. Gradients may have any strides.
 
-    Raises ValueError as `lars_ema_step` does. The last verdicts are kept beside all that they depend on, which no
-    address is part of: memory that is used again for other tensors cannot mislead them.
+    Raises ValueError as `lars_ema_step` does.
     """
-    lists = (weights, gradients, momenta, targets)
-    looks = (*map(_fingerprint, lists), None if excluded is None else len(excluded))
-    why_not = next((verdict for known, verdict in _verdicts if known == looks), _UNKNOWN)
-    if why_not is _UNKNOWN:
+    return _verdict(weights, gradients, momenta, excluded, targets).why_not is None
+
+
+def _verdict(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    momenta: Sequence[Tensor] | None = None,
+    excluded: Sequence[bool] | None = None,
+    targets: Sequence[Tensor | None] | None = None,
+) -> _Verdict:
+    lengths = [None if values is None else len(values) for values in (weights, momenta, excluded, targets)]
+    looks = (lengths, _kept_fingerprint([*weights, *(momenta or ()), *(targets or ())]), _fingerprint(gradients))
+    verdict = next((verdict for known, verdict in _verdicts if known == looks), None)
+    if verdict is None:
         checks.lars_ema_step(weights, gradients, momenta, excluded, targets)
         why_not = _why_not(weights, gradients, momenta or (), targets or ())
-        _verdicts.appendleft((looks, why_not))
-    if why_not:
-        common.tell_once(f"lars_ema_step: {why_not} are updated by the reference")
-    return why_not is None
+        given = enumerate(zip(weights, gradients, strict=True))
+        copied = [i for i, (w, g) in given if g is not None and not (why_not or _same_order(w, g))]
+        verdict = _Verdict(why_not, copied)
+        _verdicts.appendleft((looks, verdict))
+    if verdict.why_not:
+        common.tell_once(f"lars_ema_step: {verdict.why_not} are updated by the reference")
+    if verdict.copied:
+        common.tell_once("lars_ema_step: gradients laid out unlike their weights are copied on every step")
+    return verdict
 
 
-def _fingerprint(tensors: Sequence[Tensor | None] | None) -> tuple | None:
-    """All that a verdict depends on, gathered by C functions."""
-    if tensors is None:
-        return None
-    missing = [t is None for t in tensors]
+def _fingerprint(tensors: Sequence[Tensor | None]) -> tuple:
+    """All that a verdict depends on."""
     present = [t for t in tensors if t is not None]
     return (
-        missing,
+        [t is None for t in tensors],
         [t.shape for t in present],
         list(map(Tensor.stride, present)),
         [t.dtype for t in present],
         [t.device for t in present],
         list(map(type, present)),
     )
+
+
+def _kept_fingerprint(tensors: Sequence[Tensor | None]) -> tuple:
+    """`_fingerprint`, remembered for tensors that have been seen before and still have their memory and dtype."""
+    for references, pointers, known in _known:
+        if (
+            len(references) == len(tensors)
+            and all(map(operator.is_, [reference() for reference in references], tensors))
+            and [0 if t is None else t.data_ptr() for t in tensors] == pointers
+            and [t.dtype for t in tensors if t is not None] == known[3]
+        ):
+            return known
+    result = _fingerprint(tensors)
+    if set(result[5]) <= {Tensor, torch.nn.Parameter}:
+        references = [_nothing if t is None else weakref.ref(t) for t in tensors]
+        _known.appendleft((references, [0 if t is None else t.data_ptr() for t in tensors], result))
+    return result
+
+
+def _nothing() -> None:
+    """The reference to no tensor."""
 
 
 def _why_not(
@@ -118,11 +160,14 @@ def lars_ema_step(
     clip: float = 0.0,
     squares: Tensor | None = None,
     norm: Tensor | None = None,
-) -> Tensor:
-    """`bossnas_kernels.lars_ema_step` for at least one tensor, all such as `takes` takes: nothing is checked here."""
+) -> Tensor | None:
+    """`bossnas_kernels.lars_ema_step` for at least one tensor. None, and nothing done, where `takes` says no."""
+    verdict = _verdict(weights, gradients, momenta, excluded, targets)
+    if verdict.why_not:
+        return None
     device = weights[0].device
     # dies after the launches are queued: then the allocator gives its memory only to what comes later in the stream
-    gradients = [None if g is None else _like_weight(w, g) for w, g in zip(weights, gradients, strict=True)]
+    gradients = _like_weights(weights, gradients, verdict.copied)
     with common.on_device_of(weights[0]):
         table, chunks = _tables(*_place_of(weights), *_rows(weights, momenta, targets or (), excluded))
         addresses = _addresses(gradients, device)
@@ -146,9 +191,12 @@ def lars_ema_step(
 
 
 @torch.no_grad()
-def lars_squares(weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
-    """`bossnas_kernels.lars_squares` for at least one tensor, all such as `takes` takes."""
-    gradients = [None if g is None else _like_weight(w, g) for w, g in zip(weights, gradients, strict=True)]
+def lars_squares(weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor | None:
+    """`bossnas_kernels.lars_squares` for at least one tensor. None where `takes` says no."""
+    verdict = _verdict(weights, gradients)
+    if verdict.why_not:
+        return None
+    gradients = _like_weights(weights, gradients, verdict.copied)
     with common.on_device_of(weights[0]):
         table, chunks = _tables(*_place_of(weights), *_rows(weights, (), (), ()))
         return _sum_squares(table, chunks, _addresses(gradients, weights[0].device))
@@ -189,11 +237,13 @@ def _same_order(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _like_weight(weight: Tensor, gradient: Tensor) -> Tensor:
-    if _same_order(weight, gradient):
-        return gradient
-    common.tell_once("lars_ema_step: gradients laid out unlike their weights are copied on every step")
-    return torch.empty_like(weight).copy_(gradient)
+def _like_weights(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor | None], copied: list[int]
+) -> list[Tensor | None]:
+    gradients = list(gradients)
+    for i in copied:
+        gradients[i] = torch.empty_like(weights[i]).copy_(gradients[i])
+    return gradients
 
 
 # What is cached depends on the arguments alone, so it never goes stale; a stream of its own has a table of its own, as
