@@ -37,6 +37,22 @@ def config(table: dict[str, dict], device: torch.device) -> dict:
     return table.get(architecture(device), table["default"])
 
 
+_forgetful: list[Callable[[], None]] = []
+
+
+def remembered(plan: Callable) -> Callable:
+    """A function of shapes, dtypes and devices that computes each of its results once; `forget` begins anew."""
+    cached = functools.lru_cache(maxsize=4096)(plan)
+    _forgetful.append(cached.cache_clear)
+    return cached
+
+
+def forget() -> None:
+    """Drops all plans; call it after a change of a TABLE."""
+    for clear in _forgetful:
+        clear()
+
+
 def tell_once(message: str) -> None:
     """Logs a message the first time, except while torch.compile traces."""
     if not torch.compiler.is_compiling() and message not in _told:
@@ -74,11 +90,12 @@ def operation(
 ) -> Callable:
     """A differentiable function of tensors that runs kernels, for eager mode and for torch.compile.
 
-    In eager mode it is an `autograd.Function`; under torch.compile the custom operator ``bossnas::name``, whose
-    boundary would cost tens of microseconds in eager mode. ``forward(*inputs)`` and ``backward(...)`` launch kernels
-    and return new tensors; the fake ones return tensors of the same shapes and strides without data;
-    ``save(ctx, inputs, output)`` keeps what ``gradients(ctx, backward, *grad_outputs)`` needs, which returns one
-    gradient or None for each input.
+    In eager mode it is an `autograd.Function` without a `setup_context`, for which PyTorch would bind a signature at
+    every call; under torch.compile the custom operator ``bossnas::name``, whose boundary would cost tens of
+    microseconds in eager mode. ``forward(*inputs)`` and ``backward(...)`` launch kernels and return new tensors; the
+    fake ones return tensors of the same shapes and strides without data; ``save(ctx, inputs, output)`` keeps what
+    ``gradients(ctx, backward, *grad_outputs)`` needs, which returns one gradient or None for each input. It is called
+    only where the first output has a gradient; the others never have one.
     """
     forward, backward = _on_its_device(forward), _on_its_device(backward)
     forward_op = torch.library.custom_op(f"bossnas::{name}", forward, mutates_args=())
@@ -86,6 +103,11 @@ def operation(
     backward_op = torch.library.custom_op(f"bossnas::{name}_backward", backward, mutates_args=())
     backward_op.register_fake(fake_backward)
     forward_op.register_autograd(lambda ctx, *grads: gradients(ctx, backward_op, *grads), setup_context=save)
+
+    @once_differentiable
+    def differentiate(ctx, first, *others):
+        # a None is what PyTorch would fill with zeros: there is nothing to compute then
+        return (None,) * len(ctx.needs_input_grad) if first is None else gradients(ctx, backward, first, *others)
 
     def run(ctx, *inputs):
         ctx.set_materialize_grads(False)
@@ -98,7 +120,7 @@ def operation(
         (torch.autograd.Function,),
         {
             "forward": staticmethod(run),
-            "backward": staticmethod(once_differentiable(lambda ctx, *grads: gradients(ctx, backward, *grads))),
+            "backward": staticmethod(differentiate),
         },
     )
 
