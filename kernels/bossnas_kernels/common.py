@@ -95,7 +95,8 @@ def operation(
     microseconds in eager mode. ``forward(*inputs)`` and ``backward(...)`` launch kernels and return new tensors; the
     fake ones return tensors of the same shapes and strides without data; ``save(ctx, inputs, output)`` keeps what
     ``gradients(ctx, backward, *grad_outputs)`` needs, which returns one gradient or None for each input. It is called
-    only where the first output has a gradient; the others never have one.
+    only where the first output has a gradient; the others never have one. A name gets another number when arguments or
+    results change: PyTorch finds compiled graphs on disk by it.
     """
     forward, backward = _on_its_device(forward), _on_its_device(backward)
     forward_op = torch.library.custom_op(f"bossnas::{name}", forward, mutates_args=())

@@ -263,7 +263,7 @@ def _gradients(ctx, backward, dy, *_):
     return dx, dweight, dbias, dresidual, None, None, None, None, None, None
 
 
-_operation = common.operation("gbn_act", _forward, _fake_forward, _backward, _fake_backward, _save, _gradients)
+_operation = common.operation("gbn_act_v2", _forward, _fake_forward, _backward, _fake_backward, _save, _gradients)
 
 
 class _Plan:

@@ -202,12 +202,12 @@ def arguments(device, act="relu", residual=True, training=True):
 )
 def test_opcheck(device, act, residual, training):
     inputs = arguments(device, act, residual, training)
-    torch.library.opcheck(torch.ops.bossnas.gbn_act.default, inputs)
-    y, statistics = torch.ops.bossnas.gbn_act(*inputs)
+    torch.library.opcheck(torch.ops.bossnas.gbn_act_v2.default, inputs)
+    y, statistics = torch.ops.bossnas.gbn_act_v2(*inputs)
     x, weight, bias, res = (None if t is None else t.detach() for t in inputs[:4])
     extra = None if res is None or act == "none" else y.detach() if act == "relu" else res
     torch.library.opcheck(
-        torch.ops.bossnas.gbn_act_backward.default,
+        torch.ops.bossnas.gbn_act_v2_backward.default,
         (torch.ones_like(x), x, extra, statistics, *inputs[4:6], weight, bias, 2, act, 1e-5),
     )
 
