@@ -18,7 +18,7 @@ import collections
 import functools
 import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,10 +45,20 @@ class _Verdict(NamedTuple):
     copied: list[int]  # gradients that lie in memory unlike their weights
 
 
-# The last verdicts beside all that they depend on, which no address is part of: memory that is used again for other
-# tensors cannot mislead. What is known of weights, momenta and targets is found by who they are, which is cheaper.
-_verdicts: collections.deque[tuple[tuple, _Verdict]] = collections.deque(maxlen=8)
-_known: collections.deque[tuple[list, list[int], tuple]] = collections.deque(maxlen=4)
+class _Kept(NamedTuple):
+    """What is known of the tensors that stay from step to step: weights, momenta and targets, one after the other."""
+
+    lengths: list[int | None]
+    references: list[Callable[[], Tensor | None]]  # weak
+    pointers: list[int]
+    looks: tuple  # their `_fingerprint`
+    why_not: str | None
+
+
+# The last tensors are found by who they are or, where a step makes new views of its shares, by all that a verdict
+# depends on. No address is part of that: memory that is used again for other tensors cannot mislead.
+_kept: collections.deque[_Kept] = collections.deque(maxlen=8)
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def takes(
@@ -72,25 +82,63 @@ def _verdict(
     excluded: Sequence[bool] | None = None,
     targets: Sequence[Tensor | None] | None = None,
 ) -> _Verdict:
-    lengths = [None if values is None else len(values) for values in (weights, momenta, excluded, targets)]
-    looks = (lengths, _kept_fingerprint([*weights, *(momenta or ()), *(targets or ())]), _fingerprint(gradients))
-    verdict = next((verdict for known, verdict in _verdicts if known == looks), None)
-    if verdict is None:
+    kept = _known(weights, momenta, excluded, targets)
+    index = [i for i, gradient in enumerate(gradients) if gradient is not None]
+    missing, shapes, strides, dtypes, devices, types = _fingerprint(gradients)
+    why_not = kept.why_not
+    if (
+        len(missing) != len(weights)
+        or shapes != [weights[i].shape for i in index]
+        or not set(dtypes) <= {torch.float32}
+        or not set(devices) <= {weights[0].device}
+        or not set(types) <= _PLAIN
+    ):
         checks.lars_ema_step(weights, gradients, momenta, excluded, targets)
-        why_not = _why_not(weights, gradients, momenta or (), targets or ())
-        given = enumerate(zip(weights, gradients, strict=True))
-        copied = [i for i, (w, g) in given if g is not None and not (why_not or _same_order(w, g))]
-        verdict = _Verdict(why_not, copied)
-        _verdicts.appendleft((looks, verdict))
-    if verdict.why_not:
-        common.tell_once(f"lars_ema_step: {verdict.why_not} are updated by the reference")
-    if verdict.copied:
+        why_not = why_not or _why_not(weights, gradients, (), ())
+    copied = []
+    wanted = kept.looks[2]  # weights come first, and none of them is missing
+    if not why_not and strides != [wanted[i] for i in index]:
+        copied = [i for i in index if not _same_order(weights[i], gradients[i])]
+    if why_not:
+        common.tell_once(f"lars_ema_step: {why_not} are updated by the reference")
+    if copied:
         common.tell_once("lars_ema_step: gradients laid out unlike their weights are copied on every step")
-    return verdict
+    return _Verdict(why_not, copied)
+
+
+def _known(
+    weights: Sequence[Tensor],
+    momenta: Sequence[Tensor] | None,
+    excluded: Sequence[bool] | None,
+    targets: Sequence[Tensor | None] | None,
+) -> _Kept:
+    """Raises ValueError where the lists do not fit."""
+    lengths = [None if values is None else len(values) for values in (weights, momenta, excluded, targets)]
+    tensors = [*weights, *(momenta or ()), *(targets or ())]
+    pointers = [0 if t is None else t.data_ptr() for t in tensors if type(t) in _PLAIN or t is None]
+    recent = [kept for kept in tuple(_kept) if kept.lengths == lengths]
+    for kept in recent:
+        if (
+            kept.pointers == pointers
+            and all(map(operator.is_, [reference() for reference in kept.references], tensors))
+            and [t.dtype for t in tensors if t is not None] == kept.looks[3]
+        ):
+            return kept
+    looks = _fingerprint(tensors)
+    why_not = next((kept.why_not for kept in recent if kept.looks == looks), _UNKNOWN)
+    if why_not is _UNKNOWN:
+        checks.lars_ema_step(weights, [None] * len(weights), momenta, excluded, targets)
+        why_not = _why_not(weights, (), momenta or (), targets or ())
+    references = [_nothing if t is None else weakref.ref(t) for t in tensors]
+    _kept.appendleft(_Kept(lengths, references, pointers, looks, why_not))
+    return _kept[0]
+
+
+_UNKNOWN = "not looked at yet"
 
 
 def _fingerprint(tensors: Sequence[Tensor | None]) -> tuple:
-    """All that a verdict depends on."""
+    """All that a verdict depends on: which are missing; shapes, strides, dtypes, devices and types of the others."""
     present = [t for t in tensors if t is not None]
     return (
         [t is None for t in tensors],
@@ -100,23 +148,6 @@ def _fingerprint(tensors: Sequence[Tensor | None]) -> tuple:
         [t.device for t in present],
         list(map(type, present)),
     )
-
-
-def _kept_fingerprint(tensors: Sequence[Tensor | None]) -> tuple:
-    """`_fingerprint`, remembered for tensors that have been seen before and still have their memory and dtype."""
-    for references, pointers, known in _known:
-        if (
-            len(references) == len(tensors)
-            and all(map(operator.is_, [reference() for reference in references], tensors))
-            and [0 if t is None else t.data_ptr() for t in tensors] == pointers
-            and [t.dtype for t in tensors if t is not None] == known[3]
-        ):
-            return known
-    result = _fingerprint(tensors)
-    if set(result[5]) <= {Tensor, torch.nn.Parameter}:
-        references = [_nothing if t is None else weakref.ref(t) for t in tensors]
-        _known.appendleft((references, [0 if t is None else t.data_ptr() for t in tensors], result))
-    return result
 
 
 def _nothing() -> None:

@@ -275,16 +275,15 @@ def test_nothing_is_read_back(monkeypatch):
 
 def test_a_verdict_is_of_what_tensors_look_like(device):
     """Not of where they lie: the same memory may hold other tensors."""
-    lars._verdicts.clear()
-    lars._known.clear()
+    lars._kept.clear()
     memory = torch.zeros(48, device=device)
     whole = [memory.view(6, 8)]
     for _ in range(2):
         assert lars.takes(whole, [None], whole, [False])
-    assert len(lars._verdicts) == len(lars._known) == 1
+    assert len(lars._kept) == 1
     memory_of_two = [w.clone() for w in whole]
     assert lars.takes(memory_of_two, [None], memory_of_two, [False])
-    assert (len(lars._verdicts), len(lars._known)) == (1, 2)
+    assert len(lars._kept) == 2
     memory_of_two[0].data = memory_of_two[0].double()
     assert not lars.takes(memory_of_two, [None], memory_of_two, [False])
     assert not lars.takes([memory.view(6, 8).T], [None], [memory.view(8, 6)], [False])
