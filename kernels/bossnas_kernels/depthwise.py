@@ -22,14 +22,14 @@ from bossnas_kernels.common import dense, new_map
 
 # elements: columns x channels of a strip (of cells, for the input's gradient). weight_elements: the same where the
 # weight's gradient is summed, which keeps a sum for each of up to 15 taps. programs, weight_programs: about as many.
-# part_channels: of a tile where the weight's gradients of all programs are added up.
+# part_elements: of a tile, parts x channels, where the weight's gradients of all programs are added up.
 TABLE = {
     "sm_80": {
         "elements": 1024,
         "weight_elements": 1024,
         "programs": 1728,
         "weight_programs": 864,
-        "part_channels": 16,
+        "part_elements": 2048,
         "num_warps": 4,
     },
     "sm_90": {
@@ -37,7 +37,7 @@ TABLE = {
         "weight_elements": 1024,
         "programs": 2112,
         "weight_programs": 1056,
-        "part_channels": 16,
+        "part_elements": 2048,
         "num_warps": 4,
     },
     "gfx942": {
@@ -45,7 +45,7 @@ TABLE = {
         "weight_elements": 2048,
         "programs": 2432,
         "weight_programs": 1216,
-        "part_channels": 16,
+        "part_elements": 2048,
         "num_warps": 4,
     },
     "default": {
@@ -53,7 +53,7 @@ TABLE = {
         "weight_elements": 1024,
         "programs": 1728,
         "weight_programs": 864,
-        "part_channels": 16,
+        "part_elements": 2048,
         "num_warps": 4,
     },
     "interpreter": {
@@ -61,7 +61,7 @@ TABLE = {
         "weight_elements": 8192,
         "programs": 2,
         "weight_programs": 2,
-        "part_channels": 128,
+        "part_elements": 4096,
         "num_warps": 4,
     },
 }
@@ -262,9 +262,10 @@ class _Sums:
         self.part_strips = triton.cdiv(strips, max(1, table["weight_programs"] // (tiles_c * splits)))
         self.parts = triton.cdiv(strips, self.part_strips)
         self.grid = (tiles_c * self.parts * splits,)
-        block_p = max(2, min(128, triton.next_power_of_2(self.parts)))
-        self.adding_tile = {"BLOCK_P": block_p, "BLOCK_C": table["part_channels"], **warps}
-        self.adding_tiles = triton.cdiv(channels, table["part_channels"])
+        block_p = max(16, min(128, triton.next_power_of_2(self.parts)))
+        adding_c = table["part_elements"] // block_p
+        self.adding_tile = {"BLOCK_P": block_p, "BLOCK_C": adding_c, **warps}
+        self.adding_tiles = triton.cdiv(channels, adding_c)
 
 
 class _Strips:

@@ -599,6 +599,10 @@ def _apply_gradient(
     The first tiles also write the gradients of weight and bias.
     """
     c, c_ok, group, part, first, count = _place(tl.cdiv(rows, BLOCK_M), BLOCK_M, rows, channels, BLOCK_C)
+    products = sums + groups * channels
+    if part == 0:
+        _store_affine(products, dweight, weight_stride, group, groups, channels, c, c_ok)
+        _store_affine(sums, dbias, bias_stride, group, groups, channels, c, c_ok)
     m, r, w, b = _affine(
         mean,
         spread,
@@ -622,13 +626,9 @@ def _apply_gradient(
     normal = (tl.load(x + base + tile, mask=mask, other=0).to(tl.float32) - m[None, :]) * r[None, :]
     dz = tl.load(dy + base + tile, mask=mask, other=0).to(tl.float32)
     dz = _before_activation(dz, normal, dz, w, b, False, ACT)
-    products = sums + groups * channels
     if not RUNNING:
         to = group.to(tl.int64) * channels + c
         share = tl.load(sums + to, mask=c_ok, other=0) / rows
         slope = tl.load(products + to, mask=c_ok, other=0) / rows
         dz = dz - share[None, :] - normal * slope[None, :]
     tl.store(dx + base + tile, (dz * (r * w)[None, :]).to(dx.dtype.element_ty), mask=mask)
-    if part == 0:
-        _store_affine(products, dweight, weight_stride, group, groups, channels, c, c_ok)
-        _store_affine(sums, dbias, bias_stride, group, groups, channels, c, c_ok)

@@ -166,7 +166,7 @@ def test_several_strips_and_runs(device, monkeypatch):
             "weight_elements": 512,
             "programs": 20,
             "weight_programs": 12,
-            "part_channels": 16,
+            "part_elements": 512,
             "num_warps": 4,
         },
     )
