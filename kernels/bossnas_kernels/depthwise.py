@@ -22,7 +22,7 @@ from bossnas_kernels.common import dense, new_map
 
 # elements: columns x channels of a strip (of cells, for the input's gradient). weight_elements: the same where the
 # weight's gradient is summed, which keeps a sum for each of up to 15 taps. programs, weight_programs: about as many.
-# part_elements: of a tile, parts x channels, where the weight's gradients of all programs are added up.
+# part_elements: of a tile, parts x sums, where the weight's gradients of all programs are added up.
 TABLE = {
     "sm_80": {
         "elements": 1024,
@@ -61,7 +61,7 @@ TABLE = {
         "weight_elements": 8192,
         "programs": 2,
         "weight_programs": 2,
-        "part_elements": 4096,
+        "part_elements": 8192,
         "num_warps": 4,
     },
 }
@@ -179,13 +179,15 @@ def _backward(
             **plan.kernel,
             **sums.tile,
         )
-        _add_up[(sums.adding_tiles * rows,)](
+        columns = rows * plan.channels
+        _add_up[(triton.cdiv(columns, sums.adding_tile["BLOCK"]),)](
             partial,
             dweight,
             dbias if has_bias else dweight,
             plan.channels,
             sums.parts,
-            rows,
+            columns,
+            TAPS=rows - has_bias,
             HAS_BIAS=has_bias,
             **sums.adding_tile,
         )
@@ -263,9 +265,7 @@ class _Sums:
         self.parts = triton.cdiv(strips, self.part_strips)
         self.grid = (tiles_c * self.parts * splits,)
         block_p = max(16, min(128, triton.next_power_of_2(self.parts)))
-        adding_c = table["part_elements"] // block_p
-        self.adding_tile = {"BLOCK_P": block_p, "BLOCK_C": adding_c, **warps}
-        self.adding_tiles = triton.cdiv(channels, adding_c)
+        self.adding_tile = {"BLOCK_P": block_p, "BLOCK": table["part_elements"] // block_p, **warps}
 
 
 class _Strips:
@@ -559,20 +559,23 @@ def _add_up(
     dbias,
     channels,
     parts,
-    rows,
+    columns,
+    TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Sums over parts of one row of partial [parts, rows, C]: a tap of dweight [C, 1, k, k] or, the last one, dbias."""
-    c, c_ok, row, _ = _place(rows, channels, BLOCK_C)
-    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    """Sums over parts of partial [parts, columns], the columns TAPS (+ 1) rows of C -> dweight [C, 1, k, k], dbias."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = column < columns
+    total = tl.zeros([BLOCK_P, BLOCK], tl.float32)
     for start in range(0, parts, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        at = partial + (p.to(tl.int64) * rows + row)[:, None] * channels + c[None, :]
-        total += tl.load(at, mask=(p < parts)[:, None] & c_ok[None, :], other=0)
-    taps = rows - HAS_BIAS
+        at = partial + p.to(tl.int64)[:, None] * columns + column[None, :]
+        total += tl.load(at, mask=(p < parts)[:, None] & ok[None, :], other=0)
     value = tl.sum(total, 0)
-    tl.store(dweight + c * taps + row, value.to(dweight.dtype.element_ty), mask=c_ok & (row < taps))
+    row = column // channels
+    c = column % channels
+    tl.store(dweight + c * TAPS + row, value.to(dweight.dtype.element_ty), mask=ok & (row < TAPS))
     if HAS_BIAS:
-        tl.store(dbias + c, value.to(dbias.dtype.element_ty), mask=c_ok & (row == taps))
+        tl.store(dbias + c, value.to(dbias.dtype.element_ty), mask=ok & (row == TAPS))
