@@ -80,9 +80,9 @@ def _check(qkv: Tensor, heads: int) -> None:
 def _forward(qkv: Tensor, heads: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """-> out, base-2 log-sum-exp of the scores [N, heads, T] fp32, partial_stats (empty for groups = 0)."""
     qkv = dense("qkv of mhsa2d", qkv)
-    plan = _Plan(qkv, heads)
-    out, lse, partial_stats = _fake_forward(qkv, heads, groups)
-    _attend[plan.grid(plan.query)](
+    plan = _plan(qkv.shape, heads, qkv.dtype, qkv.device)
+    out, lse, partial_stats = plan.results(qkv, groups)
+    _attend[plan.query_grid](
         qkv,
         out,
         lse,
@@ -90,37 +90,26 @@ def _forward(qkv: Tensor, heads: int, groups: int) -> tuple[Tensor, Tensor, Tens
         heads,
         plan.scale * _LOG2E,
         partial_stats.stride(0),
-        BLOCK_Q=plan.query,
-        BLOCK_K=plan.key,
         STATS=groups > 0,
-        **plan.settings(plan.query),
+        **plan.query_tile,
     )
     return out, lse, partial_stats
 
 
 def _fake_forward(qkv, heads, groups):
-    plan = _Plan(qkv, heads)
-    batch, channels, height, width = qkv.shape
-    channels //= 3
-    shape = (3, groups, batch // groups * plan.tiles(plan.query), channels) if groups else (0,)
-    return (
-        new_map(qkv, shape=(batch, channels, height, width)),
-        torch.empty(batch, heads, height * width, dtype=torch.float32, device=qkv.device),
-        torch.empty(shape, dtype=torch.float32, device=qkv.device),
-    )
+    return _Plan(qkv.shape, heads, qkv.dtype, qkv.device).results(qkv, groups)
 
 
 def _backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int) -> Tensor:
     """-> dqkv, packed as qkv is."""
     qkv, dout = dense("qkv of mhsa2d", qkv), dense("gradient of mhsa2d", dout)
-    plan = _Plan(qkv, heads)
+    plan = _plan(qkv.shape, heads, qkv.dtype, qkv.device)
     dqkv = new_map(qkv)
-    whole = plan.tiles(plan.own) == 1
-    delta = lse if whole else torch.empty_like(lse)  # sums of out * dout over a head's channels
+    delta = lse if plan.whole else torch.empty_like(lse)  # sums of out * dout over a head's channels
     arguments = (qkv, out, dout, lse, delta, dqkv, heads, plan.scale, plan.scale * _LOG2E)
-    if not whole:
-        _query_gradient[plan.grid(plan.own)](*arguments, OWN=plan.own, STEP=plan.step, **plan.settings(plan.own))
-    _key_gradient[plan.grid(plan.own)](*arguments, OWN=plan.own, STEP=plan.step, WHOLE=whole, **plan.settings(plan.own))
+    if not plan.whole:
+        _query_gradient[plan.own_grid](*arguments, **plan.own_tile)
+    _key_gradient[plan.own_grid](*arguments, WHOLE=plan.whole, **plan.own_tile)
     return dqkv
 
 
@@ -145,12 +134,28 @@ _operation = common.operation("mhsa2d", _forward, _fake_forward, _backward, _fak
 class _Plan:
     """Tiles and grids for a map of qkv."""
 
-    def __init__(self, qkv: Tensor, heads: int):
-        self.table = common.config(TABLE_FP32 if qkv.dtype == torch.float32 else TABLE, qkv.device)
-        self.width, self.tokens = _sizes(qkv, heads)
-        self.query, self.key, self.own, self.step = (self._rows(name) for name in ("query", "key", "own", "step"))
+    def __init__(self, shape: torch.Size, heads: int, dtype: torch.dtype, device: torch.device):
+        self.table = common.config(TABLE_FP32 if dtype == torch.float32 else TABLE, device)
+        batch, channels, height, width = shape
+        self.heads, self.width, self.tokens = heads, channels // (3 * heads), height * width
         self.scale = self.width**-0.5
-        self.heads_of_all = qkv.shape[0] * heads
+        self.out_shape = (batch, channels // 3, height, width)
+        query, key, own, step = (self._rows(name) for name in ("query", "key", "own", "step"))
+        self.query_tiles, own_tiles = triton.cdiv(self.tokens, query), triton.cdiv(self.tokens, own)
+        self.whole = own_tiles == 1
+        self.query_grid, self.own_grid = (self.query_tiles * batch * heads,), (own_tiles * batch * heads,)
+        self.query_tile = {"BLOCK_Q": query, "BLOCK_K": key, **self._settings(query)}
+        self.own_tile = {"OWN": own, "STEP": step, **self._settings(own)}
+
+    def results(self, qkv: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What `_forward` returns, without values."""
+        batch, channels, height, width = self.out_shape
+        shape = (3, groups, batch // groups * self.query_tiles, channels) if groups else (0,)
+        return (
+            new_map(qkv, shape=self.out_shape),
+            torch.empty(batch, self.heads, height * width, dtype=torch.float32, device=qkv.device),
+            torch.empty(shape, dtype=torch.float32, device=qkv.device),
+        )
 
     def _rows(self, name: str) -> int:
         """Rows of a tile: a power of two from 16 (what a product takes at least), no larger than the map needs."""
@@ -160,19 +165,16 @@ class _Plan:
             rows *= 2
         return rows
 
-    def tiles(self, rows: int) -> int:
-        return triton.cdiv(self.tokens, rows)
-
-    def grid(self, rows: int) -> tuple[int]:
-        return (self.tiles(rows) * self.heads_of_all,)
-
-    def settings(self, rows: int) -> dict:
+    def _settings(self, rows: int) -> dict:
         return {
             "TOKENS": self.tokens,
             "WIDTH": self.width,
             "num_stages": self.table["num_stages"],
             "num_warps": max(4, rows * self.width // self.table["warp"]),
         }
+
+
+_plan = common.remembered(_Plan)
 
 
 def _sizes(qkv: Tensor, heads: int) -> tuple[int, int]:

@@ -89,10 +89,11 @@ def mhsa2d(qkv: Tensor, heads: int) -> None:
 def lars_ema_step(
     weights: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
-    momenta: Sequence[Tensor],
-    excluded: Sequence[bool],
+    momenta: Sequence[Tensor] | None,
+    excluded: Sequence[bool] | None,
     targets: Sequence[Tensor | None] | None,
 ) -> None:
+    """Lists of equal length, of tensors that fit; None for those that a function does not take."""
     others = {"gradients": gradients, "momenta": momenta, "targets": targets}
     for name, values in {**others, "excluded": excluded}.items():
         if values is not None and len(values) != len(weights):
@@ -110,6 +111,26 @@ def lars_ema_step(
                 raise ValueError(
                     f"{name}[{i}]: expected a tensor on {weights[0].device}, as weights[0] is, got {tensor.device}"
                 )
+
+
+def lars_norms(
+    weights: Sequence[Tensor], squares: Tensor | None, norm: Tensor | None, loss_scale: float | Tensor
+) -> None:
+    """What is known of norms, and the scale of the loss; they lie where the weights do."""
+    scale = loss_scale if isinstance(loss_scale, Tensor) else None
+    for name, value, shape, dtype in (
+        ("squares", squares, (2, len(weights)), torch.float64),
+        ("norm", norm, (), torch.float64),
+        ("loss_scale", scale, (), torch.float32),
+    ):
+        if value is None:
+            continue
+        if tuple(value.shape) != shape or value.dtype != dtype:
+            raise ValueError(
+                f"{name}: expected {dtype} of shape {list(shape)}, got {value.dtype} of {list(value.shape)}"
+            )
+        if weights and value.device != weights[0].device:
+            raise ValueError(f"{name}: expected a tensor on {weights[0].device}, as weights[0] is, got {value.device}")
 
 
 def byol_ensemble_loss(q: Tensor, k: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable
@@ -34,6 +35,22 @@ def architecture(device: torch.device) -> str:
 def config(table: dict[str, dict], device: torch.device) -> dict:
     """The row of a table for a device; architectures without a row of their own use "default"."""
     return table.get(architecture(device), table["default"])
+
+
+_forgetful: list[Callable[[], None]] = []
+
+
+def remembered(plan: Callable) -> Callable:
+    """A function of shapes, dtypes and devices that computes each of its results once; `forget` begins anew."""
+    cached = functools.lru_cache(maxsize=4096)(plan)
+    _forgetful.append(cached.cache_clear)
+    return cached
+
+
+def forget() -> None:
+    """Drops all plans; call it after a change of a TABLE."""
+    for clear in _forgetful:
+        clear()
 
 
 def tell_once(message: str) -> None:
@@ -73,11 +90,13 @@ def operation(
 ) -> Callable:
     """A differentiable function of tensors that runs kernels, for eager mode and for torch.compile.
 
-    In eager mode it is an `autograd.Function`; under torch.compile the custom operator ``bossnas::name``, whose
-    boundary would cost tens of microseconds in eager mode. ``forward(*inputs)`` and ``backward(...)`` launch kernels
-    and return new tensors; the fake ones return tensors of the same shapes and strides without data;
-    ``save(ctx, inputs, output)`` keeps what ``gradients(ctx, backward, *grad_outputs)`` needs, which returns one
-    gradient or None for each input.
+    In eager mode it is an `autograd.Function` without a `setup_context`, for which PyTorch would bind a signature at
+    every call; under torch.compile the custom operator ``bossnas::name``, whose boundary would cost tens of
+    microseconds in eager mode. ``forward(*inputs)`` and ``backward(...)`` launch kernels and return new tensors; the
+    fake ones return tensors of the same shapes and strides without data; ``save(ctx, inputs, output)`` keeps what
+    ``gradients(ctx, backward, *grad_outputs)`` needs, which returns one gradient or None for each input. It is called
+    only where the first output has a gradient; the others never have one. A name gets another number when arguments or
+    results change: PyTorch finds compiled graphs on disk by it.
     """
     forward, backward = _on_its_device(forward), _on_its_device(backward)
     forward_op = torch.library.custom_op(f"bossnas::{name}", forward, mutates_args=())
@@ -86,13 +105,23 @@ def operation(
     backward_op.register_fake(fake_backward)
     forward_op.register_autograd(lambda ctx, *grads: gradients(ctx, backward_op, *grads), setup_context=save)
 
+    @once_differentiable
+    def differentiate(ctx, first, *others):
+        # a None is what PyTorch would fill with zeros: there is nothing to compute then
+        return (None,) * len(ctx.needs_input_grad) if first is None else gradients(ctx, backward, first, *others)
+
+    def run(ctx, *inputs):
+        ctx.set_materialize_grads(False)
+        output = forward(*inputs)
+        save(ctx, inputs, output)
+        return output
+
     eager = type(
         f"Eager_{name}",
         (torch.autograd.Function,),
         {
-            "forward": staticmethod(forward),
-            "setup_context": staticmethod(save),
-            "backward": staticmethod(once_differentiable(lambda ctx, *grads: gradients(ctx, backward, *grads))),
+            "forward": staticmethod(run),
+            "backward": staticmethod(differentiate),
         },
     )
 
@@ -107,10 +136,20 @@ def _on_its_device(launch: Callable) -> Callable:
 
     @functools.wraps(launch)
     def guarded(first, *others):
-        with torch.cuda.device_of(first):
+        with on_device_of(first):
             return launch(first, *others)
 
     return guarded
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Makes the GPU of x the current one, which Triton launches on; no work where it is, or where there is no other."""
+    index = x.get_device() if x.is_cuda else -1
+    return _HERE if index < 0 or _gpus() == 1 or index == torch.cuda.current_device() else torch.cuda.device(index)
+
+
+_HERE: contextlib.AbstractContextManager = contextlib.nullcontext()
+_gpus = functools.cache(torch.cuda.device_count)
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:

@@ -4,8 +4,13 @@ A program walks down a strip: some columns (of as many images as it takes) by so
 for every tap of a kernel row and adds it to all output rows under way, whose sums stay in registers: conversions and
 index arithmetic, which would bound a program that reads all taps for each output, shrink by the kernel's height. The
 weight's gradient walks likewise, with the last rows of dy in registers, and is summed in two stages: there are no
-atomics, so results repeat to the bit. Forward can leave the statistics of what it wrote, for `grouped_norm`.
+atomics, so results repeat to the bit. Forward can leave the statistics of what it wrote, for `grouped_norm`. It keeps
+the weights as they are read, tap by tap, for the backward pass.
 """
+
+from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -17,12 +22,48 @@ from bossnas_kernels.common import dense, new_map
 
 # elements: columns x channels of a strip (of cells, for the input's gradient). weight_elements: the same where the
 # weight's gradient is summed, which keeps a sum for each of up to 15 taps. programs, weight_programs: about as many.
+# part_elements: of a tile, parts x sums, where the weight's gradients of all programs are added up.
 TABLE = {
-    "sm_80": {"elements": 1024, "weight_elements": 1024, "programs": 1728, "weight_programs": 864, "num_warps": 4},
-    "sm_90": {"elements": 1024, "weight_elements": 1024, "programs": 2112, "weight_programs": 1056, "num_warps": 4},
-    "gfx942": {"elements": 2048, "weight_elements": 2048, "programs": 2432, "weight_programs": 1216, "num_warps": 4},
-    "default": {"elements": 1024, "weight_elements": 1024, "programs": 1728, "weight_programs": 864, "num_warps": 4},
-    "interpreter": {"elements": 8192, "weight_elements": 8192, "programs": 2, "weight_programs": 2, "num_warps": 4},
+    "sm_80": {
+        "elements": 1024,
+        "weight_elements": 1024,
+        "programs": 1728,
+        "weight_programs": 864,
+        "part_elements": 2048,
+        "num_warps": 4,
+    },
+    "sm_90": {
+        "elements": 1024,
+        "weight_elements": 1024,
+        "programs": 2112,
+        "weight_programs": 1056,
+        "part_elements": 2048,
+        "num_warps": 4,
+    },
+    "gfx942": {
+        "elements": 2048,
+        "weight_elements": 2048,
+        "programs": 2432,
+        "weight_programs": 1216,
+        "part_elements": 2048,
+        "num_warps": 4,
+    },
+    "default": {
+        "elements": 1024,
+        "weight_elements": 1024,
+        "programs": 1728,
+        "weight_programs": 864,
+        "part_elements": 2048,
+        "num_warps": 4,
+    },
+    "interpreter": {
+        "elements": 8192,
+        "weight_elements": 8192,
+        "programs": 2,
+        "weight_programs": 2,
+        "part_elements": 8192,
+        "num_warps": 4,
+    },
 }
 # rows and columns of the kernel that one program of the weight's gradient takes, by kernel size: what registers hold
 WEIGHT_TAPS = {2: (2, 2), 3: (3, 3), 4: (1, 4), 5: (3, 5), 8: (1, 4)}
@@ -38,7 +79,7 @@ def dwconv2d_stats(x, weight, bias=None, *, stride=1, groups=1) -> tuple[Tensor,
     """`bossnas_kernels.dwconv2d_stats`: the result and its statistics, fp32 [3 (count, mean, M2), groups, parts, C]."""
     _check(x, weight, bias, stride)
     checks.stats_groups(groups, x.shape[0])
-    return _operation(x, weight, bias, stride, groups)
+    return _operation(x, weight, bias, stride, groups)[:2]
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> None:
@@ -50,167 +91,133 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> None:
         raise ValueError(f"x: the kernel takes images of less than 2^31 elements, got shape {tuple(x.shape)}")
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int) -> tuple[Tensor, Tensor]:
-    """-> y, its statistics by group, [3, groups, parts, C] fp32 (empty for groups = 0)."""
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """-> y, its statistics by group, [3, groups, parts, C] fp32 (empty for groups = 0), and `_arrange`d taps."""
     x = dense("x of dwconv2d", x)
-    kernel, padding = _geometry(weight, stride)
-    size = _output_size(x, weight, stride)
-    plan = _Strips(x, *size, weight.shape[-1] > stride, groups)
-    y, stats = new_map(x, shape=(*x.shape[:2], *size)), plan.new_stats()
-    _convolve[plan.grid](
+    plan = _plan(x.shape, weight.shape[-1], stride, groups, x.device)
+    taps = torch.empty(plan.taps_shape, dtype=torch.float32, device=x.device)
+    _arrange[plan.taps_grid](weight.contiguous(), taps, plan.channels, **plan.taps_tile)
+    y = new_map(x, shape=plan.out_shape)
+    stats = torch.empty(plan.strips.stats_shape, dtype=torch.float32, device=x.device)
+    _convolve[plan.strips.grid](
         x,
-        _taps(weight),
+        taps,
         x if bias is None else bias.contiguous(),
         y,
         stats,
-        *x.shape[2:],
-        *size,
-        x.shape[1],
-        *plan.walk,
-        plan.parts * plan.groups * x.shape[1],
-        K=kernel,
-        STRIDE=stride,
-        PAD=padding,
-        FLIP=False,
+        *plan.sizes,
+        plan.channels,
+        *plan.strips.walk,
+        plan.strips.plane,
         HAS_BIAS=bias is not None,
         STATS=groups > 0,
-        **plan.tile,
+        FLIP=False,
+        **plan.kernel,
+        **plan.strips.tile,
     )
-    return y, stats
+    return y, stats, taps
 
 
 def _fake_forward(x, weight, bias, stride, groups):
-    size = _output_size(x, weight, stride)
-    return new_map(x, shape=(*x.shape[:2], *size)), _Strips(x, *size, weight.shape[-1] > stride, groups).new_stats()
+    plan = _Plan(x.shape, weight.shape[-1], stride, groups, x.device)
+    stats, taps = (
+        torch.empty(shape, dtype=torch.float32, device=x.device) for shape in (plan.strips.stats_shape, plan.taps_shape)
+    )
+    return new_map(x, shape=plan.out_shape), stats, taps
 
 
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, stride: int, has_bias: bool, wants_x: bool, wants_weight: bool
-) -> tuple[Tensor, Tensor]:
-    """-> dx, fp32 sums [k*k + has_bias, C] that are the gradients of weight and bias; what is not wanted is empty."""
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    taps: Tensor,
+    stride: int,
+    wants_x: bool,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients of x, weight and bias; what is not wanted, or not there, is empty."""
     x, dy = dense("x of dwconv2d", x), dense("gradient of dwconv2d", dy)
-    dx = _input_gradient(dy, x, weight, stride) if wants_x else x.new_empty(0)
-    sums = _weight_gradient(dy, x, weight, stride, has_bias) if wants_weight else x.new_empty(0, dtype=torch.float32)
-    return dx, sums
-
-
-def _input_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    kernel, padding = _geometry(weight, stride)
-    dx = new_map(x)
-    channels, *size = x.shape[1:]
-    if stride == 1:  # the convolution of dy with the flipped kernel
-        plan = _Strips(x, *size, True)
-        _convolve[plan.grid](
+    plan = _plan(x.shape, weight.shape[-1], stride, 0, x.device)
+    dx, dweight, dbias = _fake_backward(dy, x, weight, bias, taps, stride, wants_x, wants_weight)
+    if wants_x and stride == 1:  # the convolution of dy with the flipped kernel
+        _convolve[plan.strips.grid](
             dy,
-            _taps(weight),
+            taps,
             dy,
             dx,
-            plan.new_stats(),
-            *size,
-            *size,
-            channels,
-            *plan.walk,
+            dx,
+            *plan.sizes,
+            plan.channels,
+            *plan.strips.walk,
             0,
-            K=kernel,
-            STRIDE=1,
-            PAD=padding,
-            FLIP=True,
             HAS_BIAS=False,
             STATS=False,
-            **plan.tile,
+            FLIP=True,
+            **plan.kernel,
+            **plan.strips.tile,
         )
-        return dx
-    table = common.config(TABLE, x.device)
-    block_c = _block_c(channels)
-    tile = {"POSITIONS": table["elements"] // block_c, "BLOCK_C": block_c, "num_warps": table["num_warps"]}
-    cells = x.shape[0] * triton.cdiv(size[0], stride) * triton.cdiv(size[1], stride)
-    grid = (triton.cdiv(channels, block_c) * triton.cdiv(cells, tile["POSITIONS"]),)
-    _gather_gradient[grid](
-        dy, _taps(weight), dx, *size, *dy.shape[2:], channels, cells, K=kernel, STRIDE=stride, PAD=padding, **tile
-    )
-    return dx
+    elif wants_x:
+        _gather_gradient[plan.cells_grid](
+            dy, taps, dx, *plan.sizes, plan.channels, plan.cells, **plan.kernel, **plan.cells_tile
+        )
+    if wants_weight:
+        sums = plan.sums
+        has_bias = bias is not None
+        rows = weight[0].numel() + has_bias
+        partial = torch.empty(sums.parts, rows, plan.channels, dtype=torch.float32, device=x.device)
+        _sum_gradient[sums.grid](
+            dy,
+            x,
+            partial,
+            *plan.sizes,
+            plan.channels,
+            x.shape[0],
+            sums.parts,
+            sums.part_strips,
+            HAS_BIAS=has_bias,
+            **plan.kernel,
+            **sums.tile,
+        )
+        columns = rows * plan.channels
+        _add_up[(triton.cdiv(columns, sums.adding_tile["BLOCK"]),)](
+            partial,
+            dweight,
+            dbias if has_bias else dweight,
+            plan.channels,
+            sums.parts,
+            columns,
+            TAPS=rows - has_bias,
+            HAS_BIAS=has_bias,
+            **sums.adding_tile,
+        )
+    return dx, dweight, dbias
 
 
-def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int, has_bias: bool) -> Tensor:
-    kernel, padding = _geometry(weight, stride)
-    table = common.config(TABLE, x.device)
-    batch, channels, *size = x.shape
-    block_c, (rows, columns) = _block_c(channels), WEIGHT_TAPS[kernel]
-    tile = {"POSITIONS": table["weight_elements"] // block_c, "BLOCK_C": block_c, "num_warps": table["num_warps"]}
-    tiles_c, splits = triton.cdiv(channels, block_c), triton.cdiv(kernel, rows) * (kernel // columns)
-    strips = triton.cdiv(batch * dy.shape[3], tile["POSITIONS"])
-    part_strips = triton.cdiv(strips, max(1, table["weight_programs"] // (tiles_c * splits)))
-    parts = triton.cdiv(strips, part_strips)
-    partial = torch.empty(parts, kernel * kernel + has_bias, channels, dtype=torch.float32, device=x.device)
-    grid = (tiles_c * parts * splits,)
-    _sum_gradient[grid](
-        dy,
-        x,
-        partial,
-        *size,
-        *dy.shape[2:],
-        channels,
-        batch,
-        parts,
-        part_strips,
-        K=kernel,
-        STRIDE=stride,
-        PAD=padding,
-        ROWS=rows,
-        COLUMNS=columns,
-        HAS_BIAS=has_bias,
-        **tile,
-    )
-    return partial.sum(0)
+def _fake_backward(dy, x, weight, bias, taps, stride, wants_x, wants_weight):
+    def new(like, wanted):
+        return torch.empty(like.shape if wanted else (0,), dtype=like.dtype, device=x.device)
 
-
-def _fake_backward(dy, x, weight, stride, has_bias, wants_x, wants_weight):
-    sums = (weight[0].numel() + has_bias, x.shape[1]) if wants_weight else (0,)
-    return new_map(x) if wants_x else x.new_empty(0), x.new_empty(sums, dtype=torch.float32)
+    has_bias = bias is not None
+    dbias = new(bias if has_bias else weight, has_bias and wants_weight)
+    return new_map(x) if wants_x else x.new_empty(0), new(weight, wants_weight), dbias
 
 
 def _save(ctx, inputs, output):
     x, weight, bias, stride, _ = inputs
-    ctx.save_for_backward(x, weight)
-    ctx.stride, ctx.bias_dtype = stride, None if bias is None else bias.dtype
-    ctx.mark_non_differentiable(output[1])
+    _, stats, taps = output
+    ctx.save_for_backward(x, weight, bias, taps)
+    ctx.stride = stride
+    ctx.mark_non_differentiable(stats, taps)
 
 
-def _gradients(ctx, backward, dy, _):
-    x, weight = ctx.saved_tensors
-    wants_x, *wants = ctx.needs_input_grad[:3]
-    has_bias = ctx.bias_dtype is not None
-    dx, sums = backward(dy, x, weight, ctx.stride, has_bias, wants_x, any(wants))
-    if not any(wants):
-        return dx, None, None, None, None
-    dweight = sums[: weight[0].numel()].t().reshape(weight.shape).to(weight.dtype)
-    return dx if wants_x else None, dweight, sums[-1].to(ctx.bias_dtype) if has_bias else None, None, None
+def _gradients(ctx, backward, dy, *_):
+    wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    dx, dweight, dbias = backward(dy, *ctx.saved_tensors, ctx.stride, wants_x, wants_weight or wants_bias)
+    return dx if wants_x else None, dweight if wants_weight else None, dbias if wants_bias else None, None, None
 
 
-_operation = common.operation("dwconv2d", _forward, _fake_forward, _backward, _fake_backward, _save, _gradients)
-
-
-def _geometry(weight: Tensor, stride: int) -> tuple[int, int]:
-    """Kernel size and padding."""
-    kernel = weight.shape[-1]
-    return kernel, 0 if kernel == stride else kernel // 2
-
-
-def _output_size(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int]:
-    kernel, padding = _geometry(weight, stride)
-    return tuple((size + 2 * padding - kernel) // stride + 1 for size in x.shape[2:])
-
-
-def _taps(weight: Tensor) -> Tensor:
-    """[C, 1, k, k] -> fp32 [tiles, k*k, block]: wide loads, without a mask, at distances known when compiling."""
-    channels, taps = weight.shape[0], weight[0].numel()
-    block = _block_c(channels)
-    tiles = triton.cdiv(channels, block)
-    flat = weight.detach().reshape(channels, taps)
-    if channels < tiles * block:
-        flat = torch.nn.functional.pad(flat, (0, 0, 0, tiles * block - channels))
-    blocked = torch.empty(tiles, taps, block, dtype=torch.float32, device=weight.device)
-    return blocked.copy_(flat.view(tiles, block, taps).transpose(1, 2))
+_operation = common.operation("dwconv2d_v2", _forward, _fake_forward, _backward, _fake_backward, _save, _gradients)
 
 
 def _block_c(channels: int) -> int:
@@ -218,30 +225,73 @@ def _block_c(channels: int) -> int:
     return 32 if triton.cdiv(channels, 32) * 32 < triton.cdiv(channels, 64) * 64 else 64
 
 
-class _Strips:
-    """Strips of an output of height x width, cut into runs of rows; one program, and one part of statistics, a run."""
+class _Plan:
+    """Sizes, tiles and grids of all kernels, for maps of this shape."""
 
-    def __init__(self, x: Tensor, height: int, width: int, overlap: bool, groups: int = 0):
-        table = common.config(TABLE, x.device)
-        batch, channels = x.shape[:2]
+    def __init__(self, shape: torch.Size, kernel: int, stride: int, groups: int, device: torch.device):
+        self.table = table = common.config(TABLE, device)
+        batch, self.channels, *size = shape
+        padding = 0 if kernel == stride else kernel // 2
+        out_size = [(n + 2 * padding - kernel) // stride + 1 for n in size]
+        self.out_shape = (batch, self.channels, *out_size)
+        self.sizes = (*size, *out_size)
+        self.kernel = {"K": kernel, "STRIDE": stride, "PAD": padding}
+        self.strips = _Strips(table, self.out_shape, kernel > stride, groups)
+        block_c, warps = _block_c(self.channels), {"num_warps": table["num_warps"]}
+        tiles_c = triton.cdiv(self.channels, block_c)
+        self.taps_shape, self.taps_grid = (tiles_c, kernel * kernel, block_c), (tiles_c,)
+        self.taps_tile = {"TAPS": kernel * kernel, "BLOCK_C": block_c, **warps}
+        positions = table["elements"] // block_c
+        self.cells = batch * triton.cdiv(size[0], stride) * triton.cdiv(size[1], stride)
+        self.cells_tile = {"POSITIONS": positions, "BLOCK_C": block_c, **warps}
+        self.cells_grid = (tiles_c * triton.cdiv(self.cells, positions),)
+
+    @functools.cached_property
+    def sums(self) -> _Sums:
+        return _Sums(self.table, self.out_shape, self.kernel["K"])
+
+
+class _Sums:
+    """How the weight's gradient is summed: in parts of some strips, for some taps at a time."""
+
+    def __init__(self, table: dict, out_shape: tuple[int, ...], kernel: int):
+        batch, channels, _, width = out_shape
+        block_c, (rows, columns), warps = _block_c(channels), WEIGHT_TAPS[kernel], {"num_warps": table["num_warps"]}
+        positions = table["weight_elements"] // block_c
+        self.tile = {"ROWS": rows, "COLUMNS": columns, "POSITIONS": positions, "BLOCK_C": block_c, **warps}
+        tiles_c, splits = triton.cdiv(channels, block_c), triton.cdiv(kernel, rows) * (kernel // columns)
+        strips = triton.cdiv(batch * width, positions)
+        self.part_strips = triton.cdiv(strips, max(1, table["weight_programs"] // (tiles_c * splits)))
+        self.parts = triton.cdiv(strips, self.part_strips)
+        self.grid = (tiles_c * self.parts * splits,)
+        block_p = max(16, min(128, triton.next_power_of_2(self.parts)))
+        self.adding_tile = {"BLOCK_P": block_p, "BLOCK": table["part_elements"] // block_p, **warps}
+
+
+class _Strips:
+    """Strips of an output, cut into runs of rows; one program, and one part of statistics, a run."""
+
+    def __init__(self, table: dict, out_shape: tuple[int, ...], overlap: bool, groups: int = 0):
+        batch, channels, height, width = out_shape
         block_c = _block_c(channels)
         positions = table["elements"] // block_c
         self.tile = {"POSITIONS": positions, "BLOCK_C": block_c, "num_warps": table["num_warps"]}
-        self.device, self.channels, self.groups, self.statistics = x.device, channels, max(groups, 1), groups > 0
-        images = batch // self.groups
+        of = max(groups, 1)
+        images = batch // of
         strips = triton.cdiv(images * width, positions)
         tiles_c = triton.cdiv(channels, block_c)
         # shorter runs of rows that overlap would read too many twice
-        runs = max(1, min(table["programs"] // (tiles_c * strips * self.groups), height // 7 if overlap else height))
+        runs = max(1, min(table["programs"] // (tiles_c * strips * of), height // 7 if overlap else height))
         run_rows = triton.cdiv(height, runs)
         runs = triton.cdiv(height, run_rows)
-        self.parts = strips * runs
+        parts = strips * runs
         self.walk = (images, runs, run_rows)
-        self.grid = (tiles_c * self.parts * self.groups,)
+        self.grid = (tiles_c * parts * of,)
+        self.plane = parts * of * channels
+        self.stats_shape = (3, groups, parts, channels) if groups else (0,)
 
-    def new_stats(self) -> Tensor:
-        shape = (3, self.groups, self.parts, self.channels) if self.statistics else (0,)
-        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+_plan = common.remembered(_Plan)
 
 
 @triton.jit
@@ -266,6 +316,18 @@ def _inside(ok, at, size, PAD: tl.constexpr):
     if PAD > 0:
         ok = ok & (at >= 0) & (at < size)
     return ok
+
+
+@triton.jit
+def _arrange(weight, taps, channels, TAPS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[C, 1, k, k] -> fp32 [tiles, TAPS, BLOCK_C]: wide loads, without a mask, at distances known when compiling."""
+    BLOCK_T: tl.constexpr = triton.next_power_of_2(TAPS)
+    b = tl.arange(0, BLOCK_C)
+    t = tl.arange(0, BLOCK_T)[:, None]
+    c = tl.program_id(0) * BLOCK_C + b
+    value = tl.load(weight + c[None, :] * TAPS + t, mask=(c < channels)[None, :] & (t < TAPS), other=0)
+    to = taps + tl.program_id(0) * (TAPS * BLOCK_C) + t * BLOCK_C + b[None, :]
+    tl.store(to, value.to(tl.float32), mask=(t < TAPS) & (b >= 0)[None, :])
 
 
 @triton.jit
@@ -488,3 +550,32 @@ def _sum_gradient(
             tl.store(to + tap * channels, tl.sum(sums[i * COLUMNS + j], 0), mask=c_ok & (tap < K * K))
     if HAS_BIAS:
         tl.store(to + K * K * channels, tl.sum(total, 0), mask=c_ok & (split == 0))
+
+
+@triton.jit
+def _add_up(
+    partial,
+    dweight,
+    dbias,
+    channels,
+    parts,
+    columns,
+    TAPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sums over parts of partial [parts, columns], the columns TAPS (+ 1) rows of C -> dweight [C, 1, k, k], dbias."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = column < columns
+    total = tl.zeros([BLOCK_P, BLOCK], tl.float32)
+    for start in range(0, parts, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        at = partial + p.to(tl.int64)[:, None] * columns + column[None, :]
+        total += tl.load(at, mask=(p < parts)[:, None] & ok[None, :], other=0)
+    value = tl.sum(total, 0)
+    row = column // channels
+    c = column % channels
+    tl.store(dweight + c * TAPS + row, value.to(dweight.dtype.element_ty), mask=ok & (row < TAPS))
+    if HAS_BIAS:
+        tl.store(dbias + c, value.to(dbias.dtype.element_ty), mask=ok & (row == TAPS))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bossnas_kernels import augment_reference, reference
+from bossnas_kernels import augment_reference, checks, reference
 from bossnas_kernels.looks import Looks
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -178,33 +178,60 @@ def lars_ema_step(
     weight_decay: float,
     trust: float,
     ema: float = 1.0,
-) -> None:
+    loss_scale: float | Tensor = 1.0,
+    clip: float = 0.0,
+    squares: Tensor | None = None,
+    norm: Tensor | None = None,
+) -> Tensor:
     """One LARS update of many tensors, in place, and the moving average that follows it.
 
     For every tensor w with a gradient g that is not None and not all zero::
 
+        g <- g / loss_scale * min(1, clip / (norm / loss_scale + 1e-6))        clip 0: no limit; g itself is not written
         g <- (g + weight_decay w) * lr * trust |w| / (|g| + weight_decay |w|)      excluded: g <- lr g
         buf <- momentum buf + g;  w <- w - buf
 
-    Then, for every tensor with a target that is not None, target <- ema target + (1 - ema) w. All lists are of equal
-    length; shapes and devices must agree (ValueError). A NaN in a gradient shows in the weights.
+    Then, for every tensor with a target that is not None, target <- ema target + (1 - ema) w.
+
+    Returns ``applied``, 0-dim bool on the tensors' device: whether the norm of the whole gradient is finite. If it is
+    not, nothing changes: weights, momenta and targets stay as they are. Nothing waits for a GPU.
+
+    loss_scale: a number, or a 0-dim float32 tensor on the device. clip: limit of the norm of g / loss_scale.
+    squares: float64 [2, T], sums of squares of the T whole weights and gradients, as `lars_squares` gives them; for
+        pieces of tensors, added up over the ranks that share them. None: of the tensors given here.
+    norm: 0-dim float64, the norm of the whole gradient, times loss_scale; None: of the gradients in ``squares``.
+
+    All lists are of equal length; shapes and devices must agree (ValueError).
     """
-    if weights and _by_kernel("lars_ema_step", weights[0]) and lars.takes(weights, gradients, momenta, targets):
-        step = lars.lars_ema_step
-    else:
-        step = reference.lars_ema_step
-    step(
-        weights,
-        gradients,
-        momenta,
-        excluded,
-        targets,
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        trust=trust,
-        ema=ema,
-    )
+    settings = {
+        "lr": lr,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "trust": trust,
+        "ema": ema,
+        "loss_scale": loss_scale,
+        "clip": clip,
+        "squares": squares,
+        "norm": norm,
+    }
+    if weights and _by_kernel("lars_ema_step", weights[0]):
+        checks.lars_norms(weights, squares, norm, loss_scale)
+        applied = lars.lars_ema_step(weights, gradients, momenta, excluded, targets, **settings)
+        if applied is not None:
+            return applied
+    return reference.lars_ema_step(weights, gradients, momenta, excluded, targets, **settings)
+
+
+def lars_squares(weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
+    """Sums of squares of T weights and of their gradients, float64 [2, T] on their device; 0 without a gradient.
+
+    Of pieces of tensors, they are to be added up over the ranks before `lars_ema_step` gets them. Raises ValueError
+    where lengths, shapes or devices do not agree.
+    """
+    squares = None
+    if weights and _by_kernel("lars_ema_step", weights[0]):
+        squares = lars.lars_squares(weights, gradients)
+    return reference.lars_squares(weights, gradients) if squares is None else squares
 
 
 def byol_ensemble_loss(q: Tensor, k: Tensor) -> Tensor:

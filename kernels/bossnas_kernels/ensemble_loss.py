@@ -1,7 +1,8 @@
-"""K7: loss of predictions against the ensemble of targets, one launch forward and one backward, in Triton.
+"""K7: loss of predictions against the ensemble of targets, two launches forward and one backward, in Triton.
 
-Forward: of every image, the normalised targets' mean and its direction, then the cosine with each prediction. The
-directions are kept for the backward pass, which reads every prediction once and makes its gradient.
+Forward: of every image, the normalised targets' mean and its direction, then the cosine with each prediction; then the
+mean over the images. The directions are kept for the backward pass, which reads every prediction once and makes its
+gradient.
 """
 
 import torch
@@ -40,7 +41,9 @@ def _forward(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     _cosines[(grid,)](
         q, k, cosines, direction, images, width, paths, k.shape[0], *q.stride()[:2], *k.stride()[:2], **tile
     )
-    return cosines.mean(1) * -2, direction
+    loss = torch.empty(paths, dtype=torch.float32, device=q.device)
+    _losses[(paths,)](cosines, loss, images, BLOCK=1024, num_warps=4)
+    return loss, direction
 
 
 def _fake_forward(q, k):
@@ -69,7 +72,7 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, backward, dloss, _):
     q, direction = ctx.saved_tensors
-    return backward(dloss, q, direction) if ctx.needs_input_grad[0] else None, None
+    return backward(dloss, q, direction), None
 
 
 _operation = common.operation(
@@ -82,6 +85,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
+@common.remembered
 def _plan(images: int, width: int, device: torch.device) -> tuple[int, dict]:
     """Number of tiles of images, and their shape."""
     table = common.config(TABLE, device)
@@ -132,6 +136,17 @@ def _cosines(
         tl.store(to, cosine, mask=n < images)
         at += q_path
         to += images
+
+
+@triton.jit
+def _losses(cosines, loss, images, BLOCK: tl.constexpr):
+    """-2 times the mean over the images of one path's cosines."""
+    path = tl.program_id(0)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, images, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        total += tl.load(cosines + path.to(tl.int64) * images + n, mask=n < images, other=0)
+    tl.store(loss + path, tl.sum(total, 0) * (-2 / images))
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """K1: grouped batch norm + residual + activation on NHWC maps, forward and backward, in Triton.
 
 A map is a matrix of rows (positions of all images) and channels; group g is an equal run of rows. Forward:
-statistics of row chunks -> combined by group -> applied. Backward: sums of row chunks -> added up -> applied. There
+statistics of row chunks -> combined by group -> applied. Backward: sums of row chunks -> added up -> applied, where the
+first programs also write the gradients of weight and bias. Evaluation reads the running statistics as they lie. There
 are no atomics, so results repeat to the bit. Sums are taken around a pivot (a chunk's first row) and combined as
 (count, mean, M2) by Chan's formula: E[x^2] - E[x]^2 turns negative where the mean is large.
 """
@@ -64,15 +65,15 @@ def gbn_act(
     checks.gbn_act(x, weight, bias, groups, residual, act, training, running_mean, running_var)
     if x.dtype not in common.DTYPES:
         raise ValueError(f"x: the kernel takes float32, bfloat16 or float16, got {x.dtype}")
-    others = {
-        "weight": weight,
-        "bias": bias,
-        "residual": residual,
-        "running_mean": running_mean,
-        "running_var": running_var,
-        "partial_stats": partial_stats,
-    }
-    checks.same_device(x, **others)
+    checks.same_device(
+        x,
+        weight=weight,
+        bias=bias,
+        residual=residual,
+        running_mean=running_mean,
+        running_var=running_var,
+        partial_stats=partial_stats,
+    )
     if residual is not None:
         residual = residual.to(x.dtype)
     if training:
@@ -82,10 +83,10 @@ def gbn_act(
                 f"many groups, got {tuple(partial_stats.shape)}"
             )
         y, statistics = _operation(x, weight, bias, residual, None, None, partial_stats, groups, act, eps)
-        return y, statistics[0], statistics[2]
-    running_mean, running_var = running_mean.float(), running_var.float()
+        mean, _, var = statistics.unbind()
+        return y, mean, var
     y, _ = _operation(x, weight, bias, residual, running_mean, running_var, None, groups, act, eps)
-    return y, running_mean.expand(groups, -1), running_var.expand(groups, -1)
+    return y, running_mean.float().expand(groups, -1), running_var.float().expand(groups, -1)
 
 
 def _forward(
@@ -100,12 +101,12 @@ def _forward(
     act: str,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """-> y, and [3, G, C] fp32: mean, 1 / sqrt(biased var + eps), unbiased var."""
+    """-> y, and [3, G, C] fp32: mean, 1 / sqrt(biased var + eps), unbiased var (empty in evaluation)."""
     x = dense("x of gbn_act", x)
     residual = None if residual is None else dense("residual of gbn_act", residual)
-    plan = _Plan(x, groups)
-    statistics = torch.empty(3, groups, plan.channels, dtype=torch.float32, device=x.device)
+    plan = _plan(x.shape, groups, x.device)
     if running_mean is None:
+        statistics = torch.empty(3, groups, plan.channels, dtype=torch.float32, device=x.device)
         if partial_stats is None:
             partial_stats = torch.empty(3, groups, plan.chunks, plan.channels, dtype=torch.float32, device=x.device)
             _statistics[plan.reducing_grid](
@@ -115,38 +116,36 @@ def _forward(
                 plan.channels,
                 plan.chunks,
                 plan.chunk_rows,
-                partial_stats.stride(0),
+                groups * plan.chunks * plan.channels,
                 **plan.tile,
             )
-        partial_stats = partial_stats.contiguous()
-        grid, tile = plan.combining(partial_stats.shape[2])
+        parts = partial_stats.shape[2]
+        grid, tile = plan.combining(parts)
         _combine[grid](
-            partial_stats,
+            partial_stats.contiguous(),
             statistics,
             plan.channels,
-            partial_stats.shape[2],
-            partial_stats.stride(0),
-            statistics.stride(0),
+            parts,
+            groups * parts * plan.channels,
+            groups * plan.channels,
             eps,
             **tile,
         )
     else:
-        statistics[0] = running_mean
-        statistics[1] = torch.rsqrt(running_var + eps)
-        statistics[2] = running_var
+        statistics = torch.empty(0, dtype=torch.float32, device=x.device)
     y = new_map(x)
     _apply[plan.grid](
         x,
         x if residual is None else residual,
         y,
-        statistics,
-        statistics.stride(0),
+        *_normaliser(statistics, running_mean, running_var, eps),
         weight.contiguous(),
         bias.contiguous(),
         _group_stride(weight),
         _group_stride(bias),
         plan.rows,
         plan.channels,
+        RUNNING=running_mean is not None,
         HAS_RESIDUAL=residual is not None,
         ACT=act,
         **plan.tile,
@@ -154,8 +153,21 @@ def _forward(
     return y, statistics
 
 
+def _normaliser(
+    statistics: Tensor, running_mean: Tensor | None, running_var: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, int, int, int, float]:
+    """What kernels normalise by: mean; 1 / standard deviation of the batch, or the running variance; how far the latter
+    lies from its pointer; distances of groups in both; eps."""
+    if running_mean is None or running_var is None:
+        _, groups, channels = statistics.shape
+        return statistics, statistics, groups * channels, channels, channels, eps
+    mean, var = running_mean.contiguous(), running_var.contiguous()
+    return mean, var, 0, _group_stride(mean), _group_stride(var), eps
+
+
 def _fake_forward(x, weight, bias, residual, running_mean, running_var, partial_stats, groups, act, eps):
-    return new_map(x), torch.empty(3, groups, x.shape[1], dtype=torch.float32, device=x.device)
+    shape = (3, groups, x.shape[1]) if running_mean is None else (0,)
+    return new_map(x), torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
 def _backward(
@@ -163,45 +175,54 @@ def _backward(
     x: Tensor,
     extra: Tensor | None,
     statistics: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     groups: int,
     act: str,
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dx, dz (the residual's gradient; empty if there is none), sums [2, G, C] of dz and of dz times normalised x.
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> dx, dz (the residual's gradient; empty if there is none), gradients of weight and bias.
 
     extra: with a residual, what tells z: y for relu, the residual for silu. Without one, z is recomputed from x.
     """
     x, dy = dense("x of gbn_act", x), dense("gradient of gbn_act", dy)
     extra = None if extra is None else dense("residual of gbn_act", extra)
-    plan = _Plan(x, groups)
+    plan = _plan(x.shape, groups, x.device)
     weight, bias = weight.contiguous(), bias.contiguous()
     partial = torch.empty(2, groups, plan.chunks, plan.channels, dtype=torch.float32, device=x.device)
-    dx = new_map(x)
-    dz = torch.empty(0, dtype=x.dtype, device=x.device) if extra is None else new_map(x)
-    strides = (_group_stride(weight), _group_stride(bias))
+    sums = torch.empty(2, groups, plan.channels, dtype=torch.float32, device=x.device)
+    dx, dz, dweight, dbias = _fake_backward(
+        dy, x, extra, statistics, running_mean, running_var, weight, bias, groups, act, eps
+    )
+    running = running_mean is not None
+    affine = (
+        *_normaliser(statistics, running_mean, running_var, eps),
+        weight,
+        bias,
+        _group_stride(weight),
+        _group_stride(bias),
+        plan.rows,
+        plan.channels,
+    )
     _reduce_gradient[plan.reducing_grid](
         dy,
         x,
         x if extra is None else extra,
         dz,
         partial,
-        statistics,
-        statistics.stride(0),
-        weight,
-        bias,
-        *strides,
-        plan.rows,
-        plan.channels,
+        *affine,
         plan.chunks,
         plan.chunk_rows,
-        partial.stride(0),
+        groups * plan.chunks * plan.channels,
+        RUNNING=running,
         HAS_EXTRA=extra is not None,
         ACT=act,
         **plan.tile,
     )
-    sums = partial.sum(2)
+    grid, tile = plan.combining(plan.chunks, 2 * groups)
+    _add_up[grid](partial, sums, plan.channels, plan.chunks, **tile)
     # dz, once written, replaces dy and needs no activation any more
     given, act = (dy, act) if extra is None else (dz, "none")
     _apply_gradient[plan.grid](
@@ -209,52 +230,49 @@ def _backward(
         x,
         dx,
         sums,
-        statistics,
-        sums.stride(0),
-        weight,
-        bias,
-        *strides,
-        plan.rows,
-        plan.channels,
-        TRAINING=training,
+        dweight,
+        dbias,
+        groups,
+        *affine,
+        RUNNING=running,
         ACT=act,
         **plan.tile,
     )
-    return dx, dz, sums
+    return dx, dz, dweight, dbias
 
 
-def _fake_backward(dy, x, extra, statistics, weight, bias, groups, act, training):
+def _fake_backward(dy, x, extra, statistics, running_mean, running_var, weight, bias, groups, act, eps):
     dz = torch.empty(0, dtype=x.dtype, device=x.device) if extra is None else new_map(x)
-    return new_map(x), dz, torch.empty(2, groups, x.shape[1], dtype=torch.float32, device=x.device)
+    dweight, dbias = (torch.empty(t.shape, dtype=t.dtype, device=x.device) for t in (weight, bias))
+    return new_map(x), dz, dweight, dbias
 
 
 def _save(ctx, inputs, output):
-    x, weight, bias, residual, running_mean, _, _, groups, act, _ = inputs
+    x, weight, bias, residual, running_mean, running_var, _, groups, act, eps = inputs
     y, statistics = output
     extra = None if residual is None or act == "none" else y if act == "relu" else residual
-    ctx.save_for_backward(x, extra, statistics, weight, bias)
-    ctx.settings = groups, act, running_mean is None
+    ctx.save_for_backward(x, extra, statistics, running_mean, running_var, weight, bias)
+    ctx.settings = groups, act, eps
     ctx.mark_non_differentiable(statistics)
 
 
 def _gradients(ctx, backward, dy, *_):
-    x, extra, statistics, weight, bias = ctx.saved_tensors
-    dx, dz, sums = backward(dy, x, extra, statistics, weight, bias, *ctx.settings)
-    dbias, dweight = (s if like.dim() == 2 else s.sum(0) for s, like in zip(sums, (bias, weight), strict=True))
-    dresidual = (dy if extra is None else dz) if ctx.needs_input_grad[3] else None
-    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dresidual, None, None, None, None, None, None
+    saved = ctx.saved_tensors
+    dx, dz, dweight, dbias = backward(dy, *saved, *ctx.settings)
+    dresidual = (dy if saved[1] is None else dz) if ctx.needs_input_grad[3] else None
+    return dx, dweight, dbias, dresidual, None, None, None, None, None, None
 
 
-_operation = common.operation("gbn_act", _forward, _fake_forward, _backward, _fake_backward, _save, _gradients)
+_operation = common.operation("gbn_act_v2", _forward, _fake_forward, _backward, _fake_backward, _save, _gradients)
 
 
 class _Plan:
-    """Tiles and grids for x, a dense map or matrix, in ``groups`` groups."""
+    """Tiles and grids for a dense map or matrix of this shape, in ``groups`` groups."""
 
-    def __init__(self, x: Tensor, groups: int):
-        table = common.config(TABLE, x.device)
-        self.channels = x.shape[1]
-        self.rows = x.numel() // (self.channels * groups)  # of a group
+    def __init__(self, shape: torch.Size, groups: int, device: torch.device):
+        table = common.config(TABLE, device)
+        self.channels = shape[1]
+        self.rows = shape.numel() // (self.channels * groups)  # of a group
         block_c = min(table["channels"], triton.next_power_of_2(self.channels))
         block_m = max(1, min(table["elements"] // block_c, triton.next_power_of_2(self.rows)))
         self.table, self.groups = table, groups
@@ -266,12 +284,21 @@ class _Plan:
         self.reducing_grid = (self.tiles_c * self.chunks * groups,)
         self.grid = (self.tiles_c * triton.cdiv(self.rows, block_m) * groups,)
 
-    def combining(self, parts: int) -> tuple[tuple[int], dict]:
-        """Grid and tile that combine ``parts`` parts of every group."""
-        block_p = max(16, min(self.table["parts"], triton.next_power_of_2(parts)))
-        block_c = self.table["part_elements"] // block_p
-        grid = (triton.cdiv(self.channels, block_c) * self.groups,)
-        return grid, {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": self.table["num_warps"]}
+        self._combining: dict[tuple[int, int], tuple[tuple[int], dict]] = {}
+
+    def combining(self, parts: int, rows: int = 0) -> tuple[tuple[int], dict]:
+        """Grid and tile that combine ``parts`` parts of every group, or of each of so many ``rows``."""
+        known = self._combining.get((parts, rows))
+        if known is None:
+            block_p = max(16, min(self.table["parts"], triton.next_power_of_2(parts)))
+            block_c = self.table["part_elements"] // block_p
+            grid = (triton.cdiv(self.channels, block_c) * (rows or self.groups),)
+            tile = {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": self.table["num_warps"]}
+            known = self._combining[parts, rows] = grid, tile
+        return known
+
+
+_plan = common.remembered(_Plan)
 
 
 def _group_stride(value: Tensor) -> int:
@@ -348,13 +375,30 @@ def _combine(
 
 
 @triton.jit
-def _affine(statistics, plane, weight, bias, group, weight_stride, bias_stride, channels, c, c_ok):
+def _affine(
+    mean,
+    spread,
+    plane,
+    mean_stride,
+    spread_stride,
+    eps,
+    weight,
+    bias,
+    weight_stride,
+    bias_stride,
+    group,
+    c,
+    c_ok,
+    RUNNING: tl.constexpr,
+):
     """Mean, 1 / standard deviation, weight and bias of this program's channels, fp32."""
-    at = statistics + group.to(tl.int64) * channels + c
-    m = tl.load(at, mask=c_ok, other=0)
-    r = tl.load(at + plane, mask=c_ok, other=0)
-    w = tl.load(weight + group.to(tl.int64) * weight_stride + c, mask=c_ok, other=0).to(tl.float32)
-    b = tl.load(bias + group.to(tl.int64) * bias_stride + c, mask=c_ok, other=0).to(tl.float32)
+    group = group.to(tl.int64)
+    m = tl.load(mean + group * mean_stride + c, mask=c_ok, other=0).to(tl.float32)
+    r = tl.load(spread + plane + group * spread_stride + c, mask=c_ok, other=1).to(tl.float32)
+    if RUNNING:
+        r = 1 / tl.sqrt(r + eps)
+    w = tl.load(weight + group * weight_stride + c, mask=c_ok, other=0).to(tl.float32)
+    b = tl.load(bias + group * bias_stride + c, mask=c_ok, other=0).to(tl.float32)
     return m, r, w, b
 
 
@@ -363,14 +407,19 @@ def _apply(
     x,
     residual,
     y,
-    statistics,
+    mean,
+    spread,
     plane,
+    mean_stride,
+    spread_stride,
+    eps,
     weight,
     bias,
     weight_stride,
     bias_stride,
     rows,
     channels,
+    RUNNING: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -378,7 +427,22 @@ def _apply(
 ):
     """y = act((x - mean) * rstd * weight + bias + residual) on one tile."""
     c, c_ok, group, _, first, count = _place(tl.cdiv(rows, BLOCK_M), BLOCK_M, rows, channels, BLOCK_C)
-    m, r, w, b = _affine(statistics, plane, weight, bias, group, weight_stride, bias_stride, channels, c, c_ok)
+    m, r, w, b = _affine(
+        mean,
+        spread,
+        plane,
+        mean_stride,
+        spread_stride,
+        eps,
+        weight,
+        bias,
+        weight_stride,
+        bias_stride,
+        group,
+        c,
+        c_ok,
+        RUNNING,
+    )
     row = tl.arange(0, BLOCK_M)
     mask = (row < count)[:, None] & c_ok[None, :]
     tile = row[:, None] * channels + c[None, :]
@@ -418,8 +482,12 @@ def _reduce_gradient(
     extra,
     dz_out,
     partial,
-    statistics,
+    mean,
+    spread,
     plane,
+    mean_stride,
+    spread_stride,
+    eps,
     weight,
     bias,
     weight_stride,
@@ -429,6 +497,7 @@ def _reduce_gradient(
     chunks,
     chunk_rows,
     partial_plane,
+    RUNNING: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
     ACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -436,7 +505,22 @@ def _reduce_gradient(
 ):
     """Sums of dz and of dz * normalised x over one chunk -> partial [2, G, chunks, C]; dz itself with a residual."""
     c, c_ok, group, chunk, first, count = _place(chunks, chunk_rows, rows, channels, BLOCK_C)
-    m, r, w, b = _affine(statistics, plane, weight, bias, group, weight_stride, bias_stride, channels, c, c_ok)
+    m, r, w, b = _affine(
+        mean,
+        spread,
+        plane,
+        mean_stride,
+        spread_stride,
+        eps,
+        weight,
+        bias,
+        weight_stride,
+        bias_stride,
+        group,
+        c,
+        c_ok,
+        RUNNING,
+    )
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     product = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     tile = tl.arange(0, BLOCK_M)[:, None] * channels + c[None, :]
@@ -459,27 +543,82 @@ def _reduce_gradient(
 
 
 @triton.jit
+def _add_up(partial, sums, channels, parts, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Sums over parts, [rows, parts, C] -> [rows, C]."""
+    c, c_ok, row, _, _, _ = _place(1, 1, 1, channels, BLOCK_C)
+    row = row.to(tl.int64)
+    partial += row * parts * channels
+    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(0, parts, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        mask = (p < parts)[:, None] & c_ok[None, :]
+        total += tl.load(partial + p[:, None] * channels + c[None, :], mask=mask, other=0)
+    tl.store(sums + row * channels + c, tl.sum(total, 0), mask=c_ok)
+
+
+@triton.jit
+def _store_affine(sums, to, stride, group, groups, channels, c, c_ok):
+    """A parameter's gradient from sums [G, C]: this group's row of it or, where groups share it (stride 0), the sum."""
+    own = group * 0 + stride != 0  # not a constant, even where the stride is 1
+    if own | (group == 0):
+        first = tl.where(own, group, 0)
+        total = tl.zeros_like(tl.load(sums + c, mask=c_ok, other=0))
+        for g in range(first, tl.where(own, group + 1, groups)):
+            total += tl.load(sums + g * channels + c, mask=c_ok, other=0)
+        tl.store(to + first * stride + c, total.to(to.dtype.element_ty), mask=c_ok)
+
+
+@triton.jit
 def _apply_gradient(
     dy,
     x,
     dx,
     sums,
-    statistics,
+    dweight,
+    dbias,
+    groups,
+    mean,
+    spread,
     plane,
+    mean_stride,
+    spread_stride,
+    eps,
     weight,
     bias,
     weight_stride,
     bias_stride,
     rows,
     channels,
-    TRAINING: tl.constexpr,
+    RUNNING: tl.constexpr,
     ACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dx on one tile: through the batch's own statistics in training, through the affine map alone otherwise."""
-    c, c_ok, group, _, first, count = _place(tl.cdiv(rows, BLOCK_M), BLOCK_M, rows, channels, BLOCK_C)
-    m, r, w, b = _affine(statistics, plane, weight, bias, group, weight_stride, bias_stride, channels, c, c_ok)
+    """dx on one tile: through the batch's own statistics in training, through the affine map alone otherwise.
+
+    The first tiles also write the gradients of weight and bias.
+    """
+    c, c_ok, group, part, first, count = _place(tl.cdiv(rows, BLOCK_M), BLOCK_M, rows, channels, BLOCK_C)
+    products = sums + groups * channels
+    if part == 0:
+        _store_affine(products, dweight, weight_stride, group, groups, channels, c, c_ok)
+        _store_affine(sums, dbias, bias_stride, group, groups, channels, c, c_ok)
+    m, r, w, b = _affine(
+        mean,
+        spread,
+        plane,
+        mean_stride,
+        spread_stride,
+        eps,
+        weight,
+        bias,
+        weight_stride,
+        bias_stride,
+        group,
+        c,
+        c_ok,
+        RUNNING,
+    )
     row = tl.arange(0, BLOCK_M)
     mask = (row < count)[:, None] & c_ok[None, :]
     tile = row[:, None] * channels + c[None, :]
@@ -487,9 +626,9 @@ def _apply_gradient(
     normal = (tl.load(x + base + tile, mask=mask, other=0).to(tl.float32) - m[None, :]) * r[None, :]
     dz = tl.load(dy + base + tile, mask=mask, other=0).to(tl.float32)
     dz = _before_activation(dz, normal, dz, w, b, False, ACT)
-    if TRAINING:
+    if not RUNNING:
         to = group.to(tl.int64) * channels + c
         share = tl.load(sums + to, mask=c_ok, other=0) / rows
-        slope = tl.load(sums + plane + to, mask=c_ok, other=0) / rows
+        slope = tl.load(products + to, mask=c_ok, other=0) / rows
         dz = dz - share[None, :] - normal * slope[None, :]
     tl.store(dx + base + tile, (dz * (r * w)[None, :]).to(dx.dtype.element_ty), mask=mask)

@@ -1,9 +1,10 @@
-"""K5: LARS and the moving average of the target for all tensors of a network, in three launches.
+"""K5: LARS and the moving average of the target for all tensors of a network, in four launches.
 
-Squares of every chunk of weights and gradients -> scale of every tensor's step -> update and moving average. The
-kernels find the tensors through a table of addresses and a list of chunks; both stay on the GPU from step to step.
-Gradients are new memory on every step, so their addresses are sent each time, from pinned memory. Nothing is copied
-back, and nothing waits for the GPU.
+Squares of every chunk of weights and gradients -> sums by tensor -> one program that decides: whether the step is
+taken, what gradients are multiplied by, the scale of every tensor's step -> update and moving average. The kernels find
+the tensors through a table of addresses and a list of chunks; both stay on the GPU from step to step. Gradients are new
+memory on every step, so their addresses are sent each time, from pinned memory. Nothing is copied back, and nothing
+waits for the GPU.
 
 Norms are taken in fp64, which costs nothing beside the memory traffic: a gradient counts as zero only if all of its
 elements are, however small they get. (The reference takes norms in fp32, where that is so from about 1e-22 up.)
@@ -13,8 +14,12 @@ Addresses are read on the host at every call: not for CUDA graphs, nor for torch
 
 from __future__ import annotations
 
+import collections
 import functools
-from collections.abc import Sequence
+import operator
+import weakref
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -35,31 +40,138 @@ _COLUMNS = 7  # of the table: addresses of weight, momentum, target; elements; e
 _LARGEST: tl.constexpr = tl.constexpr(3.4e38)  # finite number of fp32, nearly
 
 
+class _Verdict(NamedTuple):
+    why_not: str | None  # None: the kernels take the tensors
+    copied: list[int]  # gradients that lie in memory unlike their weights
+
+
+class _Kept(NamedTuple):
+    """What is known of the tensors that stay from step to step: weights, momenta and targets, one after the other."""
+
+    lengths: list[int | None]
+    references: list[Callable[[], Tensor | None]]  # weak
+    pointers: list[int]
+    looks: tuple  # their `_fingerprint`
+    why_not: str | None
+
+
+# The last tensors are found by who they are or, where a step makes new views of its shares, by all that a verdict
+# depends on. No address is part of that: memory that is used again for other tensors cannot mislead.
+_kept: collections.deque[_Kept] = collections.deque(maxlen=8)
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
 def takes(
     weights: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
-    momenta: Sequence[Tensor],
-    targets: Sequence[Tensor | None] | None,
+    momenta: Sequence[Tensor] | None = None,
+    excluded: Sequence[bool] | None = None,
+    targets: Sequence[Tensor | None] | None = None,
 ) -> bool:
-    """Whether the kernels can work on these tensors; says once why not. Gradients may have any strides."""
-    targets = targets or [None] * len(weights)
-    kept = [t for t in (*weights, *momenta, *targets) if t is not None]
-    why_not = None
-    if any(t.dtype != torch.float32 for t in (*kept, *gradients) if t is not None):
-        why_not = "tensors that are not all float32"
-    elif any(hasattr(t, "__tensor_flatten__") for t in kept):
-        why_not = "sharded or otherwise wrapped tensors"
-    elif not all(t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last) for t in weights):
-        why_not = "weights that are neither contiguous nor channels_last"
-    elif not all(
-        t is None or _same_order(w, t) for others in (momenta, targets) for w, t in zip(weights, others, strict=False)
+    """Whether the kernels can work on these tensors; says once why not. Gradients may have any strides.
+
+    Raises ValueError as `lars_ema_step` does.
+    """
+    return _verdict(weights, gradients, momenta, excluded, targets).why_not is None
+
+
+def _verdict(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    momenta: Sequence[Tensor] | None = None,
+    excluded: Sequence[bool] | None = None,
+    targets: Sequence[Tensor | None] | None = None,
+) -> _Verdict:
+    kept = _known(weights, momenta, excluded, targets)
+    index = [i for i, gradient in enumerate(gradients) if gradient is not None]
+    missing, shapes, strides, dtypes, devices, types = _fingerprint(gradients)
+    why_not = kept.why_not
+    if (
+        len(missing) != len(weights)
+        or shapes != [weights[i].shape for i in index]
+        or not set(dtypes) <= {torch.float32}
+        or not set(devices) <= {weights[0].device}
+        or not set(types) <= _PLAIN
     ):
-        why_not = "momenta or targets laid out unlike the weights"
-    elif any(t.data_ptr() % 16 for t in kept):
-        why_not = "tensors that do not start at a multiple of 16 bytes"
+        checks.lars_ema_step(weights, gradients, momenta, excluded, targets)
+        why_not = why_not or _why_not(weights, gradients, (), ())
+    copied = []
+    wanted = kept.looks[2]  # weights come first, and none of them is missing
+    if not why_not and strides != [wanted[i] for i in index]:
+        copied = [i for i in index if not _same_order(weights[i], gradients[i])]
     if why_not:
         common.tell_once(f"lars_ema_step: {why_not} are updated by the reference")
-    return why_not is None
+    if copied:
+        common.tell_once("lars_ema_step: gradients laid out unlike their weights are copied on every step")
+    return _Verdict(why_not, copied)
+
+
+def _known(
+    weights: Sequence[Tensor],
+    momenta: Sequence[Tensor] | None,
+    excluded: Sequence[bool] | None,
+    targets: Sequence[Tensor | None] | None,
+) -> _Kept:
+    """Raises ValueError where the lists do not fit."""
+    lengths = [None if values is None else len(values) for values in (weights, momenta, excluded, targets)]
+    tensors = [*weights, *(momenta or ()), *(targets or ())]
+    pointers = [0 if t is None else t.data_ptr() for t in tensors if type(t) in _PLAIN or t is None]
+    recent = [kept for kept in tuple(_kept) if kept.lengths == lengths]
+    for kept in recent:
+        if (
+            kept.pointers == pointers
+            and all(map(operator.is_, [reference() for reference in kept.references], tensors))
+            and [t.dtype for t in tensors if t is not None] == kept.looks[3]
+        ):
+            return kept
+    looks = _fingerprint(tensors)
+    why_not = next((kept.why_not for kept in recent if kept.looks == looks), _UNKNOWN)
+    if why_not is _UNKNOWN:
+        checks.lars_ema_step(weights, [None] * len(weights), momenta, excluded, targets)
+        why_not = _why_not(weights, (), momenta or (), targets or ())
+    references = [_nothing if t is None else weakref.ref(t) for t in tensors]
+    _kept.appendleft(_Kept(lengths, references, pointers, looks, why_not))
+    return _kept[0]
+
+
+_UNKNOWN = "not looked at yet"
+
+
+def _fingerprint(tensors: Sequence[Tensor | None]) -> tuple:
+    """All that a verdict depends on: which are missing; shapes, strides, dtypes, devices and types of the others."""
+    present = [t for t in tensors if t is not None]
+    return (
+        [t is None for t in tensors],
+        [t.shape for t in present],
+        list(map(Tensor.stride, present)),
+        [t.dtype for t in present],
+        [t.device for t in present],
+        list(map(type, present)),
+    )
+
+
+def _nothing() -> None:
+    """The reference to no tensor."""
+
+
+def _why_not(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    momenta: Sequence[Tensor],
+    targets: Sequence[Tensor | None],
+) -> str | None:
+    kept = [t for t in (*weights, *momenta, *targets) if t is not None]
+    if any(t.dtype != torch.float32 for t in (*kept, *gradients) if t is not None):
+        return "tensors that are not all float32"
+    if any(hasattr(t, "__tensor_flatten__") for t in (*kept, *gradients) if t is not None):
+        return "sharded or otherwise wrapped tensors"
+    if not all(t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last) for t in weights):
+        return "weights that are neither contiguous nor channels_last"
+    if not all(
+        t is None or _same_order(w, t) for others in (momenta, targets) for w, t in zip(weights, others, strict=False)
+    ):
+        return "momenta or targets laid out unlike the weights"
+    return None
 
 
 @torch.no_grad()
@@ -75,32 +187,78 @@ def lars_ema_step(
     weight_decay: float,
     trust: float,
     ema: float = 1.0,
-) -> None:
-    """`bossnas_kernels.lars_ema_step` for tensors that `takes` takes."""
-    checks.lars_ema_step(weights, gradients, momenta, excluded, targets)
-    if not any(w.numel() for w in weights):
-        return
+    loss_scale: float | Tensor = 1.0,
+    clip: float = 0.0,
+    squares: Tensor | None = None,
+    norm: Tensor | None = None,
+) -> Tensor | None:
+    """`bossnas_kernels.lars_ema_step` for at least one tensor. None, and nothing done, where `takes` says no."""
+    verdict = _verdict(weights, gradients, momenta, excluded, targets)
+    if verdict.why_not:
+        return None
     device = weights[0].device
-    chunk = common.config(TABLE, device)["chunk"]
     # dies after the launches are queued: then the allocator gives its memory only to what comes later in the stream
-    gradients = [None if g is None else _like_weight(w, g) for w, g in zip(weights, gradients, strict=True)]
-    followers = [0 if t is None else t.data_ptr() for t in targets or ()]
-    with torch.cuda.device_of(weights[0]):
-        stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0
-        table, chunks = _tables(
-            device,
-            stream,
-            chunk,
-            tuple(w.data_ptr() for w in weights),
-            tuple(m.data_ptr() for m in momenta),
-            tuple(followers),
-            tuple(w.numel() for w in weights),
-            tuple(map(bool, excluded)),
+    gradients = _like_weights(weights, gradients, verdict.copied)
+    with common.on_device_of(weights[0]):
+        table, chunks = _tables(*_place_of(weights), *_rows(weights, momenta, targets or (), excluded))
+        addresses = _addresses(gradients, device)
+        if squares is None:
+            squares = _sum_squares(table, chunks, addresses)
+        decided = _settle(
+            table,
+            addresses,
+            squares.contiguous(),
+            norm,
+            lr=lr,
+            weight_decay=weight_decay,
+            trust=trust,
+            loss_scale=loss_scale,
+            clip=clip,
         )
-        addresses = _send(torch.tensor([0 if g is None else g.data_ptr() for g in gradients]), device)
-        _launch(table, chunks, addresses, lr, momentum, weight_decay, trust, ema)
+        _move(table, chunks, addresses, *decided, momentum, weight_decay, ema)
     changed = (*weights, *momenta, *(t for t in targets or () if t is not None))
     torch.autograd.graph.increment_version(changed)  # as in-place operators do
+    return decided[0]
+
+
+@torch.no_grad()
+def lars_squares(weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor | None:
+    """`bossnas_kernels.lars_squares` for at least one tensor. None where `takes` says no."""
+    verdict = _verdict(weights, gradients)
+    if verdict.why_not:
+        return None
+    gradients = _like_weights(weights, gradients, verdict.copied)
+    with common.on_device_of(weights[0]):
+        table, chunks = _tables(*_place_of(weights), *_rows(weights, (), (), ()))
+        return _sum_squares(table, chunks, _addresses(gradients, weights[0].device))
+
+
+def _place_of(weights: Sequence[Tensor]) -> tuple[torch.device, int, int]:
+    """Device, stream, and the elements of a chunk there."""
+    device = weights[0].device
+    stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0
+    return device, stream, common.config(TABLE, device)["chunk"]
+
+
+def _rows(
+    weights: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    targets: Sequence[Tensor | None],
+    excluded: Sequence[bool],
+) -> tuple[tuple[int, ...], ...]:
+    """What `_tables` puts into its columns."""
+    return (
+        tuple(map(Tensor.data_ptr, weights)),
+        tuple(map(Tensor.data_ptr, momenta)),
+        tuple([0 if t is None else t.data_ptr() for t in targets]),
+        tuple(map(Tensor.numel, weights)),
+        tuple(map(bool, excluded)),
+    )
+
+
+def _addresses(gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """int64 [tensors] on the device, 0 for none."""
+    return common.send(torch.tensor([0 if g is None else g.data_ptr() for g in gradients], dtype=torch.int64), device)
 
 
 def _same_order(a: Tensor, b: Tensor) -> bool:
@@ -110,14 +268,13 @@ def _same_order(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _like_weight(weight: Tensor, gradient: Tensor) -> Tensor:
-    if _same_order(weight, gradient) and gradient.data_ptr() % 16 == 0:
-        return gradient
-    common.tell_once(
-        "lars_ema_step: gradients laid out unlike their weights, or not at multiples of 16 bytes, are "
-        "copied on every step"
-    )
-    return torch.empty_like(weight).copy_(gradient)
+def _like_weights(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor | None], copied: list[int]
+) -> list[Tensor | None]:
+    gradients = list(gradients)
+    for i in copied:
+        gradients[i] = torch.empty_like(weights[i]).copy_(gradients[i])
+    return gradients
 
 
 # What is cached depends on the arguments alone, so it never goes stale; a stream of its own has a table of its own, as
@@ -143,56 +300,88 @@ def _tables(
     table[:, 5] = table[:, 6] - counts
     tensor = torch.arange(len(weights)).repeat_interleave(counts)
     within = torch.arange(len(tensor)) - table[tensor, 5]
-    return _send(table, device), _send(torch.stack([tensor, within], 1).to(torch.int32), device)
+    return common.send(table, device), common.send(torch.stack([tensor, within], 1).to(torch.int32), device)
 
 
-def _send(values: Tensor, device: torch.device) -> Tensor:
-    """Copies to the device without waiting; the allocator keeps the pinned memory until the copy has been made."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+def _shape(device: torch.device) -> dict[str, int]:
+    """Constants of the kernels that go through chunks."""
+    row = common.config(TABLE, device)
+    return {"COLUMNS": _COLUMNS, "CHUNK": row["chunk"], "BLOCK": row["block"], "num_warps": row["num_warps"]}
 
 
-def _launch(
+def _sum_squares(table: Tensor, chunks: Tensor, gradients: Tensor) -> Tensor:
+    """table, chunks: of `_tables`. gradients: of `_addresses`. -> float64 [2, tensors], of weights and of gradients."""
+    partial = torch.empty(len(chunks), 2, dtype=torch.float64, device=table.device)
+    squares = torch.empty(2, len(table), dtype=torch.float64, device=table.device)
+    if len(chunks):
+        _squares[(len(chunks),)](table, chunks, gradients, partial, **_shape(table.device))
+    _totals[(len(table),)](table, gradients, partial, squares, len(table), COLUMNS=_COLUMNS, BLOCK=256, num_warps=1)
+    return squares
+
+
+def _settle(
     table: Tensor,
-    chunks: Tensor,
     gradients: Tensor,
+    squares: Tensor,
+    norm: Tensor | None,
+    *,
     lr: float,
-    momentum: float,
     weight_decay: float,
     trust: float,
-    ema: float,
-) -> None:
-    """table, chunks: of `_tables`. gradients: addresses, int64 [tensors], 0 for none."""
-    config = common.config(TABLE, table.device)
-    shape = {"CHUNK": config["chunk"], "BLOCK": config["block"], "num_warps": config["num_warps"]}
-    partial = torch.empty(len(chunks), 2, dtype=torch.float64, device=table.device)
-    scales = torch.empty(len(table), dtype=torch.float32, device=table.device)
-    live = torch.empty(len(table), dtype=torch.int32, device=table.device)
-    _squares[(len(chunks),)](table, chunks, gradients, partial, COLUMNS=_COLUMNS, **shape)
-    _scales[(len(table),)](
+    loss_scale: float | Tensor,
+    clip: float,
+) -> tuple[Tensor, Tensor]:
+    """-> applied, 0-dim bool; fp32 [tensors + 1]: scales of the tensors' steps (NaN: none), then the factor of all
+    gradients."""
+    applied = torch.empty((), dtype=torch.bool, device=table.device)
+    scales = torch.empty(len(table) + 1, dtype=torch.float32, device=table.device)
+    on_device = isinstance(loss_scale, Tensor)
+    _decide[(1,)](
         table,
         gradients,
-        partial,
+        squares,
+        squares if norm is None else norm,
+        loss_scale if on_device else float(loss_scale),
+        applied.view(torch.int8),
         scales,
-        live,
+        len(table),
         float(lr),
         float(weight_decay),
         float(trust),
+        float(clip),
+        HAS_NORM=norm is not None,
+        SCALE_ON_DEVICE=on_device,
         COLUMNS=_COLUMNS,
-        BLOCK=256,
-        num_warps=1,
+        BLOCK=512,
+        num_warps=4,
     )
-    _update[(len(chunks),)](
-        table,
-        chunks,
-        gradients,
-        scales,
-        live,
-        float(momentum),
-        float(weight_decay),
-        1.0 - ema,
-        COLUMNS=_COLUMNS,
-        **shape,
-    )
+    return applied, scales
+
+
+def _move(
+    table: Tensor,
+    chunks: Tensor,
+    gradients: Tensor,
+    applied: Tensor,
+    scales: Tensor,
+    momentum: float,
+    weight_decay: float,
+    ema: float,
+) -> None:
+    """applied, scales: of `_settle`."""
+    if len(chunks):
+        _update[(len(chunks),)](
+            table,
+            chunks,
+            gradients,
+            applied.view(torch.int8),
+            scales,
+            len(table),
+            float(momentum),
+            float(weight_decay),
+            1.0 - ema,
+            **_shape(table.device),
+        )
 
 
 @triton.jit
@@ -229,7 +418,7 @@ def _squares(
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
-    TAIL: tl.constexpr = 16,
+    SINGLES: tl.constexpr = 512,
 ):
     """Sums of squares of a chunk of a weight and its gradient -> partial [chunks, 2]; nothing without a gradient."""
     tensor, row, first, left = _chunk(table, chunks, COLUMNS, CHUNK)
@@ -237,27 +426,35 @@ def _squares(
     if gradient != 0:
         weight = tl.load(row)
         scaled = tl.load(row + 4) == 0  # excluded: the norm of the weight is not needed
-        whole = left // TAIL * TAIL  # a bound that vectors do not cross
+        whole = _vectors(left, weight | gradient)
         w_total = tl.zeros([BLOCK], tl.float64)
         g_total = tl.zeros([BLOCK], tl.float64)
         for start in range(0, whole, BLOCK):
             i = start + tl.arange(0, BLOCK)
             w_total = _add_squares(w_total, weight, first, i, (i < whole) & scaled, True)
             g_total = _add_squares(g_total, gradient, first, i, i < whole, True)
-        i = whole + tl.arange(0, TAIL)
-        nothing = tl.zeros([TAIL], tl.float64)
-        w_tail = _add_squares(nothing, weight, first, i, (i < left) & scaled, False)
-        g_tail = _add_squares(nothing, gradient, first, i, i < left, False)
+        w_sum = tl.sum(w_total, 0)
+        g_sum = tl.sum(g_total, 0)
+        w_total = tl.zeros([SINGLES], tl.float64)
+        g_total = tl.zeros([SINGLES], tl.float64)
+        for start in range(whole, left, SINGLES):
+            i = start + tl.arange(0, SINGLES)
+            w_total = _add_squares(w_total, weight, first, i, (i < left) & scaled, False)
+            g_total = _add_squares(g_total, gradient, first, i, i < left, False)
         to = partial + 2 * tl.program_id(0)
-        tl.store(to, tl.sum(w_total, 0) + tl.sum(w_tail, 0))
-        tl.store(to + 1, tl.sum(g_total, 0) + tl.sum(g_tail, 0))
+        tl.store(to, w_sum + tl.sum(w_total, 0))
+        tl.store(to + 1, g_sum + tl.sum(g_total, 0))
 
 
 @triton.jit
-def _scales(
-    table, gradients, partial, scales, live, lr, weight_decay, trust, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Scale of a tensor's step, and whether there is one: live is 0 without a gradient or with a zero one, else 1."""
+def _vectors(left, addresses):
+    """How many of the elements that are left are read 128 bits at a time: none of tensors off multiples of 16 bytes."""
+    return tl.where((addresses & 15) == 0, left // 16 * 16, 0)
+
+
+@triton.jit
+def _totals(table, gradients, partial, squares, tensors, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums over the chunks of a tensor -> squares [2, tensors]; zeros without a gradient."""
     tensor = tl.program_id(0)
     row = table + tensor * COLUMNS
     first = tl.load(row + 5)
@@ -268,19 +465,74 @@ def _scales(
         i = start + tl.arange(0, BLOCK)
         w_total += tl.load(partial + 2 * i, mask=i < last, other=0)
         g_total += tl.load(partial + 2 * i + 1, mask=i < last, other=0)
-    w_norm = tl.sqrt(tl.sum(w_total, 0))
-    g_norm = tl.sqrt(tl.sum(g_total, 0))
-    norms = g_norm + weight_decay * w_norm
-    scale = lr * trust * w_norm / tl.where(g_norm == 0, 1, norms)
-    scale = tl.where(scale > _LARGEST, _LARGEST, scale)  # infinity times an element of 0 is NaN
-    scale = tl.where(tl.load(row + 4) == 0, scale, lr)
-    tl.store(scales + tensor, scale.to(tl.float32))
-    tl.store(live + tensor, tl.where(g_norm == 0, 0, 1))  # NaN is not 0: it shows in the weights
+    tl.store(squares + tensor, tl.sum(w_total, 0))
+    tl.store(squares + tensors + tensor, tl.sum(g_total, 0))
+
+
+@triton.jit
+def _decide(
+    table,
+    gradients,
+    squares,
+    norm,
+    loss_scale,
+    applied,
+    scales,
+    tensors,
+    lr,
+    weight_decay,
+    trust,
+    clip,
+    HAS_NORM: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program for all: applied, if the gradient's norm is finite; scales [tensors + 1], as `_settle` returns."""
+    if HAS_NORM:
+        whole = tl.load(norm)
+    else:
+        total = tl.zeros([BLOCK], tl.float64)
+        for start in range(0, tensors, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            total += tl.load(squares + tensors + i, mask=i < tensors, other=0)
+        whole = tl.sqrt(tl.sum(total, 0))
+    tl.store(applied, tl.where(whole < float("inf"), 1, 0).to(tl.int8))  # NaN is not below
+    if SCALE_ON_DEVICE:
+        loss_scale = tl.load(loss_scale)
+    factor = 1 / tl.cast(loss_scale, tl.float64)
+    limited = clip / (whole * factor + 1e-6)
+    factor *= tl.where(clip > 0, tl.minimum(limited, 1.0), 1.0)
+    tl.store(scales + tensors, factor.to(tl.float32))
+    for start in range(0, tensors, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        mask = i < tensors
+        w_norm = tl.sqrt(tl.load(squares + i, mask=mask, other=0))
+        g_norm = tl.sqrt(tl.load(squares + tensors + i, mask=mask, other=0)) * factor
+        norms = g_norm + weight_decay * w_norm
+        scale = lr * trust * w_norm / tl.where(g_norm == 0, 1, norms)
+        scale = tl.where(scale > _LARGEST, _LARGEST, scale)  # infinity times an element of 0 is NaN
+        scale = tl.where(tl.load(table + i * COLUMNS + 4, mask=mask, other=0) == 0, scale, lr)
+        live = (tl.load(gradients + i, mask=mask, other=0) != 0) & (g_norm != 0)
+        tl.store(scales + i, tl.where(live, scale, float("nan")).to(tl.float32), mask=mask)
 
 
 @triton.jit
 def _update_part(
-    weight, gradient, buffer, target, first, offsets, mask, live, scale, momentum, decay, share, VECTOR: tl.constexpr
+    weight,
+    gradient,
+    buffer,
+    target,
+    first,
+    offsets,
+    mask,
+    live,
+    factor,
+    scale,
+    momentum,
+    decay,
+    share,
+    VECTOR: tl.constexpr,
 ):
     w_at = _at(weight, first, offsets, VECTOR)
     b_at = _at(buffer, first, offsets, VECTOR)
@@ -290,7 +542,7 @@ def _update_part(
     g = tl.load(_at(gradient, first, offsets, VECTOR), mask=mask & live, other=0)
     b = tl.load(b_at, mask=mask & live, other=0)
     t = tl.load(t_at, mask=mask & averaged, other=0)
-    b = momentum * b + (g + decay * w) * scale
+    b = momentum * b + (g * factor + decay * w) * scale
     w = tl.where(live, w - b, w)
     tl.store(b_at, b, mask=mask & live)
     tl.store(w_at, w, mask=mask & live)
@@ -304,26 +556,60 @@ def _update(
     table,
     chunks,
     gradients,
+    applied,
     scales,
-    lives,
+    tensors,
     momentum,
     weight_decay,
     share,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
-    TAIL: tl.constexpr = 16,
+    SINGLES: tl.constexpr = 512,
 ):
     """One chunk: momentum and weight if the gradient is live, then the target, ``share`` of the way to the weight."""
-    tensor, row, first, left = _chunk(table, chunks, COLUMNS, CHUNK)
-    weight, buffer, target = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-    gradient = tl.load(gradients + tensor)
-    decay = tl.where(tl.load(row + 4) == 0, weight_decay, 0.0)
-    scale = tl.load(scales + tensor)
-    live = tl.load(lives + tensor) != 0
-    whole = left // TAIL * TAIL  # a bound that vectors do not cross
-    for start in range(0, whole, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        _update_part(weight, gradient, buffer, target, first, i, i < whole, live, scale, momentum, decay, share, True)
-    i = whole + tl.arange(0, TAIL)
-    _update_part(weight, gradient, buffer, target, first, i, i < left, live, scale, momentum, decay, share, False)
+    if tl.load(applied) != 0:
+        tensor, row, first, left = _chunk(table, chunks, COLUMNS, CHUNK)
+        weight, buffer, target = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+        gradient = tl.load(gradients + tensor)
+        decay = tl.where(tl.load(row + 4) == 0, weight_decay, 0.0)
+        scale = tl.load(scales + tensor)
+        live = tl.where(scale < float("inf"), 1, 0) != 0  # NaN is not below
+        factor = tl.load(scales + tensors)
+        whole = _vectors(left, weight | gradient | buffer | target)
+        for start in range(0, whole, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            _update_part(
+                weight,
+                gradient,
+                buffer,
+                target,
+                first,
+                i,
+                i < whole,
+                live,
+                factor,
+                scale,
+                momentum,
+                decay,
+                share,
+                True,
+            )
+        for start in range(whole, left, SINGLES):
+            i = start + tl.arange(0, SINGLES)
+            _update_part(
+                weight,
+                gradient,
+                buffer,
+                target,
+                first,
+                i,
+                i < left,
+                live,
+                factor,
+                scale,
+                momentum,
+                decay,
+                share,
+                False,
+            )

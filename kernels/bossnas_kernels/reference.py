@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -249,30 +250,116 @@ def lars_ema_step(
     weight_decay: float,
     trust: float,
     ema: float = 1.0,
-) -> None:
-    """`bossnas_kernels.lars_ema_step` in plain torch, with one copy from the device, of the norms."""
+    loss_scale: float | Tensor = 1.0,
+    clip: float = 0.0,
+    squares: Tensor | None = None,
+    norm: Tensor | None = None,
+) -> Tensor:
+    """`bossnas_kernels.lars_ema_step` in plain torch: foreach operations on a CPU, nothing that waits elsewhere."""
     checks.lars_ema_step(weights, gradients, momenta, excluded, targets)
+    checks.lars_norms(weights, squares, norm, loss_scale)
     index = [i for i, g in enumerate(gradients) if g is not None]
-    if index:
-        moved, buffers = [weights[i] for i in index], [momenta[i] for i in index]
-        given = [gradients[i].to(weights[i].dtype) for i in index]
-        norms = torch._foreach_norm(moved) + torch._foreach_norm(given)
-        w_norm, g_norm = torch.stack(norms).double().view(2, -1).tolist()
-        lars_update(
-            moved,
-            given,
-            buffers,
-            [excluded[i] for i in index],
-            w_norm,
-            g_norm,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            trust=trust,
-        )
+    moved, buffers = [weights[i] for i in index], [momenta[i] for i in index]
+    given = [gradients[i].to(weights[i].dtype) for i in index]
+    fixed = [bool(excluded[i]) for i in index]
     pairs = [(t, w) for t, w in zip(targets or (), weights, strict=False) if t is not None]
-    if pairs:
-        torch._foreach_lerp_([t for t, _ in pairs], [w for _, w in pairs], 1 - ema)
+    settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
+    if not _read_at_once(weights):
+        if squares is None:
+            squares = lars_squares(weights, gradients)
+        w_norm, g_norm = squares.sqrt().unbind()
+        norm = g_norm.norm() if norm is None else norm
+        applied = norm.isfinite()
+        factor = _gradient_factor(torch.ones_like(norm), norm, loss_scale, clip)
+        parts = moved, given, buffers, fixed, _take(w_norm, index), _take(g_norm, index)
+        _update_where(applied, *parts, factor, **settings)
+        for target, weight in pairs:
+            target.copy_(torch.where(applied, torch.lerp(target, weight, 1 - ema), target))
+        return applied
+    if squares is None:
+        norms = torch._foreach_norm(moved) + torch._foreach_norm(given) if index else ()
+        w_norm, g_norm = torch.stack(norms).double().view(2, -1).tolist() if index else ([], [])
+        whole = math.hypot(*g_norm)
+    else:
+        w_norm, g_norm = squares[:, index].sqrt().tolist()
+        whole = squares[1].sum().sqrt().item()
+    whole = whole if norm is None else norm.item()
+    applied = math.isfinite(whole)
+    if applied:
+        factor = float(_gradient_factor(1.0, whole, loss_scale, clip))
+        lars_update(moved, given, buffers, fixed, w_norm, g_norm, factor=factor, **settings)
+        if pairs:
+            torch._foreach_lerp_([t for t, _ in pairs], [w for _, w in pairs], 1 - ema)
+    return torch.tensor(applied)
+
+
+@torch.no_grad()
+def lars_squares(weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
+    """`bossnas_kernels.lars_squares` in plain torch; norms are taken in the tensors' own dtype."""
+    checks.lars_ema_step(weights, gradients, None, None, None)
+    index = [i for i, g in enumerate(gradients) if g is not None]
+    if not index:
+        where = weights[0].device if weights else None
+        return torch.zeros(2, len(weights), dtype=torch.float64, device=where)
+    given = [gradients[i].to(weights[i].dtype) for i in index]
+    norms = torch._foreach_norm([weights[i] for i in index]) + torch._foreach_norm(given)
+    nothing = torch.zeros_like(norms[0])
+    columns = {i: at for at, i in enumerate(index)}
+    ordered = [
+        nothing if i not in columns else norms[columns[i] + of * len(index)]
+        for of in (0, 1)
+        for i in range(len(weights))
+    ]
+    return torch.stack(ordered).double().square().view(2, -1)
+
+
+def _read_at_once(tensors: Sequence[Tensor]) -> bool:
+    """Whether numbers are read from the tensors without waiting for a device."""
+    return not tensors or tensors[0].device.type == "cpu"
+
+
+def _gradient_factor(one, norm, loss_scale: float | Tensor, clip: float):
+    """What gradients of this norm are multiplied by; number or tensor, as ``one`` and ``norm`` are."""
+    factor = one / loss_scale
+    if clip > 0:
+        limit = clip / (norm * factor + 1e-6)
+        factor = factor * (limit.clamp(max=1) if isinstance(limit, Tensor) else min(1.0, limit))
+    return factor
+
+
+def _take(values: Tensor, index: Sequence[int]) -> list[Tensor]:
+    parts = values.unbind()
+    return [parts[i] for i in index]
+
+
+def _update_where(
+    applied: Tensor,
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    excluded: Sequence[bool],
+    w_norm: Sequence[Tensor],
+    g_norm: Sequence[Tensor],
+    factor: Tensor,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    trust: float,
+) -> None:
+    """`lars_update` by numbers that stay on the device."""
+    for weight, gradient, buffer, fixed, w, g in zip(
+        weights, gradients, momenta, excluded, w_norm, g_norm, strict=True
+    ):
+        moves = applied & (g != 0)
+        if fixed:
+            update = gradient * factor * lr
+        else:
+            scale = lr * trust * w / (g * factor + weight_decay * w)
+            update = (gradient * factor + weight_decay * weight) * scale
+        update = momentum * buffer + update
+        buffer.copy_(torch.where(moves, update, buffer))
+        weight.copy_(torch.where(moves, weight - update, weight))
 
 
 @torch.no_grad()
@@ -288,19 +375,22 @@ def lars_update(
     momentum: float,
     weight_decay: float,
     trust: float,
+    factor: float = 1.0,
 ) -> None:
     """The update of `lars_ema_step` with norms that are known, as where each rank holds a piece of a tensor.
 
-    A gradient of norm 0 moves nothing; NaN is not 0, and shows in the weights.
+    A gradient of norm 0 moves nothing. ``factor``: what gradients and their norms are multiplied by.
     """
     live = [i for i, norm in enumerate(g_norm) if norm != 0]
     if not live:
         return
     weights, gradients, momenta = ([tensors[i] for i in live] for tensors in (weights, gradients, momenta))
     # trust ratio (You et al. 2017; METHOD 3.5). `live` keeps g_norm off 0: the quotient is never 0 / 0
-    scale = [lr if excluded[i] else lr * trust * w_norm[i] / (g_norm[i] + weight_decay * w_norm[i]) for i in live]
+    scale = [
+        lr if excluded[i] else lr * trust * w_norm[i] / (g_norm[i] * factor + weight_decay * w_norm[i]) for i in live
+    ]
     updates = torch._foreach_mul(weights, [0.0 if excluded[i] else weight_decay for i in live])
-    torch._foreach_add_(updates, gradients)
+    torch._foreach_add_(updates, gradients, alpha=factor)
     torch._foreach_mul_(updates, scale)
     torch._foreach_mul_(momenta, momentum)
     torch._foreach_add_(momenta, updates)

@@ -134,7 +134,7 @@ def dwconv2d_cases():
 def lars_ema_step_cases():
     from bossnas_kernels import common, lars
 
-    def run(tensors, elements):
+    def run(tensors, elements, shared):
         chunks = tensors * triton.cdiv(elements, common.config(lars.TABLE, torch.device("meta"))["chunk"])
         tables = [
             torch.empty(*shape, dtype=dtype, device="meta")
@@ -144,10 +144,16 @@ def lars_ema_step_cases():
                 ((tensors,), torch.int64),
             )
         ]
-        lars._launch(*tables, lr=0.1, momentum=0.9, weight_decay=1e-6, trust=1e-3, ema=0.99)
+        table, chunks, gradients = tables
+        squares = lars._sum_squares(table, chunks, gradients)
+        norm = torch.empty((), dtype=torch.float64, device="meta") if shared else None
+        scale = torch.empty((), device="meta") if shared else 1.0
+        settings = {"lr": 0.1, "weight_decay": 1e-6, "trust": 1e-3, "loss_scale": scale, "clip": 0.0}
+        lars._move(*tables, *lars._settle(table, gradients, squares, norm, **settings), 0.9, 1e-6, 0.99)
 
-    for tensors, elements in ((400, 100_000), (400, 4_000_000), (1, 3_000_000_000)):
-        yield f"lars_ema_step {tensors} of {elements}", lambda a=(tensors, elements): run(*a)
+    for tensors, elements, shared in ((400, 100_000, False), (400, 4_000_000, True), (1, 3_000_000_000, False)):
+        name = f"lars_ema_step {tensors} of {elements}" + " shared" * shared
+        yield name, lambda a=(tensors, elements, shared): run(*a)
 
 
 def byol_ensemble_loss_cases():

@@ -61,6 +61,14 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def new_plans():
+    """Plans are made anew for every test: many replace a row of a table."""
+    from bossnas_kernels import common
+
+    common.forget()
+
+
 @pytest.fixture
 def device():
     """Where kernels run: the GPU, or the CPU under the interpreter."""

@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}  # bytes per program, by target
 DOT_KERNELS = ("_attend", "_query_gradient", "_key_gradient")
 # Read a few sums, one 64-bit number a thread; or single bytes, as a pixel is three of them.
-NARROW = ("_scales", "_weigh", "_sum_luma", "_colour", "_blur_rows", "_blur_columns")
+NARROW = ("_totals", "_decide", "_arrange", "_weigh", "_sum_luma", "_colour", "_blur_rows", "_blur_columns")
 
 
 @pytest.fixture(scope="module", params=SHARED_MEMORY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,6 +121,16 @@ def test_autocast_chooses_the_dtype(name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert call(bossnas_kernels).dtype == torch.bfloat16
     assert call(bossnas_kernels).dtype == torch.float32
+
+
+@pytest.mark.parametrize("gpus, current, switched", [(1, 0, False), (2, 1, False), (2, 0, True)])
+def test_launches_are_on_the_gpu_of_the_first_argument(gpus, current, switched, monkeypatch):
+    x = SimpleNamespace(is_cuda=True, get_device=lambda: gpus - 1)
+    monkeypatch.setattr(common, "_gpus", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    guard = common.on_device_of(x)
+    assert (guard.idx == 1) if switched else (guard is common._HERE)
+    assert common.on_device_of(torch.ones(1)) is common._HERE
 
 
 def test_every_public_function_has_a_reference():

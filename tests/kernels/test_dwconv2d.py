@@ -161,11 +161,18 @@ def test_several_strips_and_runs(device, monkeypatch):
     monkeypatch.setitem(
         depthwise.TABLE,
         common.architecture(device),
-        {"elements": 1024, "weight_elements": 512, "programs": 20, "weight_programs": 4, "num_warps": 4},
+        {
+            "elements": 1024,
+            "weight_elements": 512,
+            "programs": 20,
+            "weight_programs": 12,
+            "part_elements": 512,
+            "num_warps": 4,
+        },
     )
     given = leaves((3, 66, 23, 9), 3, device, dtype=torch.bfloat16)
-    plan = depthwise._Strips(given[0], 23, 9, True)
-    assert plan.walk[1] == 3 and plan.walk[2] == 8
+    plan = depthwise._Plan(given[0].shape, 3, 1, 0, given[0].device)
+    assert plan.strips.walk[1:] == (3, 8) and plan.sums.parts > 1
     kernels(given, 1)
 
 
@@ -256,12 +263,12 @@ def test_nan_shows_where_it_reaches(device, kernel, stride):
 def test_opcheck(device, kernel, stride, groups, bias):
     x, weight, *b = leaves((2, 5, 4, 6), kernel, device, bias=bias)
     given = (x, weight, b[0] if bias else None, stride, groups)
-    torch.library.opcheck(torch.ops.bossnas.dwconv2d.default, given)
-    y, _ = torch.ops.bossnas.dwconv2d(*given)
+    torch.library.opcheck(torch.ops.bossnas.dwconv2d_v2.default, given)
+    y, _, taps = torch.ops.bossnas.dwconv2d_v2(*given)
     for wants in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
-            torch.ops.bossnas.dwconv2d_backward.default,
-            (torch.ones_like(y), x.detach(), weight.detach(), stride, bias, *wants),
+            torch.ops.bossnas.dwconv2d_v2_backward.default,
+            (torch.ones_like(y), *(None if t is None else t.detach() for t in (*given[:3], taps)), stride, *wants),
         )
 
 

@@ -6,7 +6,9 @@ import logging
 
 import pytest
 import torch
+import triton
 from compare import TOLERANCE, check
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bossnas_kernels
 from bossnas_kernels import common, lars, reference
@@ -17,9 +19,11 @@ STEPS = {"kernel": lars.lars_ema_step, "reference": reference.lars_ema_step}
 FP32 = TOLERANCE[torch.float32]
 
 
-@pytest.fixture(params=list(STEPS))
-def step(request):
-    return STEPS[request.param]
+@pytest.fixture(params=[*STEPS, "reference of a GPU"])
+def step(request, monkeypatch):
+    if request.param not in STEPS:
+        monkeypatch.setattr(reference, "_read_at_once", lambda tensors: False)
+    return STEPS.get(request.param, reference.lars_ema_step)
 
 
 def truth(weights, gradients, momenta, excluded, targets=None, *, lr, momentum, weight_decay, trust, ema=1.0):
@@ -119,7 +123,7 @@ def test_moving_average(device, step, ema):
 def test_some_weights_have_no_target(device, step):
     network = Network([(37,)] * len(KINDS), KINDS, device)
     network.targets[::2] = network.exact[2][::2] = [None] * 3
-    assert lars.takes(network.weights, network.gradients(), network.momenta, network.targets)
+    assert lars.takes(network.weights, network.gradients(), network.momenta, network.excluded, network.targets)
     network.step(step, network.gradients())
     network.check()
 
@@ -179,17 +183,113 @@ def test_the_smallest_numbers(device, weight_decay):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of the interpreter
-@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
-def test_nan_shows(device, step, value):
-    network = Network([(50,)] * 4, ("scaled", "excluded", "scaled", "excluded"), device)
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")], ids=str)
+def test_a_gradient_that_is_not_finite_changes_nothing(device, step, value):
+    network = Network([(50,)] * 3, ("scaled", "excluded", "none"), device)
     gradients = network.gradients()
-    gradients[0][7] = gradients[1][7] = value
-    step(network.weights, gradients, network.momenta, network.excluded, network.targets, **SETTINGS)
-    for tensors in (network.weights, network.momenta, network.targets):
-        bad = [~t.isfinite() for t in tensors]
-        assert bad[0].all() if value != value else bad[0][7]
-        assert bad[1][7] and bad[1].sum() == 1
-        assert not (bad[2].any() or bad[3].any())
+    gradients[1][7] = value
+    applied = step(network.weights, gradients, network.momenta, network.excluded, network.targets, **SETTINGS)
+    assert applied.shape == () and applied.dtype == torch.bool and applied.device.type == device.type
+    assert not applied
+    network.check(0.0)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-2, 1e6])
+@pytest.mark.parametrize("on_device", [False, True], ids=["number", "tensor"])
+def test_loss_scale_and_clip(device, step, clip, on_device):
+    """As a step with gradients that were divided and clipped before; they are not written to."""
+    network = Network([(37,), (1030,)] * 3, KINDS, device)
+    gradients = network.gradients()
+    scaled = [None if g is None else 1024 * g for g in gradients]
+    before = [None if g is None else g.clone() for g in scaled]
+    scale = torch.tensor(1024.0, device=device) if on_device else 1024.0
+    norm = sum(g.double().square().sum().item() for g in gradients if g is not None) ** 0.5
+    factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
+    network.step(lambda w, _, *rest, **s: step(w, scaled, *rest, **s, loss_scale=scale, clip=clip),
+                 [None if g is None else factor * g for g in gradients])  # fmt: skip
+    network.check()
+    assert all(a is None or torch.equal(a, b) for a, b in zip(scaled, before, strict=True))
+
+
+def pieces(tensors, parts):
+    """Flat pieces of tensors, which begin and end anywhere: [parts][tensors]."""
+    return [list(row) for row in zip(*(t.flatten().tensor_split(parts) for t in tensors), strict=True)]
+
+
+def test_pieces_of_tensors_by_the_squares_of_all(device, step, caplog):
+    """Two ranks' pieces, most of them off multiples of 16 bytes, move as the whole tensors do."""
+    network = Network([(c,) for c in (1, 21, 1500, 2 * chunk(device) + 9)], ("scaled",) * 3 + ("excluded",), device)
+    whole = Network([(c,) for c in (1, 21, 1500, 2 * chunk(device) + 9)], network.kinds, device)
+    gradients = network.gradients()
+    parts = [pieces(t, 2) for t in (network.weights, gradients, network.momenta, network.targets)]
+    squares_of = {lars.lars_ema_step: lars.lars_squares, reference.lars_ema_step: reference.lars_squares}[step]
+    common._told.clear()
+    with caplog.at_level(logging.INFO, "bossnas_kernels"):
+        given = [(w, g, m, network.excluded, t) for w, g, m, t in zip(*parts, strict=True)]
+        assert all(lars.takes(*arguments) for arguments in given)
+        squares = sum(squares_of(w, g) for w, g, *_ in given)
+        norm = squares[1].sum().sqrt()
+        exact_squares = torch.stack([t.double().square().sum() for t in (*network.weights, *gradients)]).view(2, -1)
+        check("squares", squares, exact_squares.cpu(), FP32)
+        for arguments in given:
+            assert step(*arguments, **SETTINGS, squares=squares)
+        bad = [t.clone() for t in network.weights]
+        for arguments in given:
+            assert not step(*arguments, **SETTINGS, squares=squares, norm=norm * float("nan"))
+    assert all(torch.equal(a, b) for a, b in zip(bad, network.weights, strict=True))
+    whole.step(step, gradients)
+    network.exact = whole.exact
+    network.check()
+    assert not caplog.messages, "nothing was copied"
+
+
+def test_squares_without_a_gradient_are_zero(device):
+    weights = [torch.full((5,), 2.0, device=device), torch.ones(4, device=device)]
+    for module in (lars, reference):
+        assert module.lars_squares(weights, [None, None]).eq(0).all()
+        assert module.lars_squares(weights, [None, 3 * weights[1]]).tolist() == [[0, 4], [0, 36]]
+    assert reference.lars_squares([], []).shape == (2, 0)
+
+
+def test_nothing_is_read_back(monkeypatch):
+    """On tensors without data every copy to the host raises; launches are counted, not made."""
+    launched = []
+    monkeypatch.setattr(triton.runtime.jit.KernelInterface, "__getitem__", lambda kernel, grid: (
+        lambda *a, **k: launched.append(kernel.__name__)))  # fmt: skip
+    shapes = [(8, 6, 3, 3), (40,), (12,)]
+    lists = [[torch.empty(s, device="meta") for s in shapes] for _ in range(4)]
+    lists[1][2] = None
+    known = {"loss_scale": torch.ones((), device="meta"), "clip": 1.0}
+    for step in (lars.lars_ema_step, reference.lars_ema_step):
+        applied = step(*lists[:3], [False, True, True], lists[3], **SETTINGS, **known)
+        assert applied.device.type == "meta"
+    assert lars.lars_squares(*lists[:2]).shape == (2, 3)
+    assert launched == ["_squares", "_totals", "_decide", "_update"] + ["_squares", "_totals"]
+    with FakeTensorMode():
+        fake = [[torch.empty(s, device="cuda") for s in shapes] for _ in range(4)]
+        squares = reference.lars_squares(*fake[:2])
+        reference.lars_ema_step(
+            *fake[:3], [False, True, True], fake[3], **SETTINGS, squares=squares, norm=squares.sum()
+        )
+
+
+def test_a_verdict_is_of_what_tensors_look_like(device):
+    """Not of where they lie: the same memory may hold other tensors."""
+    lars._kept.clear()
+    memory = torch.zeros(48, device=device)
+    whole = [memory.view(6, 8)]
+    for _ in range(2):
+        assert lars.takes(whole, [None], whole, [False])
+    assert len(lars._kept) == 1
+    memory_of_two = [w.clone() for w in whole]
+    assert lars.takes(memory_of_two, [None], memory_of_two, [False])
+    assert len(lars._kept) == 2
+    memory_of_two[0].data = memory_of_two[0].double()
+    assert not lars.takes(memory_of_two, [None], memory_of_two, [False])
+    assert not lars.takes([memory.view(6, 8).T], [None], [memory.view(8, 6)], [False])
+    assert not lars.takes([memory.view(torch.int32).view(6, 8)], [None], whole, [False])
+    with pytest.raises(ValueError, match=r"momenta\[0\]: expected the shape"):
+        lars.takes([memory], [None], whole, [False])
 
 
 def test_channels_last(device, step, caplog):
@@ -197,7 +297,7 @@ def test_channels_last(device, step, caplog):
     network = Network(shapes, ("scaled",) * len(shapes), device, layout=torch.channels_last)
     common._told.clear()
     with caplog.at_level(logging.INFO, "bossnas_kernels"):
-        assert lars.takes(network.weights, network.gradients(), network.momenta, network.targets)
+        assert lars.takes(network.weights, network.gradients(), network.momenta, network.excluded, network.targets)
         network.step(step, network.gradients())
         gradients = network.gradients()
         gradients[1] = gradients[1].contiguous().clone()  # of 1x1 kernels the strides differ, not the order
@@ -207,7 +307,7 @@ def test_channels_last(device, step, caplog):
     assert not caplog.messages, "nothing was copied"
 
 
-@pytest.mark.parametrize("name", ["contiguous", "expanded", "every second", "unaligned"])
+@pytest.mark.parametrize("name", ["contiguous", "expanded", "every second"])
 def test_gradients_laid_out_otherwise(device, step, name, caplog):
     network = Network([(8, 6, 3, 3), (40,)], ("scaled", "scaled"), device, layout=torch.channels_last)
     noise = network.draw((2 * 8 * 6 * 9 + 1,)).to(device)
@@ -215,15 +315,14 @@ def test_gradients_laid_out_otherwise(device, step, name, caplog):
         "contiguous": (noise[:432].reshape(8, 6, 3, 3), noise[:40]),
         "expanded": (noise[:9].reshape(1, 1, 3, 3).expand(8, 6, 3, 3), noise[:1].expand(40)),
         "every second": (noise[:864:2].reshape(8, 6, 3, 3), noise[:80:2]),
-        "unaligned": (noise[1:433].view(8, 3, 3, 6).permute(0, 3, 1, 2), noise[1:41]),
     }[name]
     common._told.clear()
     with caplog.at_level(logging.INFO, "bossnas_kernels"):
         for _ in range(2):
-            assert lars.takes(network.weights, [four, one], network.momenta, network.targets)
+            assert lars.takes(network.weights, [four, one], network.momenta, network.excluded, network.targets)
             network.step(step, [four, one])
     network.check()
-    assert len(caplog.messages) == (step is lars.lars_ema_step)
+    assert len(caplog.messages) == 1, "the copy is said once"
 
 
 @pytest.mark.parametrize(
@@ -234,7 +333,6 @@ def test_gradients_laid_out_otherwise(device, step, name, caplog):
         ("transposed", "weights that are neither contiguous nor channels_last"),
         ("momentum", "momenta or targets laid out unlike the weights"),
         ("target", "momenta or targets laid out unlike the weights"),
-        ("unaligned", "tensors that do not start at a multiple of 16 bytes"),
     ],
 )
 def test_the_rest_goes_to_the_reference(device, refused, reason, caplog):
@@ -253,8 +351,6 @@ def test_the_rest_goes_to_the_reference(device, refused, reason, caplog):
         network.momenta[0] = network.momenta[0].T.contiguous().T
     elif refused == "target":
         network.targets[0] = network.targets[0].T.contiguous().T
-    elif refused == "unaligned":
-        network.weights[1] = torch.cat([network.weights[1][:1], network.weights[1]])[1:]
     common._told.clear()
     bossnas_kernels.use("triton")
     try:
@@ -325,7 +421,7 @@ def test_repeats_to_the_bit(device):
 
 
 def test_nothing_to_do(device, step):
-    step([], [], [], [], **SETTINGS)
+    assert reference.lars_ema_step([], [], [], [], **SETTINGS)
     empty = torch.zeros(0, device=device)
     step([empty], [empty], [empty], [False], [empty], **SETTINGS)
     weight = torch.ones(3, device=device)
@@ -380,6 +476,12 @@ def test_more_than_two_to_the_31_elements(device):
         ({"momenta": [torch.ones(3), torch.ones(2, 2, device="meta")]}, r"momenta\[1\]: expected a tensor on cpu"),
         ({"weights": [torch.ones(3), torch.ones(2, 2, device="meta")]}, r"weights\[1\]: expected a tensor on cpu"),
         ({"targets": [torch.ones(3), torch.ones(2, 2, device="meta")]}, r"targets\[1\]: expected a tensor on cpu"),
+        (
+            {"squares": torch.ones(2, 1)},
+            r"squares: expected torch.float64 of shape \[2, 2\], got torch.float32 of \[2, 1\]",
+        ),
+        ({"norm": torch.ones((), dtype=torch.float64, device="meta")}, "norm: expected a tensor on cpu"),
+        ({"loss_scale": torch.ones(1)}, r"loss_scale: expected torch.float32 of shape \[\]"),
     ],
 )
 @pytest.mark.parametrize("choice", ["triton", "reference"])
