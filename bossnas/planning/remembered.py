@@ -1,0 +1,230 @@
+"""Parts of a network that are counted once for each kind of input and played back after that.
+
+A micro-batch runs each candidate, projector and predictor on few kinds of input, and other micro-batches, the other
+layers of a block and other blocks meet the same ones again. The training loop runs as it is; only what it does inside
+such a part is taken from the first time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bossnas.planning.meter import NOTHING, Meter, Row, Size, minus, total
+from bossnas.spaces.alike import alike
+
+Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]  # shape, strides and dtype of a tensor
+
+
+def _layout(t: Tensor) -> Layout:
+    return t.shape, t.stride(), t.dtype
+
+
+def _empty(layout: Layout) -> Tensor:
+    shape, strides, dtype = layout
+    return torch.empty_strided(shape, strides, dtype=dtype)
+
+
+@dataclass
+class _Backward:
+    rows: list[Row]
+    changes: list[Size]
+    averages: list[int]
+    gradient: Layout | None  # of the input
+    moved: list[int]  # positions of the parameters that get a gradient
+
+
+@dataclass
+class _Forward:
+    """What a call takes. ``kept``: what it holds for the backward pass beside its input and its output;
+    ``backward``: by the layout of the output's gradient."""
+
+    rows: list[Row]
+    changes: list[Size]
+    averages: list[int]
+    output: Layout
+    differentiable: bool = False
+    kept: Size = NOTHING
+    keeps: tuple[bool, bool] = (False, False)  # the input; the output
+    backward: dict[Layout, _Backward] = field(default_factory=dict)
+
+
+class Memory:
+    """What is known of the parts. ``meter``: counts the present run; None: nothing is counted or remembered."""
+
+    def __init__(self) -> None:
+        self.meter: Meter | None = None
+        self.anchor = torch.zeros(1, requires_grad=True)  # has a result take a gradient where no input does
+        self._builds: list[nn.Module] = []
+        self._known: dict[Hashable, _Forward | None] = {}
+
+    def build(self, module: nn.Module) -> int:
+        """The same number for modules that are alike."""
+        for number, other in enumerate(self._builds):
+            if alike(module, other):
+                return number
+        self._builds.append(module)
+        return len(self._builds) - 1
+
+    def call(self, part: Remembered, x: Tensor, rest: tuple) -> Tensor:
+        """``part.inner(x, *rest)``, without running it where it is known."""
+        if self.meter is None:
+            return part.inner(x, *rest)
+        if part.build is None:
+            part.build = self.build(part.inner)
+        key = (
+            part.build,
+            rest,
+            _layout(x),
+            x.requires_grad,
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
+            part.inner.training,
+        )
+        if key not in self._known:
+            self._known[key] = _Recording(self.meter, part.inner, x, rest).forward()
+        known = self._known[key]
+        if known is None:
+            return part.inner(x, *rest)
+        return _Replay.apply(x, self.anchor if known.differentiable else None, self, known, part, rest)
+
+
+class Remembered(nn.Module):
+    """Stands for ``inner``, which is called with a tensor and hashable values and has no state that a call changes."""
+
+    def __init__(self, inner: nn.Module, memory: Memory):
+        super().__init__()
+        self.inner, self.memory, self.build = inner, memory, None
+
+    build: int | None
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return self.memory.call(self, x, rest)
+
+
+class _Recording:
+    """Runs a part by itself, on an input like ``x``."""
+
+    def __init__(self, meter: Meter, inner: nn.Module, x: Tensor, rest: tuple):
+        self.meter, self.inner, self.rest = meter, inner, rest
+        self.input, self.needs_gradient = _layout(x), x.requires_grad
+        self.grad, self.autocast = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+        self.precision = torch.get_autocast_dtype("cpu")
+        self.begins = 0, 0, 0  # rows, changes and averages before the backward pass
+        self.gradient: Layout | None = None
+
+    def forward(self, gradient: Layout | None = None) -> _Forward | None:
+        """None if the result is the input or a view of it. The backward pass is for an output's gradient of layout
+        ``gradient``, None: that of the output."""
+        meter = self.meter
+        # without autocast's cache: what a call takes must not depend on the calls before it
+        cast = torch.autocast("cpu", self.precision, self.autocast, cache_enabled=False)
+        with meter.aside(), torch.set_grad_enabled(self.grad), cast:
+            meter.phase = "forward"
+            x = _empty(self.input)
+            if self.needs_gradient:
+                x = _Entrance.apply(x.requires_grad_(), self)
+            place, start, outside = x.untyped_storage()._cdata, len(meter.changes), set(meter.alive)
+            y = self.inner(x, *self.rest)
+            made, output = y.untyped_storage()._cdata, _layout(y)
+            if made not in meter.alive or made == place:
+                return None
+            found = _Forward(
+                meter.rows.get("forward", []), meter.changes[start:], meter.averages[:], output, y.requires_grad
+            )
+            if not y.requires_grad:
+                return found
+            end = _Exit.apply(y, self, gradient or output)
+            outside |= {made, end.untyped_storage()._cdata}
+            del x, y
+            found.keeps = place in meter.alive, made in meter.alive
+            found.kept = total(alive.size for key, alive in meter.alive.items() if key not in outside)
+            found.backward[gradient or output] = self._backward(end)
+            return found
+
+    def _backward(self, end: Tensor) -> _Backward:
+        meter = self.meter
+        meter.phase = "backward"
+        with torch.autocast("cpu", enabled=False):
+            end.backward()
+        rows, changes, averages = self.begins
+        return _Backward(
+            meter.rows["backward"][rows:],
+            meter.changes[changes:],
+            meter.averages[averages:],
+            self.gradient,
+            [i for i, parameter in enumerate(self.inner.parameters()) if parameter in meter.moved],
+        )
+
+
+class _Entrance(torch.autograd.Function):
+    """A leaf, which holds no memory of the input -> a tensor like the input, which only those hold that use it."""
+
+    @staticmethod
+    def forward(ctx, leaf: Tensor, recording: _Recording) -> Tensor:
+        ctx.recording = recording
+        return _empty(recording.input)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, None]:
+        ctx.recording.gradient = _layout(gradient)
+        return None, None
+
+
+class _Exit(torch.autograd.Function):
+    """Output -> a tensor of one value, from which the backward pass begins with a gradient of a given layout."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, recording: _Recording, gradient: Layout) -> Tensor:
+        ctx.recording, ctx.gradient = recording, gradient
+        return torch.empty(1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        meter = ctx.recording.meter
+        ctx.recording.begins = len(meter.rows["backward"]), len(meter.changes), len(meter.averages)
+        return _empty(ctx.gradient), None, None
+
+
+class _Replay(torch.autograd.Function):
+    """Gives the meter what a call and its backward pass took, and results without data."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, anchor: Tensor | None, memory: Memory, known: _Forward, part: Remembered, rest: tuple):
+        meter = memory.meter
+        assert meter is not None
+        meter.play(known.rows, known.changes, known.averages)
+        y = _empty(known.output)
+        if known.differentiable:
+            kept = torch.empty(0)
+            meter.enlarge(kept, known.kept)
+            ctx.save_for_backward(kept, *([x] if known.keeps[0] else []), *([y] if known.keeps[1] else []))
+            ctx.memory, ctx.known, ctx.part, ctx.rest = memory, known, part, rest
+            ctx.input = _layout(x), x.requires_grad
+            ctx.precision = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        held = ctx.saved_tensors  # with checkpointing this runs the part again
+        meter, known, inner = ctx.memory.meter, ctx.known, ctx.part.inner
+        layout = _layout(gradient)
+        if layout not in known.backward:
+            (shape, strides, dtype), needed = ctx.input
+            x = torch.empty_strided(shape, strides, dtype=dtype).requires_grad_(needed)
+            with torch.enable_grad(), torch.autocast("cpu", ctx.precision[1], ctx.precision[0]):
+                again = _Recording(meter, inner, x, ctx.rest).forward(layout)
+            known.backward[layout] = again.backward[layout]
+        found = known.backward[layout]
+        # the gradient's storage is free after the first operation that takes it, and is in `changes` from its birth on
+        size = meter.size(gradient.untyped_storage().nbytes())
+        given = [minus(size)] if size == found.changes[0] else []
+        meter.play(found.rows, [*given, *found.changes], found.averages)
+        parameters = list(inner.parameters())
+        meter.moved.update(parameters[i] for i in found.moved)
+        del held
+        return None if found.gradient is None else _empty(found.gradient), None, None, None, None, None
