@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -189,6 +190,7 @@ def _flops(func, args: tuple, kwargs: dict, result: object) -> int:
     return 0 if count is None else count(*args, **kwargs, out_val=result)
 
 
+@cache
 def _outputs(func) -> set[str]:
     return {argument.name for argument in func._schema.arguments if argument.is_out}
 

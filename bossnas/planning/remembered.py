@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bossnas.planning.meter import NOTHING, Meter, Row, Size, minus, total
 from bossnas.spaces.alike import alike
@@ -106,6 +107,16 @@ class Remembered(nn.Module):
         return self.memory.call(self, x, rest)
 
 
+def watch(module: nn.Module, meter: Meter) -> list[RemovableHandle]:
+    """Has the meter note which parameters get a gradient. As from the second micro-batch on, all of them have one that
+    is added to."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [p.register_post_accumulate_grad_hook(lambda p: meter.moved.add(p)) for p in parameters]
+
+
 class _Recording:
     """Runs a part by itself, on an input like ``x``."""
 
@@ -124,6 +135,8 @@ class _Recording:
         # without autocast's cache: what a call takes must not depend on the calls before it
         cast = torch.autocast("cpu", self.precision, self.autocast, cache_enabled=False)
         with meter.aside(), torch.set_grad_enabled(self.grad), cast:
+            meter.phase = "gradients"
+            handles = watch(self.inner, meter) if self.grad else []
             meter.phase = "forward"
             x = _empty(self.input)
             if self.needs_gradient:
@@ -144,6 +157,8 @@ class _Recording:
             found.keeps = place in meter.alive, made in meter.alive
             found.kept = total(alive.size for key, alive in meter.alive.items() if key not in outside)
             found.backward[gradient or output] = self._backward(end)
+            for handle in handles:
+                handle.remove()
             return found
 
     def _backward(self, end: Tensor) -> _Backward:

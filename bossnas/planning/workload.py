@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bossnas.config.search import Config, TrainConfig
 from bossnas.distributed.engines import protocol
 from bossnas.planning.meter import DEGREE, Meter, Unwritten, images_to_count
-from bossnas.planning.remembered import Memory, Remembered
+from bossnas.planning.remembered import Memory, Remembered, watch
 from bossnas.spaces import Space, cost, ops
 from bossnas.spaces.cost import CostTable, Shape
 from bossnas.spaces.ops import Chain
@@ -79,27 +79,31 @@ class Workload:
         self.mode, self.memory = FakeTensorMode(), Memory()
         hidden, self.out = config.heads.hidden, config.heads.out
         with self.mode, Unwritten():
-            self.table = CostTable.of(space, self.image)
-            self.online, self.target = Supernet(space, hidden, self.out), Supernet(space, hidden, self.out).requires_grad_(False)
+            # counts do not depend on values, so this one is the target network as well
+            self.network = Supernet(space, hidden, self.out)
+            self.table = CostTable.of(space, self.image, self.network.stem, self._layer)
             self.predictors = [Remembered(heads.predictor(hidden, self.out), self.memory) for _ in range(space.blocks)]
-            self.unit = images_to_count(max(config.train.micro_batch, self.image), [self.online, *self.predictors])
-            for network in (self.online, self.target):
-                self._remember(network)
+            self.unit = images_to_count(max(config.train.micro_batch, self.image), [self.network, *self.predictors])
+            self._remember()
         self.winners = list(winners or self._middle())
         self._draws: dict[tuple, tuple[int, int, int]] = {}
         self._counted: dict[tuple, Counted] = {}
         self._micros: dict[tuple, Micro] = {}
 
-    def _remember(self, network: Supernet) -> None:
+    def _layer(self, block: int, layer: int) -> nn.Module:
+        return cast("nn.ModuleList", self.network.blocks[block])[layer]
+
+    def _remember(self) -> None:
         """Has the network's stem, layers, adapters and projectors counted once for each kind of input."""
+        network, memory = self.network, self.memory
         if not isinstance(network.stem, nn.Identity):  # the network asks whether it is one
-            network.stem = Remembered(network.stem, self.memory)
-        for block, layers in enumerate(network.blocks):
-            for depth, layer in enumerate(cast("nn.ModuleList", layers)):
-                cast("nn.ModuleList", layers)[depth] = Remembered(layer, self.memory)
+            network.stem = Remembered(network.stem, memory)
+        for block, layers in enumerate(cast("list[nn.ModuleList]", network.blocks)):
+            for depth, layer in enumerate(layers):
+                layers[depth] = Remembered(layer, memory)
             projector = network.projector(block)
-            projector.adapter = Remembered(projector.adapter, self.memory)
-            projector.mlp = cast("Chain", Remembered(projector.mlp, self.memory))
+            projector.adapter = Remembered(projector.adapter, memory)
+            projector.mlp = cast("Chain", Remembered(projector.mlp, memory))
 
     def _middle(self) -> list[Choices]:
         winners: list[Choices] = []
@@ -114,7 +118,7 @@ class Workload:
     @property
     def weights(self) -> int:
         """Parameters of both networks and all predictors."""
-        return _size(self.online) + _size(self.target) + sum(_size(p) for p in self.predictors)
+        return 2 * _size(self.network) + sum(_size(p) for p in self.predictors)
 
     def input_shape(self, block: int, winners: Sequence[Choices]) -> Shape:
         """Of one image, along the winners of the blocks before."""
@@ -134,9 +138,9 @@ class Workload:
         return Block(
             block,
             len(paths),
-            _size(self.online.part(block)),
+            _size(self.network.part(block)),
             _size(self.predictors[block]),
-            _size(self.target.part(block)),
+            _size(self.network.part(block)),
             shape,
             math.prod(shape) * feature,
             max(math.prod(start.shape) for start in self.table.starts[block]) * feature,
@@ -145,7 +149,7 @@ class Workload:
 
     def _head_macs(self, block: int, shape: Shape, paths: Sequence[Choices]) -> tuple[int, int]:
         """Multiply-adds of an image in the projector and in the predictor, summed over the paths."""
-        projector, predictor = self.online.projector(block).eval(), self.predictors[block].eval()
+        projector, predictor = self.network.projector(block).eval(), self.predictors[block].eval()
 
         def through(choice: int, shape: Shape) -> Tensor:
             return projector.mlp(projector.pool(torch.zeros(1, *shape), choice))
@@ -215,7 +219,7 @@ class Workload:
             settings = self.train.model_copy(update={"activation_checkpointing": recompute})
             with self.mode:
                 self._counted[key] = count_micro(
-                    Networks(self.online, self.target, cast("Chain", self.predictors[block])),
+                    Networks(self.network, self.network, cast("Chain", self.predictors[block])),
                     self.space,
                     winners,
                     settings,
@@ -268,14 +272,14 @@ def count_micro(
     ``view``: of its images, [n, 3, S, S]; ``memory``: of the networks' parts that are `Remembered`.
     """
     block, (online, target, predictor), images = len(winners), networks, len(view)
-    memory = memory or Memory()
     trained = nn.ModuleDict({**online.part(block), "predictor": predictor}).train()
-    for parameter in trained.parameters():  # as from the second micro-batch on: gradients exist and are added to
-        parameter.grad = torch.zeros_like(parameter)
     before, meter = Meter("prefix", images), Meter("start", images)
     if settings.sync_batch_norm:
         ops.synchronise(trained, target.part(block), average=lambda t: _Averaged.apply(t, meter))
-    handles = [p.register_post_accumulate_grad_hook(lambda p: meter.moved.add(p)) for p in trained.parameters()]
+    if memory is None:
+        memory, handles = Memory(), watch(trained, meter)
+    else:
+        handles = []  # its parts are watched while they are recorded
     for k in range(block):
         target.part(k).eval()
     # the finished blocks see the images of all views together
@@ -301,7 +305,6 @@ def count_micro(
     memory.meter = None
     for handle in handles:
         handle.remove()
-    trained.zero_grad(set_to_none=True)
     if settings.sync_batch_norm:
         ops.synchronise(trained, target.part(block), average=None)
     rows = {"prefix": before.rows.get("prefix", []) if block else [], "target": [], **meter.rows}

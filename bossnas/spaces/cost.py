@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bossnas.errors import ConfigError
+from bossnas.spaces.alike import alike
 from bossnas.spaces.paths import Choices, decode, encode
 from bossnas.spaces.space import Space
 
@@ -62,24 +63,35 @@ class CostTable:
     end in the same shape and `Space.paths` lets the same paths follow.
     """
 
-    def __init__(self, space: Space, image_size: int):
+    def __init__(self, space: Space, image_size: int, stem: nn.Module | None = None):
         self.space = space
         self.image: Shape = (3, image_size, image_size)
         self.entries: dict[Key, Entry] = {}
         self.starts: list[dict[Start, list[Choices]]] = []
         self.has_latency = False
-        stem = space.stem().eval()
+        stem = (stem or space.stem()).eval()
         self.stem = run(lambda x: call_stem(stem, x), [stem], self.image)
         self._known: dict[tuple[int, Choices, Shape], Entry] = {}
 
     @classmethod
-    def of(cls, space: Space, image_size: int) -> CostTable:
-        """Runs every candidate once per input shape with one image, one layer's weights in memory at a time."""
-        table = cls(space, image_size)
+    def of(
+        cls,
+        space: Space,
+        image_size: int,
+        stem: nn.Module | None = None,
+        layer: Callable[[int, int], nn.Module] | None = None,
+    ) -> CostTable:
+        """Runs every candidate once per input shape with one image, two layers' weights in memory at a time. A layer of
+        the same build as the one before it runs only on other shapes.
+
+        ``stem``, ``layer(block, layer)``: modules that exist already, which are left in evaluation mode; None: of the
+        space.
+        """
+        table = cls(space, image_size, stem)
         starts: dict[Start, list[Choices]] = {Start(table.image, tuple(space.paths(0, []))): []}
         for block in range(space.blocks):
             table.starts.append(starts)
-            table._run_block(block)
+            table._run_block(block, layer or space.layer)
             following: dict[Start, list[Choices]] = {}
             for start, winners in starts.items():
                 for path in start.paths if block + 1 < space.blocks else ():
@@ -88,16 +100,22 @@ class CostTable:
             starts = following
         return table
 
-    def _run_block(self, block: int) -> None:
+    def _run_block(self, block: int, layer_of: Callable[[int, int], nn.Module]) -> None:
         reached = {
             (start.shape, path): self.stem.shape if block == 0 else start.shape
             for start in self.starts[block]
             for path in start.paths
         }
+        module: nn.Module | None = None
+        known: dict[tuple[int, Shape], Entry] = {}
         for layer in range(self.space.layers(block)):
-            module = self.space.layer(block, layer).eval()
+            before, module = module, layer_of(block, layer).eval()
+            if before is None or not alike(before, module):
+                known = {}
             for choice, shape in sorted({(path[layer], shape) for (_, path), shape in reached.items()}):
-                self.entries[block, layer, choice, shape] = run(partial(_through, module, choice), [module], shape)
+                if (choice, shape) not in known:
+                    known[choice, shape] = run(partial(_through, module, choice), [module], shape)
+                self.entries[block, layer, choice, shape] = known[choice, shape]
             reached = {key: self.entries[block, layer, key[1][layer], shape].shape for key, shape in reached.items()}
 
     def after(self, block: int, start: Start, path: Choices) -> Start:
