@@ -77,31 +77,39 @@ class Memory:
             return part.inner(x, *rest)
         if part.build is None:
             part.build = self.build(part.inner)
+        grad, needed = torch.is_grad_enabled(), x.requires_grad
+        if part.inner.training and not grad:
+            # the target network: it does what the online network does, and holds less meanwhile
+            known_grad, needed = True, not part.first
+        else:
+            known_grad = grad
         key = (
             part.build,
             rest,
             _layout(x),
-            x.requires_grad,
-            torch.is_grad_enabled(),
+            needed,
+            known_grad,
             torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
             part.inner.training,
         )
         if key not in self._known:
-            self._known[key] = _Recording(self.meter, part.inner, x, rest).forward()
+            self._known[key] = _Recording(self.meter, part.inner, rest, _layout(x), (known_grad, needed)).forward()
         known = self._known[key]
         if known is None:
             return part.inner(x, *rest)
-        return _Replay.apply(x, self.anchor if known.differentiable else None, self, known, part, rest)
+        return _Replay.apply(x, self.anchor if known.differentiable and grad else None, self, known, part, rest)
 
 
 class Remembered(nn.Module):
-    """Stands for ``inner``, which is called with a tensor and hashable values and has no state that a call changes."""
+    """Stands for ``inner``, which is called with a tensor and hashable values and has no state that a call changes.
 
-    def __init__(self, inner: nn.Module, memory: Memory):
+    ``first``: whether it is the first part that is trained, so that its input takes no gradient.
+    """
+
+    def __init__(self, inner: nn.Module, memory: Memory, first: bool = False):
         super().__init__()
-        self.inner, self.memory, self.build = inner, memory, None
-
-    build: int | None
+        self.inner, self.memory, self.first = inner, memory, first
+        self.build: int | None = None
 
     def forward(self, x: Tensor, *rest: Any) -> Tensor:
         return self.memory.call(self, x, rest)
@@ -118,12 +126,13 @@ def watch(module: nn.Module, meter: Meter) -> list[RemovableHandle]:
 
 
 class _Recording:
-    """Runs a part by itself, on an input like ``x``."""
+    """Runs a part by itself on an input of layout ``x``. ``grad``: whether for a backward pass, and whether that gives
+    the input a gradient."""
 
-    def __init__(self, meter: Meter, inner: nn.Module, x: Tensor, rest: tuple):
-        self.meter, self.inner, self.rest = meter, inner, rest
-        self.input, self.needs_gradient = _layout(x), x.requires_grad
-        self.grad, self.autocast = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+    def __init__(self, meter: Meter, inner: nn.Module, rest: tuple, x: Layout, grad: tuple[bool, bool]):
+        self.meter, self.inner, self.rest, self.input = meter, inner, rest, x
+        self.grad, self.needs_gradient = grad
+        self.autocast = torch.is_autocast_enabled("cpu")
         self.precision = torch.get_autocast_dtype("cpu")
         self.begins = 0, 0, 0  # rows, changes and averages before the backward pass
         self.gradient: Layout | None = None
@@ -214,7 +223,7 @@ class _Replay(torch.autograd.Function):
         assert meter is not None
         meter.play(known.rows, known.changes, known.averages)
         y = _empty(known.output)
-        if known.differentiable:
+        if anchor is not None:
             kept = torch.empty(0)
             meter.enlarge(kept, known.kept)
             ctx.save_for_backward(kept, *([x] if known.keeps[0] else []), *([y] if known.keeps[1] else []))
@@ -229,10 +238,9 @@ class _Replay(torch.autograd.Function):
         meter, known, inner = ctx.memory.meter, ctx.known, ctx.part.inner
         layout = _layout(gradient)
         if layout not in known.backward:
-            (shape, strides, dtype), needed = ctx.input
-            x = torch.empty_strided(shape, strides, dtype=dtype).requires_grad_(needed)
-            with torch.enable_grad(), torch.autocast("cpu", ctx.precision[1], ctx.precision[0]):
-                again = _Recording(meter, inner, x, ctx.rest).forward(layout)
+            x, needed = ctx.input
+            with torch.autocast("cpu", ctx.precision[1], ctx.precision[0]):
+                again = _Recording(meter, inner, ctx.rest, x, (True, needed)).forward(layout)
             known.backward[layout] = again.backward[layout]
         found = known.backward[layout]
         # the gradient's storage is free after the first operation that takes it, and is in `changes` from its birth on

@@ -96,11 +96,12 @@ class Workload:
     def _remember(self) -> None:
         """Has the network's stem, layers, adapters and projectors counted once for each kind of input."""
         network, memory = self.network, self.memory
-        if not isinstance(network.stem, nn.Identity):  # the network asks whether it is one
-            network.stem = Remembered(network.stem, memory)
+        stem = not isinstance(network.stem, nn.Identity)  # the network asks whether it is one
+        if stem:
+            network.stem = Remembered(network.stem, memory, first=True)
         for block, layers in enumerate(cast("list[nn.ModuleList]", network.blocks)):
             for depth, layer in enumerate(layers):
-                layers[depth] = Remembered(layer, memory)
+                layers[depth] = Remembered(layer, memory, first=depth == 0 and not (block == 0 and stem))
             projector = network.projector(block)
             projector.adapter = Remembered(projector.adapter, memory)
             projector.mlp = cast("Chain", Remembered(projector.mlp, memory))
