@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
 
@@ -92,9 +93,21 @@ class _Alive(NamedTuple):
     death: weakref.ref
 
 
+@dataclass
+class Notes:
+    """What a meter notes: ``rows`` of each phase, ``changes`` of the memory, the bytes of storages that are ``alive`` by
+    their address, the bytes of each average over ranks, and the parameters that got a gradient."""
+
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    changes: list[Size] = field(default_factory=list)
+    alive: dict[int, _Alive] = field(default_factory=dict)
+    averages: list[int] = field(default_factory=list)
+    moved: set[nn.Parameter] = field(default_factory=set)
+
+
 class Meter(TorchDispatchMode):
-    """Notes of every operation its floating-point operations and bytes in ``rows``, by ``phase``, and in ``changes`` by
-    how many bytes each storage that is made or freed changes the memory.
+    """Notes of every operation its floating-point operations and bytes, by ``phase``, and by how many bytes each storage
+    that is made or freed changes the memory.
 
     ``images``: of the micro-batch that runs; all sizes are polynomials in their number. They hold for other numbers,
     too, if this one is from `images_to_count`, and else for this one alone.
@@ -102,35 +115,30 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, phase: str, images: int):
         super().__init__()
-        self.phase, self.images = phase, images
-        self.rows: dict[str, list[Row]] = {}
-        self.changes: list[Size] = []
-        self.alive: dict[int, _Alive] = {}  # by the storage's address
-        self.averages: list[int] = []  # bytes of each average over ranks
-        self.moved: set[nn.Parameter] = set()  # parameters that got a gradient
+        self.phase, self.images, self.notes = phase, images, Notes()
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Has what runs inside counted in fresh fields, which are empty at the beginning and gone at the end."""
-        before = self.phase, self.rows, self.changes, self.alive, self.averages, self.moved
-        self.rows, self.changes, self.alive, self.averages, self.moved = {}, [], {}, [], set()
+    def aside(self, notes: Notes, phase: str) -> Iterator[None]:
+        """Has what runs inside go into other notes."""
+        before = self.notes, self.phase
+        self.notes, self.phase = notes, phase
         try:
             yield
         finally:
-            self.phase, self.rows, self.changes, self.alive, self.averages, self.moved = before
+            self.notes, self.phase = before
 
     def play(self, rows: Sequence[Row], changes: Sequence[Size], averages: Sequence[int]) -> None:
         """Adds what was counted before; the memory is afterwards what it was."""
-        self.rows.setdefault(self.phase, []).extend(rows)
-        self.changes += changes
-        self.changes.append(minus(total(changes)))
-        self.averages += averages
+        self.notes.rows.setdefault(self.phase, []).extend(rows)
+        self.notes.changes += changes
+        self.notes.changes.append(minus(total(changes)))
+        self.notes.averages += averages
 
     def enlarge(self, t: Tensor, size: Size) -> None:
         """Takes the storage of ``t`` for one that is larger by ``size``."""
         key = t.untyped_storage()._cdata
-        self.alive[key] = _Alive(total([self.alive[key].size, size]), self.alive[key].death)
-        self.changes.append(size)
+        self.notes.alive[key] = _Alive(total([self.notes.alive[key].size, size]), self.notes.alive[key].death)
+        self.notes.changes.append(size)
 
     def size(self, number: int) -> Size:
         """A number of bytes or operations as a polynomial in the images."""
@@ -159,16 +167,16 @@ class Meter(TorchDispatchMode):
             work = self.size(int(_flops(func, args, kwargs, result)))
             half = bool(given) and given[0].element_size() == 2
             moved = total(self.size(_nbytes(t)) for t in given + made)
-            self.rows.setdefault(self.phase, []).append(
+            self.notes.rows.setdefault(self.phase, []).append(
                 (work if half else NOTHING, NOTHING if half else work, moved),
             )
         return result
 
     def _born(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self.alive:
+        if key in self.notes.alive:
             return
-        alive, changes = self.alive, self.changes  # of now: it may be freed when others are in their place
+        alive, changes = self.notes.alive, self.notes.changes  # of now: it may be freed when others are in their place
 
         def freed(_: weakref.ref) -> None:
             changes.append(minus(alive.pop(key).size))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bossnas.planning.meter import NOTHING, Meter, Row, Size, minus, total
+from bossnas.planning.meter import NOTHING, Meter, Notes, Row, Size, minus, total
 from bossnas.spaces.alike import alike
 
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]  # shape, strides and dtype of a tensor
@@ -42,7 +42,8 @@ class _Backward:
 @dataclass
 class _Forward:
     """What a call takes. ``kept``: what it holds for the backward pass beside its input and its output;
-    ``backward``: by the layout of the output's gradient."""
+    ``backward``: by the layout of the output's gradient; ``pending``: the run itself, of which no backward pass is known
+    yet."""
 
     rows: list[Row]
     changes: list[Size]
@@ -52,6 +53,7 @@ class _Forward:
     kept: Size = NOTHING
     keeps: tuple[bool, bool] = (False, False)  # the input; the output
     backward: dict[Layout, _Backward] = field(default_factory=dict)
+    pending: _Recording | None = None
 
 
 class Memory:
@@ -77,27 +79,19 @@ class Memory:
             return part.inner(x, *rest)
         if part.build is None:
             part.build = self.build(part.inner)
-        grad, needed = torch.is_grad_enabled(), x.requires_grad
-        if part.inner.training and not grad:
-            # the target network: it does what the online network does, and holds less meanwhile
-            known_grad, needed = True, not part.first
-        else:
-            known_grad = grad
-        key = (
-            part.build,
-            rest,
-            _layout(x),
-            needed,
-            known_grad,
-            torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
-            part.inner.training,
-        )
+        grad = torch.is_grad_enabled()
+        # the target network does what the online network does, and holds less meanwhile
+        recorded = (True, not part.first) if part.inner.training and not grad else (grad, x.requires_grad)
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        recording = _Recording(part.inner, rest, _layout(x), recorded, autocast)
+        key = (part.build, rest, _layout(x), recorded, autocast, part.inner.training)
         if key not in self._known:
-            self._known[key] = _Recording(self.meter, part.inner, rest, _layout(x), (known_grad, needed)).forward()
+            self._known[key] = recording.forward(self.meter)
+            recording = _Recording(part.inner, rest, _layout(x), recorded, autocast)
         known = self._known[key]
         if known is None:
             return part.inner(x, *rest)
-        return _Replay.apply(x, self.anchor if known.differentiable and grad else None, self, known, part, rest)
+        return _Replay.apply(x, self.anchor if known.differentiable and grad else None, self, known, recording)
 
 
 class Remembered(nn.Module):
@@ -115,73 +109,69 @@ class Remembered(nn.Module):
         return self.memory.call(self, x, rest)
 
 
-def watch(module: nn.Module, meter: Meter) -> list[RemovableHandle]:
-    """Has the meter note which parameters get a gradient. As from the second micro-batch on, all of them have one that
-    is added to."""
+def watch(module: nn.Module, notes: Notes) -> list[RemovableHandle]:
+    """Notes which parameters get a gradient. As from the second micro-batch on, all of them have one that is added to."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    return [p.register_post_accumulate_grad_hook(lambda p: meter.moved.add(p)) for p in parameters]
+    return [p.register_post_accumulate_grad_hook(notes.moved.add) for p in parameters]
 
 
 class _Recording:
     """Runs a part by itself on an input of layout ``x``. ``grad``: whether for a backward pass, and whether that gives
     the input a gradient."""
 
-    def __init__(self, meter: Meter, inner: nn.Module, rest: tuple, x: Layout, grad: tuple[bool, bool]):
-        self.meter, self.inner, self.rest, self.input = meter, inner, rest, x
+    def __init__(self, inner: nn.Module, rest: tuple, x: Layout, grad: tuple[bool, bool], autocast: torch.dtype | None):
+        self.inner, self.rest, self.input, self.autocast = inner, rest, x, autocast
         self.grad, self.needs_gradient = grad
-        self.autocast = torch.is_autocast_enabled("cpu")
-        self.precision = torch.get_autocast_dtype("cpu")
+        self.notes = Notes()
+        self.meter: Meter
+        self.end: Tensor
         self.begins = 0, 0, 0  # rows, changes and averages before the backward pass
-        self.gradient: Layout | None = None
+        self.given: Layout  # of the output's gradient
+        self.gradient: Layout | None = None  # of the input's
 
-    def forward(self, gradient: Layout | None = None) -> _Forward | None:
-        """None if the result is the input or a view of it. The backward pass is for an output's gradient of layout
-        ``gradient``, None: that of the output."""
-        meter = self.meter
+    def forward(self, meter: Meter) -> _Forward | None:
+        """None if the result is the input or a view of it."""
+        notes = self.notes
         # without autocast's cache: what a call takes must not depend on the calls before it
-        cast = torch.autocast("cpu", self.precision, self.autocast, cache_enabled=False)
-        with meter.aside(), torch.set_grad_enabled(self.grad), cast:
-            meter.phase = "gradients"
-            handles = watch(self.inner, meter) if self.grad else []
-            meter.phase = "forward"
+        cast = torch.autocast("cpu", self.autocast, self.autocast is not None, cache_enabled=False)
+        with meter.aside(notes, "forward"), torch.set_grad_enabled(self.grad), cast:
             x = _empty(self.input)
             if self.needs_gradient:
                 x = _Entrance.apply(x.requires_grad_(), self)
-            place, start, outside = x.untyped_storage()._cdata, len(meter.changes), set(meter.alive)
+            place, start, outside = x.untyped_storage()._cdata, len(notes.changes), set(notes.alive)
             y = self.inner(x, *self.rest)
             made, output = y.untyped_storage()._cdata, _layout(y)
-            if made not in meter.alive or made == place:
+            if made not in notes.alive or made == place:
                 return None
-            found = _Forward(
-                meter.rows.get("forward", []), meter.changes[start:], meter.averages[:], output, y.requires_grad
-            )
-            if not y.requires_grad:
-                return found
-            end = _Exit.apply(y, self, gradient or output)
-            outside |= {made, end.untyped_storage()._cdata}
-            del x, y
-            found.keeps = place in meter.alive, made in meter.alive
-            found.kept = total(alive.size for key, alive in meter.alive.items() if key not in outside)
-            found.backward[gradient or output] = self._backward(end)
-            for handle in handles:
-                handle.remove()
+            found = _Forward(notes.rows.get("forward", []), notes.changes[start:], notes.averages[:], output)
+            if y.requires_grad:
+                found.differentiable, found.pending = True, self
+                self.end = _Exit.apply(y, self)
+                outside |= {made, self.end.untyped_storage()._cdata}
+                del x, y
+                found.keeps = place in notes.alive, made in notes.alive
+                found.kept = total(alive.size for key, alive in notes.alive.items() if key not in outside)
             return found
 
-    def _backward(self, end: Tensor) -> _Backward:
-        meter = self.meter
-        meter.phase = "backward"
-        with torch.autocast("cpu", enabled=False):
-            end.backward()
+    def backward(self, meter: Meter, given: Layout) -> _Backward:
+        """The backward pass that begins with an output's gradient of this layout."""
+        notes, self.meter, self.given = self.notes, meter, given
+        with meter.aside(notes, "gradients"), torch.autocast("cpu", enabled=False):
+            handles = watch(self.inner, notes)
+            meter.phase = "backward"
+            self.end.backward()
+        for handle in handles:
+            handle.remove()
         rows, changes, averages = self.begins
         return _Backward(
-            meter.rows["backward"][rows:],
-            meter.changes[changes:],
-            meter.averages[averages:],
+            notes.rows["backward"][rows:],
+            notes.changes[changes:],
+            notes.averages[averages:],
             self.gradient,
-            [i for i, parameter in enumerate(self.inner.parameters()) if parameter in meter.moved],
+            [i for i, parameter in enumerate(self.inner.parameters()) if parameter in notes.moved],
         )
 
 
@@ -203,22 +193,22 @@ class _Exit(torch.autograd.Function):
     """Output -> a tensor of one value, from which the backward pass begins with a gradient of a given layout."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, recording: _Recording, gradient: Layout) -> Tensor:
-        ctx.recording, ctx.gradient = recording, gradient
+    def forward(ctx, y: Tensor, recording: _Recording) -> Tensor:
+        ctx.recording = recording
         return torch.empty(1)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        meter = ctx.recording.meter
-        ctx.recording.begins = len(meter.rows["backward"]), len(meter.changes), len(meter.averages)
-        return _empty(ctx.gradient), None, None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        recording, notes = ctx.recording, ctx.recording.notes
+        recording.begins = len(notes.rows["backward"]), len(notes.changes), len(notes.averages)
+        return _empty(recording.given), None
 
 
 class _Replay(torch.autograd.Function):
     """Gives the meter what a call and its backward pass took, and results without data."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, anchor: Tensor | None, memory: Memory, known: _Forward, part: Remembered, rest: tuple):
+    def forward(ctx, x: Tensor, anchor: Tensor | None, memory: Memory, known: _Forward, again: _Recording):
         meter = memory.meter
         assert meter is not None
         meter.play(known.rows, known.changes, known.averages)
@@ -227,27 +217,25 @@ class _Replay(torch.autograd.Function):
             kept = torch.empty(0)
             meter.enlarge(kept, known.kept)
             ctx.save_for_backward(kept, *([x] if known.keeps[0] else []), *([y] if known.keeps[1] else []))
-            ctx.memory, ctx.known, ctx.part, ctx.rest = memory, known, part, rest
-            ctx.input = _layout(x), x.requires_grad
-            ctx.precision = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+            ctx.memory, ctx.known, ctx.again = memory, known, again
         return y
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         held = ctx.saved_tensors  # with checkpointing this runs the part again
-        meter, known, inner = ctx.memory.meter, ctx.known, ctx.part.inner
-        layout = _layout(gradient)
+        meter, known, layout = ctx.memory.meter, ctx.known, _layout(gradient)
         if layout not in known.backward:
-            x, needed = ctx.input
-            with torch.autocast("cpu", ctx.precision[1], ctx.precision[0]):
-                again = _Recording(meter, inner, ctx.rest, x, (True, needed)).forward(layout)
-            known.backward[layout] = again.backward[layout]
+            recording, known.pending = known.pending, None
+            if recording is None:
+                recording = ctx.again
+                recording.forward(meter)
+            known.backward[layout] = recording.backward(meter, layout)
         found = known.backward[layout]
         # the gradient's storage is free after the first operation that takes it, and is in `changes` from its birth on
         size = meter.size(gradient.untyped_storage().nbytes())
         given = [minus(size)] if size == found.changes[0] else []
         meter.play(found.rows, [*given, *found.changes], found.averages)
-        parameters = list(inner.parameters())
-        meter.moved.update(parameters[i] for i in found.moved)
+        parameters = list(ctx.again.inner.parameters())
+        meter.notes.moved.update(parameters[i] for i in found.moved)
         del held
-        return None if found.gradient is None else _empty(found.gradient), None, None, None, None, None
+        return None if found.gradient is None else _empty(found.gradient), None, None, None, None

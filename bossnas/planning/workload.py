@@ -278,7 +278,7 @@ def count_micro(
     if settings.sync_batch_norm:
         ops.synchronise(trained, target.part(block), average=lambda t: _Averaged.apply(t, meter))
     if memory is None:
-        memory, handles = Memory(), watch(trained, meter)
+        memory, handles = Memory(), watch(trained, meter.notes)
     else:
         handles = []  # its parts are watched while they are recorded
     for k in range(block):
@@ -308,14 +308,14 @@ def count_micro(
         handle.remove()
     if settings.sync_batch_norm:
         ops.synchronise(trained, target.part(block), average=None)
-    rows = {"prefix": before.rows.get("prefix", []) if block else [], "target": [], **meter.rows}
+    rows = {"prefix": before.notes.rows.get("prefix", []) if block else [], "target": [], **meter.notes.rows}
     rows.pop("start", None)
     return Counted(
         {name: np.array(found, np.float64).reshape(-1, 3, DEGREE) for name, found in rows.items()},
-        np.array(meter.changes, np.float64).reshape(-1, DEGREE),
+        np.array(meter.notes.changes, np.float64).reshape(-1, DEGREE),
         tuple(engine.ends),
-        sum(p.numel() for p in meter.moved),
-        (len(meter.averages), sum(meter.averages)),
+        sum(p.numel() for p in meter.notes.moved),
+        (len(meter.notes.averages), sum(meter.notes.averages)),
     )
 
 
@@ -325,12 +325,12 @@ class _Averaged(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, meter: Meter) -> Tensor:
         ctx.meter = meter
-        meter.averages.append(x.numel() * x.element_size())
+        meter.notes.averages.append(x.numel() * x.element_size())
         return x.clone()
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.meter.averages.append(gradient.numel() * gradient.element_size())
+        ctx.meter.notes.averages.append(gradient.numel() * gradient.element_size())
         return gradient.clone(), None
 
 
@@ -347,7 +347,7 @@ class _Counting:
         return protocol.autocast("cpu", self.precision)
 
     def micro(self, loss: Tensor, last: bool) -> None:
-        self.ends.append(len(self.meter.changes))
+        self.ends.append(len(self.meter.notes.changes))
         self.meter.phase = "backward"
         loss.backward()
 
