@@ -95,8 +95,8 @@ class _Alive(NamedTuple):
 
 @dataclass
 class Notes:
-    """What a meter notes: ``rows`` of each phase, ``changes`` of the memory, the bytes of storages that are ``alive`` by
-    their address, the bytes of each average over ranks, and the parameters that got a gradient."""
+    """What a meter notes: ``rows`` of each phase, ``changes`` of the memory, the storages that are ``alive`` by their
+    address, the bytes of each average over ranks, and the parameters that got a gradient."""
 
     rows: dict[str, list[Row]] = field(default_factory=dict)
     changes: list[Size] = field(default_factory=list)
@@ -106,8 +106,8 @@ class Notes:
 
 
 class Meter(TorchDispatchMode):
-    """Notes of every operation its floating-point operations and bytes, by ``phase``, and by how many bytes each storage
-    that is made or freed changes the memory.
+    """Notes of every operation its floating-point operations and bytes, by ``phase``, and of every storage that is made
+    or freed by how many bytes it changes the memory.
 
     ``images``: of the micro-batch that runs; all sizes are polynomials in their number. They hold for other numbers,
     too, if this one is from `images_to_count`, and else for this one alone.

@@ -42,8 +42,8 @@ class _Backward:
 @dataclass
 class _Forward:
     """What a call takes. ``kept``: what it holds for the backward pass beside its input and its output;
-    ``backward``: by the layout of the output's gradient; ``pending``: the run itself, of which no backward pass is known
-    yet."""
+    ``backward``: by the layout of the output's gradient; ``pending``: the run itself, until a backward pass
+    is known."""
 
     rows: list[Row]
     changes: list[Size]
@@ -57,10 +57,12 @@ class _Forward:
 
 
 class Memory:
-    """What is known of the parts. ``meter``: counts the present run; None: nothing is counted or remembered."""
+    """What is known of the parts. ``meter``: counts the present run; None: nothing is counted or remembered.
+    ``twins``: the target network's forward pass is counted as the online one's on the same batches."""
 
     def __init__(self) -> None:
         self.meter: Meter | None = None
+        self.twins = False
         self.anchor = torch.zeros(1, requires_grad=True)  # has a result take a gradient where no input does
         self._builds: list[nn.Module] = []
         self._known: dict[Hashable, _Forward | None] = {}
@@ -81,7 +83,8 @@ class Memory:
             part.build = self.build(part.inner)
         grad = torch.is_grad_enabled()
         # the target network does what the online network does, and holds less meanwhile
-        recorded = (True, not part.first) if part.inner.training and not grad else (grad, x.requires_grad)
+        twin = self.twins and part.inner.training and not grad
+        recorded = (True, not part.first) if twin else (grad, x.requires_grad)
         autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         recording = _Recording(part.inner, rest, _layout(x), recorded, autocast)
         key = (part.build, rest, _layout(x), recorded, autocast, part.inner.training)
@@ -110,7 +113,7 @@ class Remembered(nn.Module):
 
 
 def watch(module: nn.Module, notes: Notes) -> list[RemovableHandle]:
-    """Notes which parameters get a gradient. As from the second micro-batch on, all of them have one that is added to."""
+    """Notes which parameters get a gradient. As from the second micro-batch on, each has one that is added to."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     for parameter in parameters:
         if parameter.grad is None:

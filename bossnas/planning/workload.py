@@ -1,8 +1,15 @@
 """What training and rating take, counted by running the real code on tensors without data.
 
 `train_block` itself runs, at full size, under PyTorch's FakeTensorMode: every operation has its real shapes, dtypes and
-lifetimes and costs no memory, so a laptop can count what a cluster will do. The operations are those of the plain
-implementation; the Triton kernels keep the same maps for the backward pass and move about as many bytes.
+lifetimes and costs no memory, so a laptop can count what a cluster will do. What a candidate, a projector or a
+predictor does is counted once for each kind of input and played back after that (`bossnas.planning.remembered`), and
+every count is a polynomial in the images, so one run stands for all sizes of a micro-batch (`bossnas.planning.meter`).
+The operations are those of the plain implementation on batches of more images than the image has pixels in a row; the
+Triton kernels keep the same maps for the backward pass and move about as many bytes.
+
+Against runs in which every operation is counted: the same floating-point operations; up to three casts of a weight more
+where two batches share it; the highest memory up to 4 % above, and below only with 16 bits and checkpointing where
+weights outweigh maps (4 % at a sixteenth of the width), as autocast holds their casts to the end of the forward pass.
 """
 
 from __future__ import annotations
@@ -229,9 +236,10 @@ class Workload:
                     self.seed,
                     self.memory,
                 )
-        if (*key, images) not in self._micros:
-            self._micros[*key, images] = self._counted[key].of(images)
-        return self._micros[*key, images]
+        at = (*key, images)
+        if at not in self._micros:
+            self._micros[at] = self._counted[key].of(images)
+        return self._micros[at]
 
 
 @dataclass(frozen=True)
@@ -299,7 +307,8 @@ def count_micro(
         Training(settings.model_copy(update={"epochs": 1, "warmup_epochs": 0}), step + 1, accumulate=2, seed=seed),
         list(winners),
     )
-    memory.meter = meter
+    # with some paths at a time the online network sees other batches than the target network
+    memory.meter, memory.twins = meter, not settings.paths_per_pass
     with meter:
         next(loop)
     loop.close()
