@@ -111,9 +111,10 @@ class CostTable:
         module: nn.Module | None = None
         known: dict[tuple[int, Shape], Entry] = {}
         for layer in range(self.space.layers(block)):
-            before, module = module, layer_of(block, layer).eval()
-            if before is None or not alike(before, module):
+            following = layer_of(block, layer).eval()
+            if module is None or not alike(module, following):
                 known = {}
+            module = following
             for choice, shape in sorted({(path[layer], shape) for (_, path), shape in reached.items()}):
                 if (choice, shape) not in known:
                     known[choice, shape] = run(partial(_through, module, choice), [module], shape)
