@@ -7,9 +7,10 @@ every count is a polynomial in the images, so one run stands for all sizes of a 
 The operations are those of the plain implementation on batches of more images than the image has pixels in a row; the
 Triton kernels keep the same maps for the backward pass and move about as many bytes.
 
-Against runs in which every operation is counted: the same floating-point operations; in 16 bits one cast of a weight for
-each batch, where autocast casts a weight that several batches share once (HyTra: three casts more, 0.1 % of the bytes); the highest memory up to 4 % above, and below only with 16 bits and checkpointing where
-weights outweigh maps (4 % at a sixteenth of the width), as autocast holds their casts to the end of the forward pass.
+Against runs in which every operation is counted: the same floating-point operations; in 16 bits a cast of each weight
+for each batch, where autocast casts a weight that several batches share once (HyTra: three casts more, 0.1 % of the
+bytes); the highest memory up to 4 % above. It is below only in 16 bits with checkpointing where weights outweigh maps
+(4 % at a sixteenth of HyTra's width), as autocast holds their casts to the end of the forward pass.
 """
 
 from __future__ import annotations
