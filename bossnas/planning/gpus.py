@@ -14,12 +14,13 @@ MATRIX, MEMORY, LINK = 0.5, 0.8, 0.7  # shares of datasheet rates that kernels a
 HOST_SECONDS = 5e-6  # to launch an operation from Python
 HOP_SECONDS = 2e-5  # latency of a collective, times the binary logarithm of its ranks
 GIB = 2**30
+ONE_PORT = "a network of 400 Gb/s for the node assumed"
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as its datasheet has it: dense TFLOP/s in 16 bits and in TF32, memory in GB and GB/s, GB/s in one
-    direction to the GPUs of its node, and of the node's network."""
+    """A GPU as its datasheet has it: dense TFLOP/s in 16 bits, summed in 32 bits, and in TF32, memory in GB and GB/s,
+    GB/s in one direction to the GPUs of its node (NVLink, or PCIe where there is none), and of the node's network."""
 
     half: float
     tf32: float
@@ -37,6 +38,10 @@ GPUS = {
     "h100": Gpu(989, 495, 80, 3350, 450, 400, "NVIDIA H100 SXM5 and DGX H100 datasheets"),
     "h200": Gpu(989, 495, 141, 4800, 450, 400, "NVIDIA H200 SXM and DGX H200 datasheets"),
     "b200": Gpu(2250, 1125, 180, 8000, 900, 400, "NVIDIA B200 SXM and DGX B200 datasheets"),
+    "rtx3090": Gpu(71, 35.6, 24, 936, 32, 50, "NVIDIA GA102 whitepaper, GeForce RTX 3090; PCIe 4.0 x16, " + ONE_PORT),
+    "rtx4090": Gpu(165.2, 82.6, 24, 1008, 32, 50, "NVIDIA Ada whitepaper, GeForce RTX 4090; PCIe 4.0 x16, " + ONE_PORT),
+    "a10": Gpu(125, 62.5, 24, 600, 32, 50, "NVIDIA A10 datasheet; PCIe 4.0 x16, " + ONE_PORT),
+    "l4": Gpu(121, 60, 24, 300, 32, 50, "NVIDIA L4 datasheet, without sparsity; PCIe 4.0 x16, " + ONE_PORT),
     "mi300x": Gpu(1307, 654, 192, 5300, 448, 400, "AMD Instinct MI300X datasheet; a node with 8 x 400 Gb/s"),
 }
 
@@ -71,25 +76,35 @@ class Rates:
         return size / bandwidth + messages * HOP_SECONDS * math.log2(ranks)
 
 
-def gpu_rates(gpu: str, tflops: float | None = None, gbps: float | None = None) -> Rates:
-    """``tflops``: sustained by matrix products in 16 bits; ``gbps``: GB/s sustained by the GPU's memory; None: shares
-    of the datasheet's. Raises ConfigError for an unknown GPU and rates that are not positive."""
+@dataclass(frozen=True)
+class Given:
+    """What is known of a GPU better than its datasheet: TFLOP/s that matrix products sustain in 16 bits, GB/s that its
+    memory sustains, and GB of memory; None: shares of the datasheet's rates, its memory."""
+
+    tflops: float | None = None
+    gbps: float | None = None
+    memory: float | None = None
+
+
+def gpu_rates(gpu: str, given: Given | None = None) -> Rates:
+    """What the GPU sustains. Raises ConfigError for an unknown GPU and given numbers that are not positive."""
+    given = given or Given()
     if gpu not in GPUS:
         raise ConfigError(
             "gpu",
             f"there is no {gpu!r}",
-            f"choose {', '.join(GPUS)}, or the nearest of them with `tflops` and `gbps`",
+            f"choose {', '.join(GPUS)}, or the nearest of them with `tflops`, `gbps` and `memory`",
         )
-    for name, value in (("tflops", tflops), ("gbps", gbps)):
+    for name, value in vars(given).items():
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ConfigError(name, f"is {value:g}", "give a positive number")
     sheet = GPUS[gpu]
-    half = tflops or sheet.half * MATRIX
+    half = given.tflops or sheet.half * MATRIX
     return Rates(
         half * 1e12,
         half * 1e12 * sheet.tf32 / sheet.half,
-        (gbps or sheet.memory * MEMORY) * 1e9,
+        (given.gbps or sheet.memory * MEMORY) * 1e9,
         sheet.link * 1e9 * LINK,
         sheet.network * 1e9 / NODE * LINK,
-        sheet.memory_gb * GIB,
+        (given.memory or sheet.memory_gb) * GIB,
     )

@@ -7,21 +7,35 @@ engines do not either.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bossnas import log, spaces
+from bossnas import spaces
 from bossnas.config.search import Config
 from bossnas.config.shared import accumulation
 from bossnas.distributed import engines
 from bossnas.errors import ConfigError
-from bossnas.planning.gpus import GIB, GPUS, HOP_SECONDS, HOST_SECONDS, LINK, MATRIX, MEMORY, NODE, Rates, gpu_rates
+from bossnas.planning.gpus import (
+    GIB,
+    GPUS,
+    HOP_SECONDS,
+    HOST_SECONDS,
+    LINK,
+    MATRIX,
+    MEMORY,
+    NODE,
+    Given,
+    Rates,
+    gpu_rates,
+)
 from bossnas.planning.ranks import ENGINES, RESERVED, Task, memory, split
 from bossnas.planning.workload import WEIGHT, Workload
 from bossnas.spaces.cost import read_architecture
@@ -56,16 +70,16 @@ def plan(
     architecture: str | None = None,
     images: tuple[int | None, int | None] = (None, None),
     measured: Sequence[Path] = (),
-    tflops: float | None = None,
-    gbps: float | None = None,
+    given: Given | None = None,
 ) -> dict[str, Any]:
     """{"rows": one for each number of GPUs, schedule and engine, "blocks", "assumptions", "limits"}, plain values.
 
     ``architecture``: the winners to assume; ``images``: of the training and the validation set, None: as many as in
     ImageNet, CIFAR or the sample; ``measured``: JSON files of ``bench/step.py`` from one such GPU;
-    ``tflops``, ``gbps``: see `gpus.gpu_rates`. Raises ConfigError for what the user can mend.
+    ``given``: what is known better than the GPU's datasheet. Raises ConfigError for what the user can mend.
     """
-    given = gpu_rates(gpu, tflops, gbps)
+    given = given or Given()
+    rates = gpu_rates(gpu, given)
     engines.make(
         config.engine.name,
         accumulate=accumulation(config, 1),
@@ -84,8 +98,6 @@ def plan(
     if images[0] < config.train.batch * (config.train.steps_per_epoch or 1):
         raise ConfigError("train_images", f"{images[0]} are fewer than an epoch takes", "lower train.batch")
     steps = [_read_step(file, config, space.blocks) for file in measured]
-    search = _Search(config, Workload(config, space, winners), given, *images)
-    search.measure(steps)
     kinds = [
         (n, s, e)
         for n in gpus
@@ -93,11 +105,11 @@ def plan(
         for e in ENGINES
         if s == "sequential" or not e.startswith("deepspeed")
     ]
-    with log.progress("count", len(kinds), 0, True) as task:
-        rows = []
-        for kind in kinds:
-            rows.append(search.row(*kind))
-            task.advance()
+    with _uncollected():
+        search = _Search(config, Workload(config, space, winners), rates, *images)
+        search.measure(steps)
+        rows = [search.row(*kind) for kind in kinds]
+        blocks = search.blocks(gpu)
     _scaling(rows)
     return {
         "config": {
@@ -109,10 +121,22 @@ def plan(
         },
         "gpu": gpu,
         "rows": rows,
-        "blocks": search.blocks(gpu),
-        "assumptions": search.assumptions(gpu, tflops, gbps),
+        "blocks": blocks,
+        "assumptions": search.assumptions(gpu, given),
         "limits": search.limits(rows),
     }
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection, which would go over all of PyTorch again and again: a sixth of the time."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 class _Search:
@@ -263,8 +287,8 @@ class _Search:
         """One rating of a block: every rank calibrates all paths; validation batches are divided over the ranks."""
         train, rating = self.config.train, self.config.rating
         micro = self.counts.typical(block, train.micro_batch)
-        target = micro.phases["target"]
-        per_mac = self.rates.seconds(target, block) / (target[:, :2].sum() / 2)
+        forward = micro.phases["target"] if len(micro.phases["target"]) else micro.phases["online"]
+        per_mac = self.rates.seconds(forward, block) / (forward[:, :2].sum() / 2)
         prefix = self.rates.seconds(micro.phases["prefix"], block) / (2 * self.space.view_pairs * train.micro_batch)
         view = sum(self.all_blocks[block].rated_macs) * per_mac + prefix  # of one image
         calibration = min(rating.calibration_batches * rating.calibration_images, self.train_images)
@@ -306,7 +330,7 @@ class _Search:
             )
         return result
 
-    def assumptions(self, gpu: str, tflops: float | None, gbps: float | None) -> list[str]:
+    def assumptions(self, gpu: str, given: Given) -> list[str]:
         """What the figures rest on, a sentence each."""
         sheet, rates = GPUS[gpu], self.rates
         winners = "|".join(encode(path) for path in self.counts.winners)
@@ -316,15 +340,16 @@ class _Search:
             if known
             else "work: nothing is measured"
         )
+        size = f"{given.memory:g} GB (given)" if given.memory else f"{sheet.memory_gb:g} GB"
         return [
             f"{gpu}: {sheet.source}; {sheet.half:g} TFLOP/s in 16 bits, {sheet.tf32:g} in fp32 (TF32), "
-            f"{sheet.memory_gb:g} GB at {sheet.memory:g} GB/s, {sheet.link:g} GB/s to {NODE} GPUs of a node, "
+            f"{size} at {sheet.memory:g} GB/s, {sheet.link:g} GB/s to {NODE} GPUs of a node, "
             f"{sheet.network:g} GB/s from node to node",
             source,
             "every operation takes what its products take at "
-            + (f"{tflops:g} TFLOP/s (given)" if tflops else f"{MATRIX:.0%} of that")
+            + (f"{given.tflops:g} TFLOP/s (given)" if given.tflops else f"{MATRIX:.0%} of that")
             + " or its bytes at "
-            + (f"{gbps:g} GB/s (given)" if gbps else f"{MEMORY:.0%}")
+            + (f"{given.gbps:g} GB/s (given)" if given.gbps else f"{MEMORY:.0%}")
             + f", whichever is longer; a micro-batch at least {HOST_SECONDS * 1e6:g} us of the host for each",
             f"collectives reach {LINK:.0%} of links and network, with {HOP_SECONDS * 1e6:g} us x "
             "log2(ranks) of latency each; only the stream of features overlaps with work",

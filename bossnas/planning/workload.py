@@ -1,14 +1,21 @@
 """What training and rating take, counted by running the real code on tensors without data.
 
 `train_block` itself runs, at full size, under PyTorch's FakeTensorMode: every operation has its real shapes, dtypes and
-lifetimes and costs no memory, so a laptop can count what a cluster will do. The operations are those of the plain
-implementation; the Triton kernels keep the same maps for the backward pass and move about as many bytes.
+lifetimes and costs no memory, so a laptop can count what a cluster will do. What a candidate, a projector or a
+predictor does is counted once for each kind of input and played back after that (`bossnas.planning.remembered`), and
+every count is a polynomial in the images, so one run stands for all sizes of a micro-batch (`bossnas.planning.meter`).
+The operations are those of the plain implementation on batches of more images than the image has pixels in a row; the
+Triton kernels keep the same maps for the backward pass and move about as many bytes.
+
+Against runs in which every operation is counted: the same floating-point operations; in 16 bits a cast of each weight
+for each batch, where autocast casts a weight that several batches share once (HyTra: three casts more, 0.1 % of the
+bytes); the highest memory up to 4 % above. It is below only in 16 bits with checkpointing where weights outweigh maps
+(4 % at a sixteenth of HyTra's width), as autocast holds their casts to the end of the forward pass.
 """
 
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,14 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from bossnas.config.search import Config, TrainConfig
 from bossnas.distributed.engines import protocol
+from bossnas.planning.meter import DEGREE, Meter, Unwritten, images_to_count
+from bossnas.planning.remembered import Memory, Remembered, watch
 from bossnas.spaces import Space, cost, ops
 from bossnas.spaces.cost import CostTable, Shape
+from bossnas.spaces.ops import Chain
 from bossnas.spaces.paths import Choices
 from bossnas.supernet import heads
 from bossnas.supernet.supernet import Networks, Supernet
@@ -77,14 +84,35 @@ class Workload:
     def __init__(self, config: Config, space: Space, winners: Sequence[Choices] | None = None):
         self.space, self.train, self.seed = space, config.train, config.seed
         self.image = config.space.image_size
-        self.mode = FakeTensorMode()
-        with self.mode:
-            self.table = CostTable.of(space, self.image)
-            self.online = Supernet(space, config.heads.hidden, config.heads.out)
-            self.target = Supernet(space, config.heads.hidden, config.heads.out).requires_grad_(False)
-            self.predictors = [heads.predictor(config.heads.hidden, config.heads.out) for _ in range(space.blocks)]
+        self.mode, self.memory = FakeTensorMode(), Memory()
+        hidden, self.out = config.heads.hidden, config.heads.out
+        with self.mode, Unwritten():
+            # counts do not depend on values, so this one is the target network as well
+            self.network = Supernet(space, hidden, self.out)
+            self.table = CostTable.of(space, self.image, self.network.stem, self._layer)
+            self.predictors = [Remembered(heads.predictor(hidden, self.out), self.memory) for _ in range(space.blocks)]
+            self.unit = images_to_count(max(config.train.micro_batch, self.image), [self.network, *self.predictors])
+            self._remember()
         self.winners = list(winners or self._middle())
-        self._counted: dict[tuple, Micro] = {}
+        self._draws: dict[tuple, tuple[int, int, int]] = {}
+        self._counted: dict[tuple, Counted] = {}
+        self._micros: dict[tuple, Micro] = {}
+
+    def _layer(self, block: int, layer: int) -> nn.Module:
+        return cast("nn.ModuleList", self.network.blocks[block])[layer]
+
+    def _remember(self) -> None:
+        """Has the network's stem, layers, adapters and projectors counted once for each kind of input."""
+        network, memory = self.network, self.memory
+        stem = not isinstance(network.stem, nn.Identity)  # the network asks whether it is one
+        if stem:
+            network.stem = Remembered(network.stem, memory, first=True)
+        for block, layers in enumerate(cast("list[nn.ModuleList]", network.blocks)):
+            for depth, layer in enumerate(layers):
+                layers[depth] = Remembered(layer, memory, first=depth == 0 and not (block == 0 and stem))
+            projector = network.projector(block)
+            projector.adapter = Remembered(projector.adapter, memory)
+            projector.mlp = cast("Chain", Remembered(projector.mlp, memory))
 
     def _middle(self) -> list[Choices]:
         winners: list[Choices] = []
@@ -99,7 +127,7 @@ class Workload:
     @property
     def weights(self) -> int:
         """Parameters of both networks and all predictors."""
-        return _size(self.online) + _size(self.target) + sum(_size(p) for p in self.predictors)
+        return 2 * _size(self.network) + sum(_size(p) for p in self.predictors)
 
     def input_shape(self, block: int, winners: Sequence[Choices]) -> Shape:
         """Of one image, along the winners of the blocks before."""
@@ -119,9 +147,9 @@ class Workload:
         return Block(
             block,
             len(paths),
-            _size(self.online.part(block)),
+            _size(self.network.part(block)),
             _size(self.predictors[block]),
-            _size(self.target.part(block)),
+            _size(self.network.part(block)),
             shape,
             math.prod(shape) * feature,
             max(math.prod(start.shape) for start in self.table.starts[block]) * feature,
@@ -130,7 +158,7 @@ class Workload:
 
     def _head_macs(self, block: int, shape: Shape, paths: Sequence[Choices]) -> tuple[int, int]:
         """Multiply-adds of an image in the projector and in the predictor, summed over the paths."""
-        projector, predictor = self.online.projector(block).eval(), self.predictors[block].eval()
+        projector, predictor = self.network.projector(block).eval(), self.predictors[block].eval()
 
         def through(choice: int, shape: Shape) -> Tensor:
             return projector.mlp(projector.pool(torch.zeros(1, *shape), choice))
@@ -138,8 +166,7 @@ class Workload:
         ends = [(path[-1], self.table.path(block, path, shape)[1]) for path in paths]
         with self.mode, torch.no_grad():
             one = {end: cost.count([projector], partial(through, *end))["macs"] for end in set(ends)}
-            width = predictor[0].get_parameter("weight").shape[1]
-            row = cost.count([predictor], lambda: predictor(torch.zeros(1, width)))["macs"]
+            row = cost.count([predictor], lambda: predictor(torch.zeros(1, self.out)))["macs"]
         return sum(one[end] for end in ends), row * len(paths)
 
     def _nodes(self, block: int, shape: Shape, routes: Iterable[tuple[int, Choices]]) -> dict:
@@ -159,15 +186,18 @@ class Workload:
     def draws(self, block: int, winners: Sequence[Choices]) -> tuple[int, int, int]:
         """Of the paths of `DRAWS` updates' first micro-batches: the step whose multiply-adds are nearest to the mean,
         the step with the largest maps, and the values of an image in these."""
-        shape, pairs = self.input_shape(block, winners), self.space.view_pairs
-        macs, sizes = [], []
-        for step in range(DRAWS):
-            paths = sample_paths(self.space, block, winners, self.seed, 2 * step, self.train.paths)
-            nodes = self._nodes(block, shape, [(j % pairs, path) for j, path in enumerate(paths)]).values()
-            macs.append(sum(entry.cost.macs for entry in nodes))
-            sizes.append(sum(math.prod(entry.shape) for entry in nodes))
-        middle = np.abs(np.array(macs) - np.mean(macs)).argmin()
-        return int(middle), int(np.argmax(sizes)), max(sizes)
+        key = (block, tuple(winners))
+        if key not in self._draws:
+            shape, pairs = self.input_shape(block, winners), self.space.view_pairs
+            macs, sizes = [], []
+            for step in range(DRAWS):
+                paths = sample_paths(self.space, block, list(winners), self.seed, 2 * step, self.train.paths)
+                nodes = self._nodes(block, shape, [(j % pairs, path) for j, path in enumerate(paths)]).values()
+                macs.append(sum(entry.cost.macs for entry in nodes))
+                sizes.append(sum(math.prod(entry.shape) for entry in nodes))
+            middle = np.abs(np.array(macs) - np.mean(macs)).argmin()
+            self._draws[key] = int(middle), int(np.argmax(sizes)), max(sizes)
+        return self._draws[key]
 
     def typical(self, block: int, images: int) -> Micro:
         """A micro-batch on the assumed winners, with paths of mean cost."""
@@ -191,21 +221,50 @@ class Workload:
         ``recompute``: activation checkpointing (None: as the config says).
         """
         recompute = self.train.activation_checkpointing if recompute is None else recompute
-        key = (block, tuple(winners), step, images, recompute)
+        key = (block, tuple(winners), step, recompute)
         if key not in self._counted:
+            if recompute:  # parts are met for the first time without it, as they cannot be recorded inside of it
+                self.micro(block, winners, step, images, False)
             settings = self.train.model_copy(update={"activation_checkpointing": recompute})
             with self.mode:
                 self._counted[key] = count_micro(
-                    Networks(self.online, self.target, self.predictors[block]),
+                    Networks(self.network, self.network, cast("Chain", self.predictors[block])),
                     self.space,
                     winners,
                     settings,
                     step,
-                    images,
-                    self.image,
+                    torch.empty(self.unit, 3, self.image, self.image),
                     self.seed,
+                    self.memory,
                 )
-        return self._counted[key]
+        at = (*key, images)
+        if at not in self._micros:
+            self._micros[at] = self._counted[key].of(images)
+        return self._micros[at]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A micro-batch as polynomials in its images (`meter.Size`): ``rows``, [operations, 3, 3], of each phase;
+    ``changes`` of the memory, [storages made and freed, 3], and how many of them come before each backward pass."""
+
+    rows: dict[str, np.ndarray]
+    changes: np.ndarray
+    backward: tuple[int, ...]
+    used: int
+    averages: tuple[int, int]
+
+    def of(self, images: int) -> Micro:
+        """For a number of images."""
+        powers = np.array([float(images) ** k for k in range(DEGREE)])
+        now = (self.changes @ powers).cumsum()
+        return Micro(
+            {phase: rows @ powers for phase, rows in self.rows.items()},
+            int(max((now[end - 1] for end in self.backward), default=0)),
+            int(now.max(initial=0)),
+            self.used,
+            self.averages,
+        )
 
 
 def count_micro(
@@ -214,29 +273,30 @@ def count_micro(
     winners: Sequence[Choices],
     settings: TrainConfig,
     step: int,
-    images: int,
-    size: int,
+    view: Tensor,
     seed: int,
-) -> Micro:
-    """Runs the first micro-batch of update ``step`` of block ``len(winners)`` and counts it; on real tensors, too."""
-    block, (online, target, predictor) = len(winners), networks
+    memory: Memory | None = None,
+) -> Counted:
+    """Runs the first micro-batch of update ``step`` of block ``len(winners)`` and counts it; on real tensors, too.
+
+    ``view``: of its images, [n, 3, S, S]; ``memory``: of the networks' parts that are `Remembered`.
+    """
+    block, (online, target, predictor), images = len(winners), networks, len(view)
     trained = nn.ModuleDict({**online.part(block), "predictor": predictor}).train()
-    for parameter in trained.parameters():  # as from the second micro-batch on: gradients exist and are added to
-        parameter.grad = torch.zeros_like(parameter)
-    averages: list[int] = []
+    before, meter = Meter("prefix", images), Meter("start", images)
     if settings.sync_batch_norm:
-        ops.synchronise(trained, target.part(block), average=lambda t: _Averaged.apply(t, averages))
-    moved: set[nn.Parameter] = set()
-    handles = [p.register_post_accumulate_grad_hook(moved.add) for p in trained.parameters()]
-    views = [
-        torch.zeros(images, 3, size, size).contiguous(memory_format=torch.channels_last)
-        for _ in range(2 * space.view_pairs)
-    ]
+        ops.synchronise(trained, target.part(block), average=lambda t: _Averaged.apply(t, meter))
+    if memory is None:
+        memory, handles = Memory(), watch(trained, meter.notes)
+    else:
+        handles = []  # its parts are watched while they are recorded
     for k in range(block):
         target.part(k).eval()
-    with Meter("prefix") as before, torch.no_grad(), protocol.autocast("cpu", settings.precision):
-        features = [target.features(winners, x) for x in views]
-    meter = Meter("start")
+    # the finished blocks see the images of all views together
+    views = view.repeat(2 * space.view_pairs, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+    memory.meter = before
+    with before, torch.no_grad(), protocol.autocast("cpu", settings.precision):
+        features = list(target.features(winners, views).split(images))
     engine = _Counting(meter, settings)
     # accumulate=2: the loop yields after the first micro-batch, before the engine takes a step
     loop = train_block(
@@ -248,32 +308,39 @@ def count_micro(
         Training(settings.model_copy(update={"epochs": 1, "warmup_epochs": 0}), step + 1, accumulate=2, seed=seed),
         list(winners),
     )
+    # with some paths at a time the online network sees other batches than the target network
+    memory.meter, memory.twins = meter, not settings.paths_per_pass
     with meter:
         next(loop)
     loop.close()
+    memory.meter = None
     for handle in handles:
         handle.remove()
-    trained.zero_grad(set_to_none=True)
     if settings.sync_batch_norm:
         ops.synchronise(trained, target.part(block), average=None)
-    rows = {"prefix": before.rows.get("prefix", []) if block else [], "target": [], **meter.rows}
+    rows = {"prefix": before.notes.rows.get("prefix", []) if block else [], "target": [], **meter.notes.rows}
     rows.pop("start", None)
-    phases = {name: np.array(found, np.float64).reshape(-1, 3) for name, found in rows.items()}
-    return Micro(phases, engine.kept, meter.peak, sum(p.numel() for p in moved), (len(averages), sum(averages)))
+    return Counted(
+        {name: np.array(found, np.float64).reshape(-1, 3, DEGREE) for name, found in rows.items()},
+        np.array(meter.notes.changes, np.float64).reshape(-1, DEGREE),
+        tuple(engine.ends),
+        sum(p.numel() for p in meter.notes.moved),
+        (len(meter.notes.averages), sum(meter.notes.averages)),
+    )
 
 
 class _Averaged(torch.autograd.Function):
     """The identity, which notes the bytes that an average over ranks would carry, forward and backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, noted: list[int]) -> Tensor:
-        ctx.noted = noted
-        noted.append(x.numel() * x.element_size())
+    def forward(ctx, x: Tensor, meter: Meter) -> Tensor:
+        ctx.meter = meter
+        meter.notes.averages.append(x.numel() * x.element_size())
         return x.clone()
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.noted.append(gradient.numel() * gradient.element_size())
+        ctx.meter.notes.averages.append(gradient.numel() * gradient.element_size())
         return gradient.clone(), None
 
 
@@ -282,81 +349,17 @@ class _Counting:
 
     def __init__(self, meter: Meter, settings: TrainConfig):
         self.meter, self.precision, self.targets = meter, settings.precision, settings.objective != "instance"
-        self.kept, self.loss_scale = 0, 1.0
+        self.ends: list[int] = []  # changes of the memory before each backward pass
+        self.loss_scale = 1.0
 
     def autocast(self) -> AbstractContextManager:
         self.meter.phase = "target" if self.meter.phase == "start" and self.targets else "online"
         return protocol.autocast("cpu", self.precision)
 
     def micro(self, loss: Tensor, last: bool) -> None:
-        self.kept, self.meter.phase = max(self.kept, self.meter.now), "backward"
+        self.ends.append(len(self.meter.notes.changes))
+        self.meter.phase = "backward"
         loss.backward()
-
-
-class Meter(TorchDispatchMode):
-    """Notes of every operation its floating-point operations and bytes, by ``phase``, and of the storages that
-    operations make how many bytes are alive (``now``) and were at most (``peak``)."""
-
-    def __init__(self, phase: str):
-        super().__init__()
-        self.phase, self.now, self.peak = phase, 0, 0
-        self.rows: dict[str, list[tuple[float, float, int]]] = {}
-        self._known: weakref.WeakSet = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.namespace == "prim":  # questions about a tensor
-            return func(*args, **kwargs)
-        given = _tensors((args, {k: v for k, v in kwargs.items() if k not in _outputs(func)}))
-        before = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
-        result = func(*args, **kwargs)
-        made = _tensors(result)
-        new = [t for t in made if t.untyped_storage()._cdata not in before]
-        for t in new:
-            storage = t.untyped_storage()
-            if storage not in self._known:
-                self._known.add(storage)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._free, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        name = func._overloadpacket.__name__
-        if (new and not name.startswith("empty")) or func._schema.is_mutable:  # neither a view nor an allocation
-            flops = _flops(func, args, kwargs, result)
-            half = bool(given) and given[0].element_size() == 2
-            moved = sum(_nbytes(t) for t in given) + sum(_nbytes(t) for t in made)
-            self.rows.setdefault(self.phase, []).append((flops * half, flops * (not half), moved))
-        return result
-
-    def _free(self, size: int) -> None:
-        self.now -= size
-
-
-ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"  # what stands for the GPU's; PyTorch's table lacks it
-
-
-def _flops(func, args: tuple, kwargs: dict, result: object) -> int:
-    name = func._overloadpacket.__name__
-    if name == ATTENTION:
-        return sdpa_flop_count(*(t.shape for t in args[:3]))
-    if name == ATTENTION + "_backward":
-        return sdpa_backward_flop_count(*(t.shape for t in args[:4]))
-    if name == "convolution_backward":  # PyTorch takes the weight gradient of a depthwise one for that of a dense one
-        gradient, x, weight, *_, transposed, _, _, wanted = args
-        return (wanted[0] + wanted[1]) * conv_flop_count(x.shape, weight.shape, gradient.shape, transposed)
-    count = flop_registry.get(func._overloadpacket)
-    return 0 if count is None else count(*args, **kwargs, out_val=result)
-
-
-def _outputs(func) -> set[str]:
-    return {argument.name for argument in func._schema.arguments if argument.is_out}
-
-
-def _tensors(values: object) -> list[Tensor]:
-    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
-
-
-def _nbytes(t: Tensor) -> int:
-    return min(t.numel() * t.element_size(), t.untyped_storage().nbytes())
 
 
 def _size(module: nn.Module) -> int:

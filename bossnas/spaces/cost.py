@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from bossnas.errors import ConfigError
+from bossnas.spaces.alike import alike
 from bossnas.spaces.paths import Choices, decode, encode
 from bossnas.spaces.space import Space
 
@@ -62,24 +65,35 @@ class CostTable:
     end in the same shape and `Space.paths` lets the same paths follow.
     """
 
-    def __init__(self, space: Space, image_size: int):
+    def __init__(self, space: Space, image_size: int, stem: nn.Module | None = None):
         self.space = space
         self.image: Shape = (3, image_size, image_size)
         self.entries: dict[Key, Entry] = {}
         self.starts: list[dict[Start, list[Choices]]] = []
         self.has_latency = False
-        stem = space.stem().eval()
+        stem = (stem or space.stem()).eval()
         self.stem = run(lambda x: call_stem(stem, x), [stem], self.image)
         self._known: dict[tuple[int, Choices, Shape], Entry] = {}
 
     @classmethod
-    def of(cls, space: Space, image_size: int) -> CostTable:
-        """Runs every candidate once per input shape with one image, one layer's weights in memory at a time."""
-        table = cls(space, image_size)
+    def of(
+        cls,
+        space: Space,
+        image_size: int,
+        stem: nn.Module | None = None,
+        layer: Callable[[int, int], nn.Module] | None = None,
+    ) -> CostTable:
+        """Runs every candidate once per input shape with one image, two layers' weights in memory at a time. A layer of
+        the same build as the one before it runs only on other shapes.
+
+        ``stem``, ``layer(block, layer)``: modules that exist already, which are left in evaluation mode; None: of the
+        space.
+        """
+        table = cls(space, image_size, stem)
         starts: dict[Start, list[Choices]] = {Start(table.image, tuple(space.paths(0, []))): []}
         for block in range(space.blocks):
             table.starts.append(starts)
-            table._run_block(block)
+            table._run_block(block, layer or space.layer)
             following: dict[Start, list[Choices]] = {}
             for start, winners in starts.items():
                 for path in start.paths if block + 1 < space.blocks else ():
@@ -88,16 +102,23 @@ class CostTable:
             starts = following
         return table
 
-    def _run_block(self, block: int) -> None:
+    def _run_block(self, block: int, layer_of: Callable[[int, int], nn.Module]) -> None:
         reached = {
             (start.shape, path): self.stem.shape if block == 0 else start.shape
             for start in self.starts[block]
             for path in start.paths
         }
+        module: nn.Module | None = None
+        known: dict[tuple[int, Shape], Entry] = {}
         for layer in range(self.space.layers(block)):
-            module = self.space.layer(block, layer).eval()
+            following = layer_of(block, layer).eval()
+            if module is None or not alike(module, following):
+                known = {}
+            module = following
             for choice, shape in sorted({(path[layer], shape) for (_, path), shape in reached.items()}):
-                self.entries[block, layer, choice, shape] = run(partial(_through, module, choice), [module], shape)
+                if (choice, shape) not in known:
+                    known[choice, shape] = run(partial(_through, module, choice), [module], shape)
+                self.entries[block, layer, choice, shape] = known[choice, shape]
             reached = {key: self.entries[block, layer, key[1][layer], shape].shape for key, shape in reached.items()}
 
     def after(self, block: int, start: Start, path: Choices) -> Start:
@@ -210,6 +231,22 @@ def run(call: Callable[[Tensor], Tensor], modules: list[nn.Module], shape: Shape
     return Entry(Cost(price["macs"], price["params"]), shapes[0])
 
 
+class _Products(TorchDispatchMode):
+    """Adds up floating-point operations by PyTorch's table, without its `FlopCounterMode`'s sums for each module, which
+    take longer than the operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += int(formula(*args, **(kwargs or {}), out_val=result))
+        return result
+
+
 @torch.no_grad()
 def count(modules: list[nn.Module], call: Callable[[], object]) -> dict[str, int]:
     """Runs ``call()`` and returns {"macs", "params"} of what it used of ``modules``.
@@ -222,7 +259,7 @@ def count(modules: list[nn.Module], call: Callable[[], object]) -> dict[str, int
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if isinstance(module, nn.Conv2d):
-            kernel = module.weight[0, 0].numel()
+            kernel = math.prod(module.weight.shape[2:])
             size = output.shape[1] * inputs[0].shape[1] // module.groups * kernel
             used[module] = size + (0 if module.bias is None else output.shape[1])
         else:
@@ -235,9 +272,9 @@ def count(modules: list[nn.Module], call: Callable[[], object]) -> dict[str, int
         if any(True for _ in leaf.parameters(recurse=False))
     ]
     try:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        with _Products() as products, sdpa_kernel(SDPBackend.MATH):
             call()
     finally:
         for handle in handles:
             handle.remove()
-    return {"macs": counter.get_total_flops() // 2, "params": sum(used.values())}
+    return {"macs": products.flops // 2, "params": sum(used.values())}

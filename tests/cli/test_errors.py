@@ -190,7 +190,7 @@ SEARCH, RETRAIN = ("--config", ROOT / "configs/quickstart_ds.json"), ("--config"
         ("pack", ["full", "out", "--kind", "folder", "--val-labels", "a"], "--val-labels: .* or give --kind imagenet$"),
         ("pack", ["--verify", "full"], "OUT: there are no shards in full"),
         ("plan", [*SEARCH, "--gpus", "a"], "--gpus: 'a' is not a list"),
-        ("plan", [*SEARCH, "--gpu", "a"], "--gpu: .* or the nearest of them with --tflops and --gbps$"),
+        ("plan", [*SEARCH, "--gpu", "a"], "--gpu: .* or the nearest of them with --tflops, --gbps and --memory$"),
         ("plan", [*SEARCH, "--tflops", "-1"], "--tflops: is -1"),
         ("plan", [*SEARCH, "--architecture", "55"], "--architecture: '55' has 1 paths"),
         ("plan", [*SEARCH, "--train-images", "3"], "--train-images: 3 are fewer"),

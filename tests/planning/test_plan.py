@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -9,15 +11,17 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from ranks import HANG
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from bossnas import cli, spaces
+from bossnas.cli.planning import GPUS as GPUS_HELP
 from bossnas.config.loading import load
 from bossnas.distributed.engines.protocol import autocast
 from bossnas.errors import ConfigError
 from bossnas.planning import plan
-from bossnas.planning.gpus import GIB, GPUS, HOST_SECONDS, NODE, Rates, gpu_rates
+from bossnas.planning.gpus import GIB, GPUS, HOST_SECONDS, NODE, Given, Rates, gpu_rates
 from bossnas.planning.ranks import Task, memory, split
 from bossnas.planning.workload import Workload, count_micro
 from bossnas.spaces.ops import GroupedBatchNorm
@@ -44,7 +48,12 @@ TINY = [
 ]
 NATS = ["space.name=nats", "space.width=0.25", "data.recipe=cifar"]
 BF16 = 0.04  # fake tensors have a batch norm of a small map save its statistics in 16 bits, real ones in fp32
-WINNERS = {"hytra": ["5433", "3230", "0010", "0000"], "nats": ["77", "77", "7"]}
+WINNERS = {
+    "hytra": ["5433", "3230", "0010", "0000"],
+    "nats": ["77", "77", "7"],
+    "mbconv": ["00", "0123", "3210", "1111", "2222"],
+}
+MANY = 37  # images: as many as the plan counts with at 32 pixels, so that real tensors take the same code
 
 
 def config(*more):
@@ -95,18 +104,50 @@ def test_parameters_are_those_of_real_modules(tiny):
     [([], 0), (["train.precision=bf16"], 2), (["train.paths_per_pass=2", "train.activation_checkpointing=true"], 1)],
 )
 def test_tensors_without_data_are_counted_like_real_ones(more, block):
+    """And parts that are played back like parts that run."""
     settings = config(*more)
     work = counts(*more)
+    assert work.unit == MANY
     winners = work.winners[:block]
-    found = work.micro(block, winners, 3, 8)
-    real = count_micro(Networks(*networks(work, settings)), work.space, winners, settings.train, 3, 8, 32, 0)
-    close = {"rel": 0 if settings.train.precision == "fp32" else BF16, "abs": 0}
-    assert (found.kept, found.peak) == pytest.approx((real.kept, real.peak), **close)
+    found = work.micro(block, winners, 3, MANY)
+    view = torch.zeros(MANY, 3, 32, 32)
+    real = count_micro(Networks(*networks(work, settings)), work.space, winners, settings.train, 3, view, 0).of(MANY)
+    bf16 = settings.train.precision == "bf16"
+    assert_close(found, real, BF16 if bf16 else 0)
+
+
+def assert_close(found, real, rel):
+    """The measured differences: at most 3 casts of a weight a phase that autocast would have kept, 0.1 % of the bytes
+    moved; the memory at its highest 3.4 % above."""
     assert found.used == real.used
+    assert found.averages == real.averages
+    assert found.kept == pytest.approx(real.kept, rel=rel + 0.002)
+    assert -0.002 - rel <= found.peak / real.peak - 1 <= 0.04 + rel
     assert found.phases.keys() == real.phases.keys() == {"prefix", "target", "online", "backward"}
     for name, rows in found.phases.items():
-        assert np.array_equal(rows[:, :2], real.phases[name][:, :2]), name
-        assert rows[:, 2].sum() == pytest.approx(real.phases[name][:, 2].sum(), **close)
+        assert np.array_equal(rows[:, :2].sum(0), real.phases[name][:, :2].sum(0)), name
+        assert 0 <= len(rows) - len(real.phases[name]) <= 3, name
+        assert rows[:, 2].sum() == pytest.approx(real.phases[name][:, 2].sum(), rel=rel + 0.001)
+
+
+@pytest.mark.parametrize(
+    ("more", "block"),
+    [
+        ([*NATS, "train.objective=both", "train.paths=2"], 1),
+        (["space.name=mbconv", "space.width=0.25", "train.precision=bf16"], 1),
+        (["train.sync_batch_norm=true", "train.activation_checkpointing=true"], 1),
+    ],
+)
+def test_a_micro_batch_of_known_parts_is_what_the_loop_takes(more, block):
+    """For another number of images than was counted, too."""
+    settings, work = config(*more), counts(*more)
+    winners, images = work.winners[:block], 64
+    found = work.micro(block, winners, 3, images)
+    assert found is work.micro(block, winners, 3, images)
+    with work.mode:
+        view = torch.zeros(images, 3, 32, 32)
+        whole = count_micro(Networks(*networks(work, settings)), work.space, winners, settings.train, 3, view, 0)
+    assert_close(found, whole.of(images), 0)
 
 
 @pytest.mark.parametrize(("more", "block"), [([], 0), (["train.precision=bf16"], 1), (NATS, 0)])
@@ -119,7 +160,7 @@ def test_activations_are_what_autograd_saves(more, block):
     online.train(), target.train()
     paths = sample_paths(work.space, block, winners, 0, 6)
     views = [
-        torch.zeros(8, *work.input_shape(block, winners))
+        torch.zeros(MANY, *work.input_shape(block, winners))
         .contiguous(memory_format=torch.channels_last)
         .to(torch.bfloat16 if block and precision == "bf16" else torch.float32)
         for _ in range(2 * pairs)
@@ -150,7 +191,7 @@ def test_activations_are_what_autograd_saves(more, block):
         for t in [*views, *online.parameters(), *predictor.parameters(), *online.buffers(), *predictor.buffers()]
     }
     sums = 2 * 4  # loss_sum and spread_sum of the loop
-    found = work.micro(block, winners, 3, 8)
+    found = work.micro(block, winners, 3, MANY)
     expected = sum(size for storage, size in held.items() if storage not in given) + sums
     assert found.kept == pytest.approx(expected, rel=BF16 if precision == "bf16" else 0, abs=0)
 
@@ -425,6 +466,7 @@ def test_the_command(tiny, capsys, tmp_path, monkeypatch):
         (["--gpus", "4,-1"], "--gpus: '4,-1' is not a list"),
         (["--gpus", "many"], "--gpus: 'many' is not a list"),
         (["--tflops", "-3"], "--tflops: is -3; give a positive number"),
+        (["--memory", "0"], "--memory: is 0; give a positive number"),
         (["--kernel-rates", "none.json"], "--kernel-rates: none.json holds no measured step"),
         (["--architecture", "5433"], "--architecture: '5433' has 1 paths"),
         (["--train-images", "10"], "--train-images: 10 are fewer than an epoch takes"),
@@ -445,3 +487,30 @@ def test_every_gpu_of_the_table_can_be_planned_for():
     for name, sheet in GPUS.items():
         found = gpu_rates(name)
         assert found.half >= found.full > 0 and sheet.memory > sheet.link >= sheet.network / NODE
+    ours = gpu_rates("rtx4090", Given(tflops=100, gbps=900, memory=48))
+    assert (ours.half, ours.full, ours.memory, ours.capacity) == (1e14, 5e13, 9e11, 48 * GIB)
+    assert gpu_rates("rtx4090").capacity == 24 * GIB
+
+
+def test_help_lists_the_gpus():
+    assert GPUS_HELP.split(" | ") == list(GPUS)
+
+
+def test_instance_discrimination_can_be_rated():
+    """It trains no target network, whose forward pass else says how long a multiply-add takes."""
+    search = search_of(counts("train.objective=instance"), gpu_rates("h100"))
+    assert 0 < search.rating_seconds(0, 1) < math.inf
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    program = (
+        "import os, signal, sys\n"
+        "from bossnas import cli\n"
+        "from bossnas.cli import planning\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "planning.load = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+        "cli.main(['plan', '--config', sys.argv[1]])\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, "none.json"], capture_output=True, text=True, timeout=HANG)
+    assert (ended.returncode, ended.stdout) == (130, "")
+    assert ended.stderr == "\nplan: interrupted; nothing is written\n"
