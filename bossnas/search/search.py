@@ -120,9 +120,7 @@ def _train_block(job: Job, where: Path | None) -> None:
     engine.close()
 
 
-def start_block(
-    run: Run, batches: Iterator[list[Tensor]] | None = None
-) -> tuple[Engine, Generator[Step | None]]:
+def start_block(run: Run, batches: Iterator[list[Tensor]] | None = None) -> tuple[Engine, Generator[Step | None]]:
     """The engine of the state's block and its training on the winners before it; nothing has run yet.
 
     ``batches``: micro-batches of views of images (None: those of the config's data).
