@@ -15,7 +15,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from bossnas.distributed.environment import env_int
+from bossnas.distributed.environment import env_int, keep_freed_memory
 from bossnas.errors import ConfigError
 
 T = TypeVar("T")
@@ -37,6 +37,7 @@ def local_rank() -> int:
 def device(name: str = "auto") -> torch.device:
     """This rank's device. ``name``: auto | cpu | cuda. Raises ConfigError when there is none."""
     if name == "cpu" or name == "auto" and not torch.cuda.is_available():
+        keep_freed_memory()
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import re
 import socket
@@ -52,3 +54,18 @@ def name_loopback() -> None:
             socket.gethostbyname(socket.gethostname())
         except OSError:
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Has this process keep the memory that it frees, for its next tensors; whether the C library can.
+
+    glibc gives blocks of more than 32 MiB back to the system at once and gets them as zeroed pages again: in the first
+    blocks of a search a third of a step went there. What a process has held at most then stays its own until it ends.
+    MALLOC_MMAP_THRESHOLD_ or MALLOC_TRIM_THRESHOLD_ in the environment say what the user wants, and are left alone.
+    """
+    if sys.platform != "linux" or {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    trim_threshold, mmap_threshold, largest = -1, -3, 2**31 - 1
+    return mallopt is not None and bool(mallopt(mmap_threshold, 2**30) and mallopt(trim_threshold, largest))
