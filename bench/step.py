@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from bossnas.config.loading import load
-from bossnas.distributed import launch
+from bossnas.distributed import dist, launch
 from bossnas.errors import ConfigError
 from bossnas.search import search, winners
 from bossnas.search.run import Run
@@ -219,6 +219,8 @@ def take_turns(name: str, row: str, threads: int) -> None:
         for section, values in settings.items()
         for key, value in (values.items() if isinstance(values, dict) else [("", values)])
     ]
+    if name == "official":  # the release leaves memory to the C library
+        dist.keep_freed_memory = lambda: False
     run = search.build(load(str(root / config), overrides))
     freeze(run, block, prefix)
     for network in (run.online, run.target):  # two networks of full size in two processes need 14 GiB
