@@ -292,11 +292,11 @@ def count_micro(
         handles = []  # its parts are watched while they are recorded
     for k in range(block):
         target.part(k).eval()
-    # the finished blocks see the images of all views together
-    views = view.repeat(2 * space.view_pairs, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+    view = view.contiguous(memory_format=torch.channels_last)
     memory.meter = before
     with before, torch.no_grad(), protocol.autocast("cpu", settings.precision):
-        features = list(target.features(winners, views).split(images))
+        # a tensor of its own for each view: the supernet knows equal inputs by that
+        features = [target.features(winners, view.clone()) for _ in range(2 * space.view_pairs)]
     engine = _Counting(meter, settings)
     # accumulate=2: the loop yields after the first micro-batch, before the engine takes a step
     loop = train_block(
