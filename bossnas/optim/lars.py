@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bossnas.distributed import dist
-from bossnas.optim.base import SharedOptimizer, check_state, plain_norm
-from bossnas_kernels import lars_ema_step
-from bossnas_kernels.reference import lars_update
+from bossnas.optim.base import SharedOptimizer, check_state
+from bossnas_kernels import lars_ema_step, lars_squares
 
 MOMENTUM = "momentum"
 
@@ -58,48 +56,50 @@ class LARS(SharedOptimizer):
             "momentum": self.momentum,
             "weight_decay": self.weight_decay,
             "trust": self.trust,
+            "loss_scale": self.loss_scale,
+            "clip": self.clip,
         }
         if self.sharded or self.by_rows:
             self._step_on_shares(settings)
             return
         # whole tensors: the kernel takes the norms itself, and moves the targets in the same pass over the weights
         held = self.held()
-        gradients = [piece.gradient for piece in held]
-        present = [gradient for gradient in gradients if gradient is not None]
-        self.scale(present, plain_norm(present))
-        if self.applied:
-            lars_ema_step(
-                [piece.weight for piece in held],
-                gradients,
-                [piece.buffers[0] for piece in held],
-                self.excluded,
-                self.targets,
-                **settings,
-                ema=self.param_groups[0]["ema"],
-            )
+        applied = lars_ema_step(
+            [piece.weight for piece in held],
+            [piece.gradient for piece in held],
+            [piece.buffers[0] for piece in held],
+            self.excluded,
+            self.targets,
+            **settings,
+            ema=self.param_groups[0]["ema"],
+        )
+        self.applied = bool(applied)
 
     def _step_on_shares(self, settings: dict[str, float]) -> None:
         """A trust ratio needs the norms of whole parameters: their squares are added up over the ranks first."""
-        held = [piece for piece in self.held() if piece.gradient is not None]
-        index = [piece.number for piece in held]
-        weights = [piece.weight for piece in held]
-        gradients = [piece.gradient for piece in held if piece.gradient is not None]
-        w_norm, g_norm = self._norms(index, weights, gradients)
-        factor = self.scale(gradients, math.hypot(*g_norm))
-        if not self.applied:
-            return
         # ZeRO fills the gradients of unused parameters with zeros: a norm of zero says that a parameter is to be left
         # alone, as a missing gradient does elsewhere
-        lars_update(
+        held = [piece for piece in self.held() if piece.gradient is not None]
+        index = [piece.number for piece in held]
+        weights, gradients = [piece.weight for piece in held], [piece.gradient for piece in held]
+        where = self.state[self.param_groups[0]["params"][0]][MOMENTUM].device
+        squares = torch.zeros(2, len(self.names), dtype=torch.float64, device=where)
+        if index:
+            squares[:, index] = lars_squares(weights, gradients)
+        dist.all_reduce_sum(squares, self.norm_group)
+        applied = lars_ema_step(
             weights,
             gradients,
             [piece.buffers[0] for piece in held],
             [self.excluded[i] for i in index],
-            [w_norm[i] for i in index],
-            [g_norm[i] * factor for i in index],
+            None,
             **settings,
+            squares=squares[:, index],
+            norm=squares[1].sum().sqrt(),
         )
-        if self.by_rows:  # rows follow rows; on a flat share the weights are not whole yet, and the engine does it
+        self.applied = bool(applied)
+        # rows follow rows; on a flat share the weights are not whole yet, and the engine does it
+        if self.by_rows and self.applied:
             self.follow()
 
     def full_state(self) -> dict[str, Tensor]:
@@ -112,15 +112,3 @@ class LARS(SharedOptimizer):
         another model's."""
         check_state(state, dict(zip(self.names, self.shapes, strict=True)))
         self.load_whole(MOMENTUM, state)
-
-    def _norms(self, index: list[int], weights: list[Tensor], gradients: list[Tensor]) -> tuple[list, list]:
-        """Norms of all parameters and of all their gradients, over the ranks that share them."""
-        where = self.state[self.param_groups[0]["params"][0]][MOMENTUM].device
-        # float64: the squares of small norms stay above zero
-        squares = torch.zeros(2, len(self.names), dtype=torch.float64, device=where)
-        if index:
-            norms = torch.stack(torch._foreach_norm(weights) + torch._foreach_norm(gradients))
-            squares[:, torch.tensor(index, device=where)] = norms.double().square().view(2, -1)
-        dist.all_reduce_sum(squares, self.norm_group)
-        w_norm, g_norm = squares.sqrt().tolist()
-        return w_norm, g_norm
