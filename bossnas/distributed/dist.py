@@ -35,7 +35,8 @@ def local_rank() -> int:
 
 
 def device(name: str = "auto") -> torch.device:
-    """This rank's device. ``name``: auto | cpu | cuda. Raises ConfigError when there is none."""
+    """This rank's device, made ready for a run: a GPU becomes the current one, and on a CPU the process keeps the
+    memory that it frees. ``name``: auto | cpu | cuda. Raises ConfigError when there is none."""
     if name == "cpu" or name == "auto" and not torch.cuda.is_available():
         keep_freed_memory()
         return torch.device("cpu")

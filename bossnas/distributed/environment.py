@@ -1,4 +1,5 @@
-"""What launchers say in the environment: RANK, WORLD_SIZE, LOCAL_RANK of torchrun and deepspeed, SLURM_* of srun."""
+"""What launchers say in the environment (RANK, WORLD_SIZE, LOCAL_RANK of torchrun and deepspeed, SLURM_* of srun), and
+what a process asks of the system that it runs on."""
 
 from __future__ import annotations
 

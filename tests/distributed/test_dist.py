@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
 import sys
 
 import pytest
@@ -31,6 +33,33 @@ def test_one_process_has_no_group(clean):
     assert torch.equal(dist.shuffle(x, torch.tensor([2, 0, 1])), x[[2, 0, 1]])
     dist.barrier()
     group.shutdown(1)  # returns
+
+
+PAGES = """
+import resource, sys
+import torch
+from bossnas.distributed import dist
+if sys.argv[1] == "kept":
+    dist.device("cpu")
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    x = torch.ones(16 * 2**20)
+    del x
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_a_run_on_a_cpu_keeps_the_memory_it_frees(clean):
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        clean.delenv(name, raising=False)
+
+    def pages(*how: str) -> int:  # that the system hands out for 64 MiB of which as much has just been freed
+        return int(subprocess.run([sys.executable, "-c", PAGES, *how], check=True, capture_output=True).stdout)
+
+    assert pages("kept") < 100 < 1000 < pages("given back")
+    clean.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    assert pages("kept") > 1000  # the user's own settings stand
 
 
 @pytest.mark.quick

@@ -11,12 +11,16 @@ from compare import TOLERANCE, check
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bossnas_kernels
-from bossnas_kernels import common, lars, reference
+from bossnas_kernels import common, lars, lars_tensors, reference
 
 SETTINGS = {"lr": 0.5, "momentum": 0.9, "weight_decay": 1e-2, "trust": 0.2, "ema": 0.99}
 KINDS = ("scaled", "excluded", "none", "zero", "none excluded", "zero excluded")
 STEPS = {"kernel": lars.lars_ema_step, "reference": reference.lars_ema_step}
 FP32 = TOLERANCE[torch.float32]
+
+
+def takes(*tensors) -> bool:
+    return lars_tensors.judge(*tensors).why_not is None
 
 
 @pytest.fixture(params=[*STEPS, "reference of a GPU"])
@@ -123,7 +127,7 @@ def test_moving_average(device, step, ema):
 def test_some_weights_have_no_target(device, step):
     network = Network([(37,)] * len(KINDS), KINDS, device)
     network.targets[::2] = network.exact[2][::2] = [None] * 3
-    assert lars.takes(network.weights, network.gradients(), network.momenta, network.excluded, network.targets)
+    assert takes(network.weights, network.gradients(), network.momenta, network.excluded, network.targets)
     network.step(step, network.gradients())
     network.check()
 
@@ -226,7 +230,7 @@ def test_pieces_of_tensors_by_the_squares_of_all(device, step, caplog):
     common._told.clear()
     with caplog.at_level(logging.INFO, "bossnas_kernels"):
         given = [(w, g, m, network.excluded, t) for w, g, m, t in zip(*parts, strict=True)]
-        assert all(lars.takes(*arguments) for arguments in given)
+        assert all(takes(*arguments) for arguments in given)
         squares = sum(squares_of(w, g) for w, g, *_ in given)
         norm = squares[1].sum().sqrt()
         exact_squares = torch.stack([t.double().square().sum() for t in (*network.weights, *gradients)]).view(2, -1)
@@ -275,21 +279,21 @@ def test_nothing_is_read_back(monkeypatch):
 
 def test_a_verdict_is_of_what_tensors_look_like(device):
     """Not of where they lie: the same memory may hold other tensors."""
-    lars._kept.clear()
+    lars_tensors._kept.clear()
     memory = torch.zeros(48, device=device)
     whole = [memory.view(6, 8)]
     for _ in range(2):
-        assert lars.takes(whole, [None], whole, [False])
-    assert len(lars._kept) == 1
+        assert takes(whole, [None], whole, [False])
+    assert len(lars_tensors._kept) == 1
     memory_of_two = [w.clone() for w in whole]
-    assert lars.takes(memory_of_two, [None], memory_of_two, [False])
-    assert len(lars._kept) == 2
+    assert takes(memory_of_two, [None], memory_of_two, [False])
+    assert len(lars_tensors._kept) == 2
     memory_of_two[0].data = memory_of_two[0].double()
-    assert not lars.takes(memory_of_two, [None], memory_of_two, [False])
-    assert not lars.takes([memory.view(6, 8).T], [None], [memory.view(8, 6)], [False])
-    assert not lars.takes([memory.view(torch.int32).view(6, 8)], [None], whole, [False])
+    assert not takes(memory_of_two, [None], memory_of_two, [False])
+    assert not takes([memory.view(6, 8).T], [None], [memory.view(8, 6)], [False])
+    assert not takes([memory.view(torch.int32).view(6, 8)], [None], whole, [False])
     with pytest.raises(ValueError, match=r"momenta\[0\]: expected the shape"):
-        lars.takes([memory], [None], whole, [False])
+        takes([memory], [None], whole, [False])
 
 
 def test_channels_last(device, step, caplog):
@@ -297,7 +301,7 @@ def test_channels_last(device, step, caplog):
     network = Network(shapes, ("scaled",) * len(shapes), device, layout=torch.channels_last)
     common._told.clear()
     with caplog.at_level(logging.INFO, "bossnas_kernels"):
-        assert lars.takes(network.weights, network.gradients(), network.momenta, network.excluded, network.targets)
+        assert takes(network.weights, network.gradients(), network.momenta, network.excluded, network.targets)
         network.step(step, network.gradients())
         gradients = network.gradients()
         gradients[1] = gradients[1].contiguous().clone()  # of 1x1 kernels the strides differ, not the order
@@ -319,7 +323,7 @@ def test_gradients_laid_out_otherwise(device, step, name, caplog):
     common._told.clear()
     with caplog.at_level(logging.INFO, "bossnas_kernels"):
         for _ in range(2):
-            assert lars.takes(network.weights, [four, one], network.momenta, network.excluded, network.targets)
+            assert takes(network.weights, [four, one], network.momenta, network.excluded, network.targets)
             network.step(step, [four, one])
     network.check()
     assert len(caplog.messages) == 1, "the copy is said once"
