@@ -41,8 +41,9 @@ import torch
 from bossnas.distributed import dist
 if sys.argv[1] == "kept":
     dist.device("cpu")
-for _ in range(3):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for round in range(40):  # the first rounds find places for small things and large ones
+    if round == 20:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     x = torch.ones(16 * 2**20)
     del x
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -54,12 +55,12 @@ def test_a_run_on_a_cpu_keeps_the_memory_it_frees(clean):
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         clean.delenv(name, raising=False)
 
-    def pages(*how: str) -> int:  # that the system hands out for 64 MiB of which as much has just been freed
+    def pages(*how: str) -> int:  # that the system hands out for 20 times 64 MiB, each of which was freed before
         return int(subprocess.run([sys.executable, "-c", PAGES, *how], check=True, capture_output=True).stdout)
 
-    assert pages("kept") < 100 < 1000 < pages("given back")
+    assert pages("kept") < 20_000 < 100_000 < pages("given back")
     clean.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
-    assert pages("kept") > 1000  # the user's own settings stand
+    assert pages("kept") > 100_000  # the user's own settings stand
 
 
 @pytest.mark.quick
