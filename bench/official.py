@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bossnas.optim.groups import parameter_groups
-from bossnas.spaces.ops import DepthwiseConv, GroupedBatchNorm, PooledPointwise, WideConv
+from bossnas.spaces.ops import DenseConv, DepthwiseConv, GroupedBatchNorm, Linear, PooledPointwise
 from bossnas.spaces.paths import Choices
 from bossnas.supernet.supernet import Item, Supernet
 
@@ -68,8 +68,10 @@ def plain(module: nn.Module) -> nn.Module:
         return _Norm(module)
     if isinstance(module, PooledPointwise):
         return _Pointwise(module.conv, module.norm)  # type: ignore[arg-type]  # which `plain` has replaced
-    if isinstance(module, DepthwiseConv | WideConv):
+    if isinstance(module, DepthwiseConv | DenseConv):
         module.__class__ = _Depthwise
+    if isinstance(module, Linear):
+        module.__class__ = nn.Linear
     return module
 
 

@@ -205,6 +205,22 @@ def take_turns(name: str, row: str, threads: int) -> None:
     """Takes a step whenever the standard input says so, and says what it cost."""
     torch.set_num_threads(threads)
     channel, sys.stdout = sys.stdout, sys.stderr
+    if name == "official":  # the release leaves memory to the C library
+        dist.keep_freed_memory = lambda: False
+    run, views = prepared(row)
+    steps = official(run, views) if name == "official" else ours(run, views)
+    del run
+    held = forget_peak()
+    print("ready", file=channel, flush=True)
+    for _ in sys.stdin:
+        cpu, wall = time.process_time(), time.perf_counter()
+        loss = next(steps)
+        cost = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+        print(json.dumps({**cost, "loss": loss, "peak": peak() - held}), file=channel, flush=True)
+
+
+def prepared(row: str) -> tuple[Run, list[Tensor]]:
+    """A run whose blocks before the row's are frozen, and the views of random images."""
     config, block, size, prefix = ROWS[row]
     settings = {
         "data": {"train": None, "val": None, "workers": 0},
@@ -219,23 +235,13 @@ def take_turns(name: str, row: str, threads: int) -> None:
         for section, values in settings.items()
         for key, value in (values.items() if isinstance(values, dict) else [("", values)])
     ]
-    if name == "official":  # the release leaves memory to the C library
-        dist.keep_freed_memory = lambda: False
     run = search.build(load(str(root / config), overrides))
     freeze(run, block, prefix)
     for network in (run.online, run.target):  # two networks of full size in two processes need 14 GiB
         del network.blocks[block + 1 :], network.projectors[block + 1 :]
     generator = torch.Generator().manual_seed(0)
     views = [torch.randn(IMAGES, 3, size, size, generator=generator) for _ in range(2 * run.space.view_pairs)]
-    steps = official(run, views) if name == "official" else ours(run, views)
-    del run
-    held = forget_peak()
-    print("ready", file=channel, flush=True)
-    for _ in sys.stdin:
-        cpu, wall = time.process_time(), time.perf_counter()
-        loss = next(steps)
-        cost = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
-        print(json.dumps({**cost, "loss": loss, "peak": peak() - held}), file=channel, flush=True)
+    return run, views
 
 
 def ours(run: Run, views: list[Tensor]) -> Iterator[float]:

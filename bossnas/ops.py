@@ -4,6 +4,7 @@ from bossnas.spaces.ops import (
     Attention,
     Average,
     Chain,
+    DenseConv,
     DepthwiseConv,
     GroupedBatchNorm,
     HalvePool,
@@ -12,7 +13,6 @@ from bossnas.spaces.ops import (
     SlimConv,
     SqueezeExcite,
     Statistics,
-    WideConv,
     conv,
     conv_norm,
     full,
@@ -20,10 +20,13 @@ from bossnas.spaces.ops import (
     use_kernels,
 )
 
+WideConv = DenseConv  # its name until it took kernels of 1, too
+
 __all__ = [
     "Attention",
     "Average",
     "Chain",
+    "DenseConv",
     "DepthwiseConv",
     "GroupedBatchNorm",
     "HalvePool",

@@ -6,12 +6,12 @@ import math
 
 from torch import Tensor, nn
 
-from bossnas.spaces.ops import Chain, GroupedBatchNorm, Statistics
+from bossnas.spaces.ops import Chain, GroupedBatchNorm, Linear, Statistics
 
 
 def mlp(width: int, hidden: int, out: int, std: float | None) -> Chain:
     """Linear, batch norm, ReLU, Linear; weights normal with ``std`` (None: sqrt(2 / fan_in)), biases 0."""
-    first, second = nn.Linear(width, hidden), nn.Linear(hidden, out)
+    first, second = Linear(width, hidden), Linear(hidden, out)
     layers = Chain(first, GroupedBatchNorm(hidden, act="relu"), second)
     for layer in (first, second):
         nn.init.normal_(layer.weight, std=math.sqrt(2 / layer.in_features) if std is None else std)

@@ -2,7 +2,7 @@
 
 `gbn_act`: grouped batch norm + residual + activation. `dwconv2d`: depthwise convolution. `mhsa2d`: self-attention over
 the positions of a map. `lars_ema_step`: optimizer and moving average of many tensors. `byol_ensemble_loss`: the loss of
-ensemble bootstrapping. `augment_views`: augmented views of a batch of pictures. `use` chooses between the Triton
+ensemble bootstrapping. `linear`: matrix products on a CPU. `augment_views`: augmented views of a batch of pictures. `use` chooses between the Triton
 kernels and their plain PyTorch yardstick (`bossnas_kernels.reference`, `augment_reference`); `implementation` says
 which one runs.
 """
@@ -25,6 +25,7 @@ from bossnas_kernels.dispatch import (
     use,
 )
 from bossnas_kernels.looks import Looks
+from bossnas_kernels.products import linear
 
 __all__ = [
     "Looks",
@@ -38,6 +39,7 @@ __all__ = [
     "implementation",
     "lars_ema_step",
     "lars_squares",
+    "linear",
     "mhsa2d",
     "mhsa2d_stats",
     "use",
