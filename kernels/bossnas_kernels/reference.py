@@ -116,25 +116,24 @@ def _evaluate_groups(x, weight, bias, mean, var, residual, groups, act, eps) -> 
 class _GroupByGroup(torch.autograd.Function):
     """Training-mode groups one after another, each written straight into its rows of one result.
 
-    Against an eager loop this saves the concatenation, the autograd nodes of every group, and, with ReLU, the
-    map before the activation: the backward pass reads the sign from the result. Activations are applied to
-    one group at a time, while it is in the cache, and no further temporary of the whole map is made.
+    Against an eager loop this saves the concatenation, the autograd nodes of every group, and the map before the
+    activation: the backward pass reads ReLU's sign from the result, and normalises x again for SiLU. Temporaries are of
+    one group at a time, while it is in the cache.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, groups, act, eps):
         layout = _memory_format(x)
         x = x.contiguous(memory_format=layout)
-        channels = x.shape[1]
         y = torch.empty_like(x)
-        z = torch.empty_like(x) if act == "silu" else y  # the map before the activation, overwritten by ReLU
-        mean, var = weight.new_zeros(2, groups, channels)
-        saved_mean, saved_rstd = weight.new_empty(2, groups, channels)
+        mean, var = weight.new_zeros(2, groups, x.shape[1])
+        saved_mean, saved_rstd = weight.new_empty(2, groups, x.shape[1])
         weight_rows, bias_rows = _group_rows(weight, groups), _group_rows(bias, groups)
         mean_rows, var_rows = mean.unbind(), var.unbind()
         saved_mean_rows, saved_rstd_rows = saved_mean.unbind(), saved_rstd.unbind()
-        x_rows, y_rows, z_rows = x.chunk(groups), y.chunk(groups), z.chunk(groups)
+        x_rows, y_rows = x.chunk(groups), y.chunk(groups)
         residual_rows = None if residual is None else residual.chunk(groups)
+        z_rows = (torch.empty_like(x_rows[0]),) * groups if act == "silu" else y_rows
         for g in range(groups):
             # With momentum 1 the running statistics become the group's own, the variance unbiased.
             torch.native_batch_norm(
@@ -147,45 +146,76 @@ class _GroupByGroup(torch.autograd.Function):
                 z_rows[g].relu_()
             elif act == "silu":
                 torch.ops.aten.silu.out(z_rows[g], out=y_rows[g])
-        ctx.save_for_backward(x, weight, saved_mean, saved_rstd, None if act == "none" else z)
-        ctx.groups, ctx.act, ctx.eps, ctx.layout, ctx.shared_bias = groups, act, eps, layout, bias.dim() == 1
+        # what tells the map before the activation, beside x
+        extra = y if act == "relu" else residual if act == "silu" else None
+        ctx.save_for_backward(x, weight, bias, saved_mean, saved_rstd, extra)
+        ctx.groups, ctx.act, ctx.eps, ctx.layout, ctx.has_residual = groups, act, eps, layout, residual is not None
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, _dmean, _dvar):
-        x, weight, saved_mean, saved_rstd, z = ctx.saved_tensors
-        groups = ctx.groups
+        x, weight, bias, saved_mean, saved_rstd, extra = ctx.saved_tensors
+        groups, channels, act = ctx.groups, x.shape[1], ctx.act
         dy = dy.contiguous(memory_format=ctx.layout)
         dx = torch.empty_like(x)
         dweight, dbias = torch.empty_like(saved_mean), torch.empty_like(saved_mean)
-        dresidual = torch.empty_like(x) if ctx.needs_input_grad[3] and z is not None else None
         dy_rows, x_rows, dx_rows = dy.chunk(groups), x.chunk(groups), dx.chunk(groups)
-        if z is None:
-            dz_rows = dy_rows
-            dresidual = dy if ctx.needs_input_grad[3] else None
+        extra_rows = None if extra is None else extra.chunk(groups)
+        of_residual = ctx.has_residual and ctx.needs_input_grad[3]
+        if act == "none":
+            dz_rows, dresidual = dy_rows, dy if of_residual else None
         else:
-            z_rows = z.chunk(groups)
             # Without a residual the gradient before the activation is only needed one group at a time.
+            dresidual = torch.empty_like(x) if of_residual else None
             dz_rows = (torch.empty_like(x_rows[0]),) * groups if dresidual is None else dresidual.chunk(groups)
-        weight_rows, dweight_rows, dbias_rows = _group_rows(weight, groups), dweight.unbind(), dbias.unbind()
+        weight_rows, bias_rows = _group_rows(weight, groups), _group_rows(bias, groups)
+        dweight_rows, dbias_rows = dweight.unbind(), dbias.unbind()
         mean_rows, rstd_rows = saved_mean.unbind(), saved_rstd.unbind()
-        aten = torch.ops.aten
+        count = x_rows[0].numel() // channels
+        scale = (weight * saved_rstd).unbind()  # [C] of every group
+        shift = (bias - saved_mean * weight * saved_rstd).unbind() if act == "silu" else ()
+        aten, unit = torch.ops.aten, _Unit(weight)
         for g in range(groups):
-            if ctx.act == "relu":
-                aten.threshold_backward.grad_input(dy_rows[g], z_rows[g], 0, grad_input=dz_rows[g])
-            elif ctx.act == "silu":
-                aten.silu_backward.grad_input(dy_rows[g], z_rows[g], grad_input=dz_rows[g])
-            aten.native_batch_norm_backward.out(
+            if act == "relu":
+                aten.threshold_backward.grad_input(dy_rows[g], extra_rows[g], 0, grad_input=dz_rows[g])
+            elif act == "silu":
+                # dx is free until the end of the turn
+                z = unit.affine(x_rows[g], scale[g], shift[g], out=dx_rows[g])
+                if extra_rows is not None:
+                    z.add_(extra_rows[g])
+                aten.silu_backward.grad_input(dy_rows[g], z, grad_input=dz_rows[g])
+            _, dweight_g, dbias_g = aten.native_batch_norm_backward(
                 dz_rows[g], x_rows[g], weight_rows[g], None, None, mean_rows[g], rstd_rows[g], True, ctx.eps,
-                (True, True, True), out0=dx_rows[g], out1=dweight_rows[g], out2=dbias_rows[g],
+                (False, True, True),
             )  # fmt: skip
+            dweight_rows[g].copy_(dweight_g)
+            dbias_rows[g].copy_(dbias_g)
+            # dx = scale (dz - mean of dz - (x - mean) rstd mean of dz (x - mean) rstd); that operation's own dx would
+            # have to be copied
+            slope = -scale[g] * rstd_rows[g] * dweight_g / count
+            unit.affine(dz_rows[g], scale[g], -scale[g] * dbias_g / count - slope * mean_rows[g], out=dx_rows[g])
+            dx_rows[g].addcmul_(x_rows[g], slope.view((-1,) + (1,) * (x.dim() - 2)))
         if weight.dim() == 1:
             dweight = dweight.sum(0)
-        if ctx.shared_bias:
+        if bias.dim() == 1:
             dbias = dbias.sum(0)
         return dx, dweight, dbias, dresidual, None, None, None
+
+
+class _Unit:
+    """x * scale + shift by channel in one pass: a batch norm whose statistics are mean 0 and variance 1."""
+
+    def __init__(self, like: Tensor):
+        channels = like.shape[-1]
+        self.mean, self.var, self.unused = like.new_zeros(channels), like.new_ones(channels), like.new_empty(0)
+
+    def affine(self, x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
+        torch.native_batch_norm(
+            x, scale, shift, self.mean, self.var, False, 0.0, 0.0, out=(out, self.unused, self.unused)
+        )
+        return out
 
 
 def _group_rows(value: Tensor, groups: int) -> tuple[Tensor, ...]:
