@@ -20,9 +20,32 @@ from torch.utils.flop_counter import FlopCounterMode
 
 KINDS = ("convolution", "depthwise", "product", "norm", "activation", "copy", "pointwise", "optimizer", "other")
 CONVOLUTIONS = ("mkldnn_convolution", "convolution_backward", "_slow_conv2d_forward", "thnn_conv2d", "_conv_depthwise")
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mkldnn_linear", "_linear_pointwise", "_scaled_dot_product_flash_attention_for_cpu")
+PRODUCTS = (
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "mkldnn_linear",
+    "_linear_pointwise",
+    "_scaled_dot_product_flash_attention_for_cpu",
+)
 COPIES = ("copy_", "cat", "clone", "fill_", "zero_", "index_select", "constant_pad_nd", "im2col", "col2im")
-POINTWISE = ("mul", "add", "sub", "div", "mul_", "add_", "sub_", "div_", "addcmul", "sum", "mean", "neg", "rsqrt", "sqrt")
+POINTWISE = (
+    "mul",
+    "add",
+    "sub",
+    "div",
+    "mul_",
+    "add_",
+    "sub_",
+    "div_",
+    "addcmul",
+    "sum",
+    "mean",
+    "neg",
+    "rsqrt",
+    "sqrt",
+)
 ACTIVATIONS = ("silu", "relu", "threshold", "sigmoid", "softmax", "clamp_min", "hardtanh")
 
 
@@ -30,7 +53,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", default=list(ROWS), help=", ".join(ROWS))
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--operations", type=int, default=0, metavar="N", help="also the N dearest operations, by shape")
+    parser.add_argument(
+        "--operations", type=int, default=0, metavar="N", help="also the N dearest operations, by shape"
+    )
     options = parser.parse_args()
     if len(options.only) == 1:
         print(line_of(options.only[0], options.threads, options.operations))
@@ -70,7 +95,7 @@ def kind(name: str, shapes: list) -> str:
     if short.startswith(CONVOLUTIONS):
         weight = shapes[2 if "backward" in short else 1] if shapes and len(shapes) > 2 else []
         return "depthwise" if len(weight) == 4 and weight[1] == 1 and weight[0] > 1 else "convolution"
-    if short in PRODUCTS:
+    if short.startswith(PRODUCTS):
         return "product"
     if "batch_norm" in short or "GroupByGroup" in name:
         return "norm"

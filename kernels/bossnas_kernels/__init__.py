@@ -2,9 +2,10 @@
 
 `gbn_act`: grouped batch norm + residual + activation. `dwconv2d`: depthwise convolution. `mhsa2d`: self-attention over
 the positions of a map. `lars_ema_step`: optimizer and moving average of many tensors. `byol_ensemble_loss`: the loss of
-ensemble bootstrapping. `linear`: matrix products on a CPU. `augment_views`: augmented views of a batch of pictures. `use` chooses between the Triton
+ensemble bootstrapping. `augment_views`: augmented views of a batch of pictures. `use` chooses between the Triton
 kernels and their plain PyTorch yardstick (`bossnas_kernels.reference`, `augment_reference`); `implementation` says
-which one runs.
+which one runs. For a CPU alone: `linear`, a matrix product; `gated_pointwise`, squeeze-and-excitation and the 1x1
+convolution behind it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from bossnas_kernels.dispatch import (
     mhsa2d_stats,
     use,
 )
+from bossnas_kernels.gated import gated_pointwise
 from bossnas_kernels.looks import Looks
 from bossnas_kernels.products import linear
 
@@ -35,6 +37,7 @@ __all__ = [
     "dwconv2d",
     "dwconv2d_stats",
     "finish_views",
+    "gated_pointwise",
     "gbn_act",
     "implementation",
     "lars_ema_step",

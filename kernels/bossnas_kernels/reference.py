@@ -170,7 +170,7 @@ class _GroupByGroup(torch.autograd.Function):
             # Without a residual the gradient before the activation is only needed one group at a time.
             dresidual = torch.empty_like(x) if of_residual else None
             dz_rows = (torch.empty_like(x_rows[0]),) * groups if dresidual is None else dresidual.chunk(groups)
-        weight_rows, bias_rows = _group_rows(weight, groups), _group_rows(bias, groups)
+        weight_rows = _group_rows(weight, groups)
         dweight_rows, dbias_rows = dweight.unbind(), dbias.unbind()
         mean_rows, rstd_rows = saved_mean.unbind(), saved_rstd.unbind()
         count = x_rows[0].numel() // channels
