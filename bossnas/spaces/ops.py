@@ -15,7 +15,9 @@ from torch.nn import functional as F
 
 import bossnas_kernels
 from bossnas.errors import ConfigError
-from bossnas_kernels import dwconv2d, dwconv2d_stats, gated_pointwise, gbn_act, linear, mhsa2d, mhsa2d_stats
+from bossnas_kernels import dwconv2d, dwconv2d_stats, gbn_act, mhsa2d, mhsa2d_stats
+from bossnas_kernels.gated import gated_pointwise
+from bossnas_kernels.products import linear
 
 
 def use_kernels(choice: str, device: torch.device) -> str:
@@ -261,7 +263,7 @@ class Chain(nn.Sequential):
             following = parts[i + 1] if i + 1 < len(parts) else None
             extra: dict = {} if residual is None or following is not None else {"residual": residual}
             if gate is not None:
-                x, gate = gate.convolved(x, cast("DenseConv", part)), None
+                x, gate = part(x, gate=gate), None
             elif held is not None:
                 x, held = part(x, groups, stats, gate=held, **extra), None
             elif isinstance(part, SqueezeExcite) and isinstance(following, Chain) and following.takes_gate:
@@ -300,7 +302,7 @@ class DepthwiseConv(nn.Conv2d):
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` of a matrix by `bossnas_kernels.linear`."""
+    """`nn.Linear` of a matrix by `bossnas_kernels.products.linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -315,7 +317,10 @@ class DenseConv(nn.Conv2d):
     def pointwise(self) -> bool:
         return self.kernel_size == self.stride == (1, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gate: SqueezeExcite | None = None) -> Tensor:
+        """``gate``: the input is to pass that first; for 1x1 convolutions without bias."""
+        if gate is not None:
+            return gated_pointwise(x, self.weight, gate.gate, list(gate.parameters()))
         padding = cast("tuple[int, ...]", self.padding)  # never the name of a way to pad
         height, width = (
             (size + 2 * p - k) // s + 1
@@ -381,14 +386,11 @@ class SqueezeExcite(nn.Module):
         self.expand = conv(reduced, channels, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.expand(F.silu(self.reduce(x.mean((2, 3), keepdim=True))))
-        return x * gate.sigmoid()
+        return x * self.gate(x.mean((2, 3), keepdim=True))
 
-    def convolved(self, x: Tensor, conv: DenseConv) -> Tensor:
-        """``conv(self(x))`` for a 1x1 convolution without bias."""
-        return gated_pointwise(
-            x, self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias, conv.weight
-        )
+    def gate(self, mean: Tensor) -> Tensor:
+        """The channels' means [N, C, 1, 1] -> their factors."""
+        return self.expand(F.silu(self.reduce(mean))).sigmoid()
 
 
 class NoAdapter(nn.Module):

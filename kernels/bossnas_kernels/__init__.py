@@ -4,8 +4,7 @@
 the positions of a map. `lars_ema_step`: optimizer and moving average of many tensors. `byol_ensemble_loss`: the loss of
 ensemble bootstrapping. `augment_views`: augmented views of a batch of pictures. `use` chooses between the Triton
 kernels and their plain PyTorch yardstick (`bossnas_kernels.reference`, `augment_reference`); `implementation` says
-which one runs. For a CPU alone: `linear`, a matrix product; `gated_pointwise`, squeeze-and-excitation and the 1x1
-convolution behind it.
+which one runs. `bossnas_kernels.products` and `bossnas_kernels.gated` are for a CPU alone.
 """
 
 from __future__ import annotations
@@ -25,9 +24,7 @@ from bossnas_kernels.dispatch import (
     mhsa2d_stats,
     use,
 )
-from bossnas_kernels.gated import gated_pointwise
 from bossnas_kernels.looks import Looks
-from bossnas_kernels.products import linear
 
 __all__ = [
     "Looks",
@@ -37,12 +34,10 @@ __all__ = [
     "dwconv2d",
     "dwconv2d_stats",
     "finish_views",
-    "gated_pointwise",
     "gbn_act",
     "implementation",
     "lars_ema_step",
     "lars_squares",
-    "linear",
     "mhsa2d",
     "mhsa2d_stats",
     "use",
