@@ -72,7 +72,12 @@ class TrainConfig(Section):
     paths: int | None = Field(
         None, ge=1, description="at most so many of the paths that the space samples in a step; null: all"
     )
-    paths_per_pass: int | None = Field(None, ge=1, description="paths that share one backward; null: all")
+    paths_per_pass: int | None = Field(
+        None,
+        ge=1,
+        description="paths that share one forward and backward pass; null: all on a GPU, on a CPU as many as keep "
+        "512 MiB for the backward pass",
+    )
     collapse_below: float = Field(0.05, ge=0, le=1, description="warn when the embeddings' spread is less")
 
 

@@ -296,8 +296,11 @@ def count_micro(
     memory.meter = before
     with before, torch.no_grad(), protocol.autocast("cpu", settings.precision):
         # a tensor of its own for each view: the supernet knows equal inputs by that
-        features = [target.features(winners, view.clone()) for _ in range(2 * space.view_pairs)]
+        views = [view.clone() for _ in range(2 * space.view_pairs)]
+        features = target.features_of_views(winners, views, images * len(views))
     engine = _Counting(meter, settings)
+    # a GPU takes all paths at once, if the config says nothing
+    once = {"epochs": 1, "warmup_epochs": 0, "paths_per_pass": settings.paths_per_pass or 2**31}
     # accumulate=2: the loop yields after the first micro-batch, before the engine takes a step
     loop = train_block(
         networks,
@@ -305,7 +308,7 @@ def count_micro(
         cast("protocol.Engine", engine),  # it has what a micro-batch needs
         iter([features]),
         RunState(block, step),
-        Training(settings.model_copy(update={"epochs": 1, "warmup_epochs": 0}), step + 1, accumulate=2, seed=seed),
+        Training(settings.model_copy(update=once), step + 1, accumulate=2, seed=seed),
         list(winners),
     )
     # with some paths at a time the online network sees other batches than the target network

@@ -28,6 +28,7 @@ from bossnas.search.stage import (
     train_with,
     warn,
 )
+from bossnas.supernet.memory import images_at_once
 from bossnas.supernet.train_block import Step
 
 DONE = "done"  # the file that a finished run has
@@ -131,9 +132,11 @@ def start_block(run: Run, batches: Iterator[list[Tensor]] | None = None) -> tupl
         batches = train_batches(run, state.block * run.config.train.epochs, state.step)
 
     def inputs() -> Iterator[list[Tensor]]:
+        most = 0
         for views in batches:
             with stage.engine.autocast():
-                features = [run.target.features(state.winners, x) for x in views]
+                most = most or images_at_once(run.target, state.winners, views[0])
+                features = run.target.features_of_views(state.winners, views, most)
             yield features
 
     stage = train_with(run, state, inputs(), state.winners)

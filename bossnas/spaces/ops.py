@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import bossnas_kernels
 from bossnas.errors import ConfigError
 from bossnas_kernels import dwconv2d, dwconv2d_stats, gbn_act, mhsa2d, mhsa2d_stats
+from bossnas_kernels.eager import on_cpu
 from bossnas_kernels.gated import gated_pointwise
 from bossnas_kernels.products import linear
 
@@ -112,8 +113,13 @@ class GroupedBatchNorm(nn.Module):
         stats: Statistics | None = None,
         residual: Tensor | None = None,
         partial_stats: Tensor | None = None,
+        folded: bool = False,
     ) -> Tensor:
-        """``residual``, like x, is added before the activation. ``partial_stats``: see `bossnas_kernels.gbn_act`."""
+        """``residual``, like x, is added before the activation. ``partial_stats``: see `bossnas_kernels.gbn_act`.
+        ``folded``: x, which nothing else reads, is normalised already (`Chain`)."""
+        if folded:
+            x = x if residual is None else x.add_(residual)
+            return F.relu_(x) if self.act == "relu" else F.silu(x, inplace=True) if self.act == "silu" else x
         own, mean, var = _source(self, stats)
         if own and stats is None and self.average is not None:
             return self._synchronised(x, groups, residual, self.average)
@@ -248,6 +254,10 @@ class Chain(nn.Sequential):
 
     grouped = True
 
+    def __init__(self, *parts: nn.Module):
+        super().__init__(*parts)
+        self._known_folds: dict[int, tuple[tuple, tuple[Tensor, Tensor]]] = {}
+
     def forward(
         self,
         x: Tensor,
@@ -259,10 +269,13 @@ class Chain(nn.Sequential):
         parts = list(self)
         partial_stats: Tensor | None = None
         held: SqueezeExcite | None = None
+        folded = False
         for i, part in enumerate(parts):
             following = parts[i + 1] if i + 1 < len(parts) else None
             extra: dict = {} if residual is None or following is not None else {"residual": residual}
-            if gate is not None:
+            if folded:
+                x, folded = part(x, folded=True, **extra), False
+            elif gate is not None:
                 x, gate = part(x, gate=gate), None
             elif held is not None:
                 x, held = part(x, groups, stats, gate=held, **extra), None
@@ -272,6 +285,8 @@ class Chain(nn.Sequential):
                 x, partial_stats = part(x, groups, stats, partial_stats=partial_stats, **extra), None
             elif getattr(part, "grouped", False):
                 x = part(x, groups, stats, **extra)
+            elif stats is None and (constants := self._folded(i, part, following, x)) is not None:
+                x, folded = part(x, folded=constants), True
             elif (
                 hasattr(part, "with_stats") and isinstance(following, GroupedBatchNorm) and _source(following, stats)[0]
             ):
@@ -279,6 +294,28 @@ class Chain(nn.Sequential):
             else:
                 x = part(x)
         return x
+
+    def _folded(self, i: int, part: nn.Module, following: nn.Module | None, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Weights and bias of a convolution with the batch norm behind it, where neither will change: in a frozen
+        prefix on a CPU. None elsewhere: on a GPU the norm's own kernel adds the activation, too."""
+        if (
+            not isinstance(part, DenseConv | DepthwiseConv)
+            or not isinstance(following, GroupedBatchNorm)
+            or following.training
+            or torch.is_grad_enabled()
+            or any(p.requires_grad for p in (part.weight, following.weight, following.bias))
+            or not on_cpu(x, part.weight)
+        ):
+            return None
+        tensors = (part.weight, following.weight, following.bias, following.running_mean, following.running_var)
+        version = tuple((t.data_ptr(), t._version) for t in tensors)
+        known = self._known_folds.get(i)
+        if known is None or known[0] != version:
+            scale = torch.rsqrt(following.running_var.double() + 1e-5) * following.weight
+            weight = (part.weight * scale[:, None, None, None]).to(part.weight.dtype)
+            shift = -following.running_mean.double() if part.bias is None else part.bias - following.running_mean
+            known = self._known_folds[i] = version, (weight, (shift * scale + following.bias).to(weight.dtype))
+        return known[1]
 
     @property
     def takes_gate(self) -> bool:
@@ -294,8 +331,10 @@ class DepthwiseConv(nn.Conv2d):
             channels, channels, kernel, stride, kernel // 2 if kernel % 2 else 0, groups=channels, bias=bias
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return dwconv2d(x, self.weight, self.bias, stride=self.stride[0])
+    def forward(self, x: Tensor, folded: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """``folded``: weights and bias to be used instead of its own."""
+        weight, bias = folded or (self.weight, self.bias)
+        return dwconv2d(x, weight, bias, stride=self.stride[0])
 
     def with_stats(self, x: Tensor, groups: int) -> tuple[Tensor, Tensor | None]:
         return dwconv2d_stats(x, self.weight, self.bias, stride=self.stride[0], groups=groups)
@@ -317,8 +356,12 @@ class DenseConv(nn.Conv2d):
     def pointwise(self) -> bool:
         return self.kernel_size == self.stride == (1, 1)
 
-    def forward(self, x: Tensor, gate: SqueezeExcite | None = None) -> Tensor:
-        """``gate``: the input is to pass that first; for 1x1 convolutions without bias."""
+    def forward(
+        self, x: Tensor, gate: SqueezeExcite | None = None, folded: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """``gate``: the input is to pass that first; for 1x1 convolutions without bias. ``folded``: weights and bias to
+        be used instead of its own."""
+        weight, bias = folded or (self.weight, self.bias)
         if gate is not None:
             return gated_pointwise(x, self.weight, gate.gate, list(gate.parameters()))
         padding = cast("tuple[int, ...]", self.padding)  # never the name of a way to pad
@@ -329,13 +372,13 @@ class DenseConv(nn.Conv2d):
         exported = torch.jit.is_tracing() or torch.compiler.is_exporting()  # must work for any number of images
         limit = max(self.in_channels, self.out_channels) if self.pointwise else self.out_channels // 2
         if x.device.type != "cpu" or exported or x.shape[0] * height * width > limit:
-            return super().forward(x)
+            return self._conv_forward(x, weight, bias)
         if self.pointwise:
             rows = x.permute(0, 2, 3, 1).flatten(0, 2)  # a view in channels_last
         else:
             patches = F.unfold(x, self.kernel_size, padding=padding, stride=self.stride)  # [N, C*k*k, positions]
             rows = patches.mT.flatten(0, 1)  # one product, not one per image
-        y = linear(rows, self.weight.flatten(1), self.bias)
+        y = linear(rows, weight.flatten(1), bias)
         return y.view(len(x), height, width, -1).permute(0, 3, 1, 2)
 
 

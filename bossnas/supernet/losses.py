@@ -49,9 +49,10 @@ def path_loss(predicted_a: Tensor, predicted_b: Tensor, target_a: Tensor, target
 
 @torch.no_grad()
 def spread(projections: Tensor) -> Tensor:
-    """Collapse sentinel: standard deviation over the batch of the normalised projections [N, D], times sqrt(D).
+    """Collapse sentinel: standard deviation over the batch of the normalised projections [..., N, D], times sqrt(D),
+    its mean over the first dimensions.
 
     1 when they fill the sphere evenly, 0 when all images have one embedding (SimSiam, Chen & He 2021, section 4.1).
     """
-    normal = F.normalize(projections.float(), dim=1)
-    return normal.std(0).mean() * normal.shape[1] ** 0.5
+    normal = F.normalize(projections.float(), dim=-1)
+    return normal.std(-2).mean() * normal.shape[-1] ** 0.5

@@ -1,4 +1,4 @@
-"""How much memory a unit of paths takes while it is rated."""
+"""How much memory work takes: a unit of paths while it is rated, images in the frozen blocks, paths in training."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from bossnas.spaces.ops import Statistics
 from bossnas.spaces.paths import Choices
 from bossnas.supernet.supernet import Item, Supernet
 from bossnas.supernet.units import Unit, units
+
+PREFIX_BYTES, KEPT_BYTES = 256 * 2**20, 512 * 2**20
 
 T = TypeVar("T")
 
@@ -92,6 +94,40 @@ class Footprint:
             else:
                 high = middle - 1
         return low
+
+
+def images_at_once(network: Supernet, winners: Sequence[Choices], x: Tensor) -> int:
+    """How many images go through the frozen blocks together: as many as keep their maps within a limit, which is
+    256 MiB on a CPU and an eighth of a GPU's memory. ``x``: images [n, 3, S, S], of which two are tried."""
+    if not winners:
+        return len(x)
+    limit = PREFIX_BYTES
+    if x.device.type == "cuda":
+        limit = torch.cuda.get_device_properties(x.device).total_memory // 8
+    few = x[:2]
+    network.features(winners, few)  # what stays, such as folded weights, is made now and not counted
+    return max(1, limit * len(few) // max(1, peak_bytes(partial(network.features, winners, few))))
+
+
+def paths_at_once(network: Supernet, block: int, path: Choices, a: Tensor, b: Tensor, recompute: bool) -> int:
+    """How many paths of a step share a forward and a backward pass: on a CPU as many as keep no more than 512 MiB of
+    maps for the backward pass, if all are like ``path``. Alone or together they give the same gradients, and take as
+    long on a CPU.
+
+    ``a``, ``b``: the path's views of a micro-batch, [n, C, H, W]; ``recompute``: see `Supernet.forward`. The answer
+    depends on their shapes alone.
+    """
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
+
+    def pack(t: Tensor) -> None:  # what is packed is never asked for; a tensor here would keep its graph alive
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
+
+    # of all images: with few, blocks of memory would be left behind that fit nothing later
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: _):
+        network.embed(block, [Item(path, a), Item(path, b)], recompute=recompute)
+    given = {t.untyped_storage().data_ptr() for t in (*network.parameters(), a, b)}
+    size = sum(storage.nbytes() for address, storage in kept.items() if address not in given)
+    return max(1, KEPT_BYTES // max(1, size))
 
 
 def peak_bytes(call: Callable[[], object]) -> int:

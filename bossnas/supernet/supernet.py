@@ -141,6 +141,13 @@ class Supernet(nn.Module):
             x = self.forward(block, [Item(path, x)])[0]
         return x
 
+    def features_of_views(self, winners: Sequence[Choices], views: list[Tensor], most: int) -> list[Tensor]:
+        """`features` of every view [n, 3, S, S], made of ``most`` images at a time, whichever views they are from."""
+        if not winners:
+            return views
+        images = torch.cat(views).split(most)
+        return list(torch.cat([self.features(winners, piece) for piece in images]).split([len(x) for x in views]))
+
     def freeze(self, block: int) -> None:
         """Ends a block's training: evaluation mode, no gradients."""
         # evaluation mode: norms read their buffers (in the target the winner's calibrated statistics), so the features

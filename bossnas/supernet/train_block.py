@@ -20,6 +20,7 @@ from bossnas.optim.cosine import ema_momentum, learning_rate
 from bossnas.spaces import Space
 from bossnas.spaces.paths import Choices
 from bossnas.supernet import losses
+from bossnas.supernet.memory import paths_at_once
 from bossnas.supernet.supernet import Item, Networks, Supernet
 
 PATHS, SHUFFLE = 1, 2  # random streams: everything drawn is a pure function of (seed, stream, block, micro-batch)
@@ -108,6 +109,7 @@ def train_block(
     device = next(predictor.parameters()).device
     online.part(block).train()
     target.part(block).train()
+    at_once: tuple[list[Choices], int] | None = None
     warmup = round(settings.warmup_epochs * steps_per_epoch * accumulate)
 
     while state.step < total:
@@ -127,26 +129,28 @@ def train_block(
                 rng = np.random.default_rng([seed, SHUFFLE, block, micro])
                 order = torch.from_numpy(rng.permutation(n * ranks))
 
+            if at_once is None or at_once[0] != prefix:
+                at_once = list(prefix), _paths_at_once(online, space, block, prefix, training, features, engine)
+            chunks = [range(len(paths))[start : start + at_once[1]] for start in range(0, len(paths), at_once[1])]
+
             # of all paths before any chunk of them trains: the ensemble target is the mean over all (METHOD 3.3)
-            targets_a, targets_b = [], []
+            targets: list[Tensor] = []
             if settings.objective != "instance":
                 with torch.no_grad(), engine.autocast():
-                    projections = _targets(target, block, paths, pairs, features, order, group)
-                targets_a, targets_b = projections[0::2], projections[1::2]
+                    for chosen in chunks:
+                        targets += _targets(target, block, _items(paths, chosen, pairs, features), order, group)
 
-            size = settings.paths_per_pass or len(paths)
-            for start in range(0, len(paths), size):
-                chosen = range(start, min(start + size, len(paths)))
-                items = [Item(paths[j], features[v]) for j in chosen for v in (j % pairs, j % pairs + pairs)]
+            for chosen in chunks:
+                items = _items(paths, chosen, pairs, features)
                 with engine.autocast():
                     projections = online.embed(block, items, recompute=settings.activation_checkpointing)
-                    loss = _loss(settings, predictor, projections, targets_a, targets_b)
+                    loss = _loss(settings, predictor, projections, targets[0::2], targets[1::2])
                 # `last` once in an update, in its last backward pass: FSDP2 and DeepSpeed end the accumulation there
                 engine.micro(loss, last=m == accumulate - 1 and chosen.stop == len(paths))
                 # the gradient is that of the sum over the paths, the reported loss their mean (METHOD 3.3)
                 loss_sum += loss.detach() / len(paths)
-                # one path stands for its chunk: all paths of a block share its projector
-                spread_sum += losses.spread(projections[0].detach()) * len(chosen) / len(paths)
+                seen_a = torch.stack([p.detach() for p in projections[0::2]])
+                spread_sum += losses.spread(seen_a) * len(chosen) / len(paths)
             seen += n * ranks
             if m < accumulate - 1:
                 yield None
@@ -175,20 +179,40 @@ def train_block(
         )
 
 
-def _targets(
-    target: Supernet,
+def _paths_at_once(
+    online: Supernet,
+    space: Space,
     block: int,
-    paths: list[Choices],
-    pairs: int,
+    prefix: list[Choices],
+    training: Training,
     features: list[Tensor],
-    order: Tensor | None,
-    group: Any,
-) -> list[Tensor]:
-    """The target network's projections of both views along every path, of images that are mixed over the ranks."""
-    shown = features if order is None else [dist.shuffle(x, order, group) for x in features]
-    items = [Item(path, shown[v]) for j, path in enumerate(paths) for v in (j % pairs, j % pairs + pairs)]
-    projections = target.embed(block, items)
-    return projections if order is None else [dist.shuffle(t, order.argsort(), group) for t in projections]
+    engine: Engine,
+) -> int:
+    """Paths that share a forward and a backward pass. Asked of the block's first micro-batch, whichever is next: the
+    sums of a run that was resumed are rounded as those of one that was not."""
+    settings, few = training.settings, training.settings.paths_per_pass
+    # a forward pass on shares must have its backward pass
+    if few or engine.sharded or features[0].device.type != "cpu":
+        return few or 2**31
+    first = sample_paths(space, block, prefix, training.seed, 0, settings.paths)[0]
+    with engine.autocast():
+        a, b = features[0], features[space.view_pairs]
+        return paths_at_once(online, block, first, a, b, settings.activation_checkpointing)
+
+
+def _items(paths: list[Choices], chosen: range, pairs: int, features: list[Tensor]) -> list[Item]:
+    """View A and view B along each of the chosen paths."""
+    return [Item(paths[j], features[v]) for j in chosen for v in (j % pairs, j % pairs + pairs)]
+
+
+def _targets(target: Supernet, block: int, items: list[Item], order: Tensor | None, group: Any) -> list[Tensor]:
+    """The target network's projections of the items, of images that are mixed over the ranks."""
+    if order is None:
+        return target.embed(block, items)
+    views = {id(item.x): item.x for item in items}  # paths may share a view, which then is computed once
+    shown = {key: dist.shuffle(x, order, group) for key, x in views.items()}
+    projections = target.embed(block, [Item(item.path, shown[id(item.x)]) for item in items])
+    return [dist.shuffle(t, order.argsort(), group) for t in projections]
 
 
 def _loss(
