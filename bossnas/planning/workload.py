@@ -38,6 +38,7 @@ from bossnas.spaces.paths import Choices
 from bossnas.supernet import heads
 from bossnas.supernet.supernet import Networks, Supernet
 from bossnas.supernet.train_block import RunState, Training, sample_paths, train_block
+from bossnas_kernels.eager import torch_operations
 
 DRAWS = 512  # micro-batches whose paths are looked at for the mean and the largest
 WEIGHT = 4  # bytes: parameters, gradients, momentum and targets are float32 in every precision
@@ -294,7 +295,7 @@ def count_micro(
         target.part(k).eval()
     view = view.contiguous(memory_format=torch.channels_last)
     memory.meter = before
-    with before, torch.no_grad(), protocol.autocast("cpu", settings.precision):
+    with ops.torch_operations(), before, torch.no_grad(), protocol.autocast("cpu", settings.precision):
         # a tensor of its own for each view: the supernet knows equal inputs by that
         views = [view.clone() for _ in range(2 * space.view_pairs)]
         features = target.features_of_views(winners, views, images * len(views))
@@ -313,7 +314,7 @@ def count_micro(
     )
     # with some paths at a time the online network sees other batches than the target network
     memory.meter, memory.twins = meter, not settings.paths_per_pass
-    with meter:
+    with ops.torch_operations(), meter:
         next(loop)
     loop.close()
     memory.meter = None

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import bossnas_kernels
 from bossnas.errors import ConfigError
 from bossnas_kernels import dwconv2d, dwconv2d_stats, gbn_act, mhsa2d, mhsa2d_stats
-from bossnas_kernels.eager import on_cpu
+from bossnas_kernels.eager import on_cpu, torch_operations
 from bossnas_kernels.gated import gated_pointwise
 from bossnas_kernels.products import linear
 
@@ -369,12 +369,13 @@ class DenseConv(nn.Conv2d):
             (size + 2 * p - k) // s + 1
             for size, p, k, s in zip(x.shape[2:], padding, self.kernel_size, self.stride, strict=True)
         )
-        exported = torch.jit.is_tracing() or torch.compiler.is_exporting()  # must work for any number of images
         limit = max(self.in_channels, self.out_channels) if self.pointwise else self.out_channels // 2
-        if x.device.type != "cpu" or exported or x.shape[0] * height * width > limit:
+        # what is exported must work for any number of images
+        nhwc = x.is_contiguous(memory_format=torch.channels_last)
+        if x.shape[0] * height * width > limit or not on_cpu(x, weight, bias) or self.pointwise and not nhwc:
             return self._conv_forward(x, weight, bias)
         if self.pointwise:
-            rows = x.permute(0, 2, 3, 1).flatten(0, 2)  # a view in channels_last
+            rows = x.permute(0, 2, 3, 1).flatten(0, 2)  # a view
         else:
             patches = F.unfold(x, self.kernel_size, padding=padding, stride=self.stride)  # [N, C*k*k, positions]
             rows = patches.mT.flatten(0, 1)  # one product, not one per image
