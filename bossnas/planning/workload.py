@@ -38,7 +38,6 @@ from bossnas.spaces.paths import Choices
 from bossnas.supernet import heads
 from bossnas.supernet.supernet import Networks, Supernet
 from bossnas.supernet.train_block import RunState, Training, sample_paths, train_block
-from bossnas_kernels.eager import torch_operations
 
 DRAWS = 512  # micro-batches whose paths are looked at for the mean and the largest
 WEIGHT = 4  # bytes: parameters, gradients, momentum and targets are float32 in every precision
