@@ -95,7 +95,12 @@ class OfficialStep:
         module = nn.ModuleDict({**{str(b): part for b, part in enumerate(trained)}, "predictor": self.predictor})
         following = nn.ModuleDict({str(b): part for b, part in enumerate(followers)})
         self.groups = parameter_groups(module, following)
-        self.momenta: dict[str, Tensor] = {}
+        # of this block all from the start, as they are after some steps: memory is compared in the long run
+        self.momenta = {
+            group["name"]: torch.zeros_like(group["params"][0])
+            for group in self.groups
+            if group["name"].startswith((f"{self.block}.", "predictor."))
+        }
 
     def step(self, paths: Sequence[Choices], views: Sequence[Tensor], ema: float) -> float:
         """One update with all ``paths``, of views [n, 3, H, W] each, those of kind A first; the mean loss."""

@@ -11,7 +11,8 @@ compare within one run only.
 The second form takes steps on random images of 8 images in fp32: "ours" is the real training loop with everything in
 it but the data, "official" is `bench/official.py`. Each runs in a process of its own, on one thread, and the two take
 turns; time is the process's CPU time, the ratio official / ours is the median over the rounds of neighbours. Memory is
-the most that the process held, less what it held before its first step. ``--project FOLDER`` adds another checkout of
+the most that the process held, less what it held before its first step; that has the momentum of the whole block.
+``--project FOLDER`` adds another checkout of
 this project to the comparison, "theirs".
 """
 
@@ -246,10 +247,8 @@ def prepared(row: str) -> tuple[Run, list[Tensor]]:
 
 def ours(run: Run, views: list[Tensor]) -> Iterator[float]:
     shown = [x.contiguous(memory_format=torch.channels_last) for x in views]
-    _, steps = search.start_block(run, repeat(shown))
-    for step in steps:
-        if step is not None:
-            yield step.loss
+    _, steps = search.start_block(run, repeat(shown))  # the optimizer's state exists from here on
+    return (step.loss for step in steps if step is not None)
 
 
 def official(run: Run, views: list[Tensor]) -> Iterator[float]:
@@ -262,9 +261,12 @@ def official(run: Run, views: list[Tensor]) -> Iterator[float]:
     assert train.lr and np.isfinite(train.lr)
     settings = {key: getattr(train, key) for key in ("lr", "momentum", "weight_decay", "trust")}
     one = OfficialStep(run.online, run.target, run.predictors[block], run.state.winners, settings)
-    for step in range(STEPS):
+
+    def taken(step: int) -> float:
         paths = sample_paths(run.space, block, run.state.winners, run.config.seed, step, train.paths)
-        yield one.step(paths, views, ema_momentum(step, STEPS, train.ema))
+        return one.step(paths, views, ema_momentum(step, STEPS, train.ema))
+
+    return map(taken, range(STEPS))
 
 
 def forget_peak() -> int:

@@ -16,8 +16,10 @@ from torch.nn import functional as F
 import bossnas_kernels
 from bossnas.errors import ConfigError
 from bossnas_kernels import dwconv2d, dwconv2d_stats, gbn_act, mhsa2d, mhsa2d_stats
-from bossnas_kernels.eager import on_cpu
-from bossnas_kernels.eager import torch_operations as torch_operations  # for those who may not ask the kernels
+from bossnas_kernels.eager import (
+    on_cpu,
+    torch_operations as torch_operations,  # for those who may not ask the kernels
+)
 from bossnas_kernels.gated import gated_pointwise
 from bossnas_kernels.products import linear
 

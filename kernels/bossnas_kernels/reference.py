@@ -17,6 +17,10 @@ from bossnas_kernels.eager import on_cpu
 # cheaper one by one: the copies that folding makes cost more than the calls it saves (measured on CPU).
 _FOLD_ELEMENTS = 8 * 1024
 
+# Large weights are updated in pieces of so many elements a thread: weight, gradient and momentum stay in the cache
+# between the operations of an update.
+_UPDATE_ELEMENTS = 64 * 1024
+
 # Self-attention over at most this many positions of an NCHW map in fp32 is written out: its products read the map as it
 # lies, scaled_dot_product_attention only a transposed copy (measured on CPU: 1.1 to 1.6 times faster up to here, then
 # less and less, slower at 196).
@@ -358,8 +362,7 @@ def lars_ema_step(
     if applied:
         factor = float(_gradient_factor(1.0, whole, loss_scale, clip))
         lars_update(moved, given, buffers, fixed, w_norm, g_norm, factor=factor, **settings)
-        if pairs:
-            torch._foreach_lerp_([t for t, _ in pairs], [w for _, w in pairs], 1 - ema)
+        _follow(pairs, 1 - ema)
     return torch.tensor(applied)
 
 
@@ -459,12 +462,37 @@ def lars_update(
     scale = [
         lr if excluded[i] else lr * trust * w_norm[i] / (g_norm[i] * factor + weight_decay * w_norm[i]) for i in live
     ]
-    updates = torch._foreach_mul(weights, [0.0 if excluded[i] else weight_decay for i in live])
-    torch._foreach_add_(updates, gradients, alpha=factor)
-    torch._foreach_mul_(updates, scale)
-    torch._foreach_mul_(momenta, momentum)
-    torch._foreach_add_(momenta, updates)
-    torch._foreach_sub_(weights, momenta)
+    few = [j for j, i in enumerate(live) if not _in_pieces(weights[j], gradients[j], momenta[j])]
+    if few:
+        small, given, buffers = ([tensors[j] for j in few] for tensors in (weights, gradients, momenta))
+        updates = torch._foreach_mul(small, [0.0 if excluded[live[j]] else weight_decay for j in few])
+        torch._foreach_add_(updates, given, alpha=factor)
+        torch._foreach_mul_(updates, [scale[j] for j in few])
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, updates)
+        torch._foreach_sub_(small, buffers)
+    few_set = set(few)
+    for j, i in enumerate(live):
+        if j not in few_set:
+            decay = 0.0 if excluded[i] else weight_decay
+            for w, g, buffer in zip(*map(_split, (weights[j], gradients[j], momenta[j])), strict=True):
+                buffer.mul_(momentum).add_(g, alpha=scale[j] * factor).add_(w, alpha=scale[j] * decay)
+                w.sub_(buffer)
+
+
+def _follow(pairs: Sequence[tuple[Tensor, Tensor]], share: float) -> None:
+    """Moves each target by ``share`` towards its weight."""
+    if pairs:
+        torch._foreach_lerp_([t for t, _ in pairs], [w for _, w in pairs], share)
+
+
+def _in_pieces(*tensors: Tensor) -> bool:
+    """Whether tensors of one shape are worked on piece by piece, without a temporary of their size."""
+    return tensors[0].numel() >= 2 * _UPDATE_ELEMENTS and all(t.is_contiguous() for t in tensors)
+
+
+def _split(t: Tensor) -> tuple[Tensor, ...]:
+    return t.view(-1).split(_UPDATE_ELEMENTS * torch.get_num_threads())
 
 
 def byol_ensemble_loss(q: Tensor, k: Tensor) -> Tensor:
