@@ -83,6 +83,17 @@ class Statistics:
             module.running_var.copy_(var[0])
 
 
+class Frozen(Statistics):
+    """In the place of statistics: norms read their buffers, as in evaluation mode, and convolutions before them may
+    take them over, since neither will change."""
+
+    def __init__(self) -> None:
+        super().__init__(recording=False)
+
+    def at(self, place: Hashable) -> Statistics:
+        return self
+
+
 class GroupedBatchNorm(nn.Module):
     """Batch norm with exact per-group statistics: eps 1e-5, affine. Input [groups*N, C, H, W] or [groups*N, C].
 
@@ -232,6 +243,8 @@ class PooledPointwise(nn.Module):
 
 def _source(norm: GroupedBatchNorm, stats: Statistics | None) -> tuple[bool, Tensor | None, Tensor | None]:
     """Whether the batch's own statistics normalise, else the mean and variance that do."""
+    if isinstance(stats, Frozen):
+        return False, norm.running_mean, norm.running_var
     if stats is not None:
         return (True, None, None) if stats.recording else (False, *stats.table[norm])
     return (True, None, None) if norm.training else (False, norm.running_mean, norm.running_var)
@@ -288,7 +301,7 @@ class Chain(nn.Sequential):
                 x, partial_stats = part(x, groups, stats, partial_stats=partial_stats, **extra), None
             elif getattr(part, "grouped", False):
                 x = part(x, groups, stats, **extra)
-            elif stats is None and (constants := self._folded(i, part, following, x)) is not None:
+            elif isinstance(stats, Frozen) and (constants := self._folded(i, part, following, x)) is not None:
                 x, folded = part(x, folded=constants), True
             elif (
                 hasattr(part, "with_stats") and isinstance(following, GroupedBatchNorm) and _source(following, stats)[0]
@@ -299,14 +312,12 @@ class Chain(nn.Sequential):
         return x
 
     def _folded(self, i: int, part: nn.Module, following: nn.Module | None, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Weights and bias of a convolution with the batch norm behind it, where neither will change: in a frozen
-        prefix on a CPU. None elsewhere: on a GPU the norm's own kernel adds the activation, too."""
+        """Weights and bias of a convolution with the batch norm behind it, on a CPU. None elsewhere: on a GPU the
+        norm's own kernel adds the activation, too."""
         if (
             not isinstance(part, DenseConv | DepthwiseConv)
             or not isinstance(following, GroupedBatchNorm)
-            or following.training
             or torch.is_grad_enabled()
-            or any(p.requires_grad for p in (part.weight, following.weight, following.bias))
             or not on_cpu(x, part.weight)
         ):
             return None

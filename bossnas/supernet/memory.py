@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bossnas.spaces.ops import Statistics
+from bossnas.spaces.ops import Frozen, Statistics
 from bossnas.spaces.paths import Choices
 from bossnas.supernet.supernet import Item, Supernet
 from bossnas.supernet.units import Unit, units
@@ -105,8 +105,9 @@ def images_at_once(network: Supernet, winners: Sequence[Choices], x: Tensor) -> 
     if x.device.type == "cuda":
         limit = torch.cuda.get_device_properties(x.device).total_memory // 8
     few = x[:2]
-    network.features(winners, few)  # what stays, such as folded weights, is made now and not counted
-    return max(1, limit * len(few) // max(1, peak_bytes(partial(network.features, winners, few))))
+    call = partial(network.features, winners, few, Frozen())
+    call()  # what stays, such as folded weights, is made now and not counted
+    return max(1, limit * len(few) // max(1, peak_bytes(call)))
 
 
 def paths_at_once(network: Supernet, block: int, path: Choices, a: Tensor, b: Tensor, recompute: bool) -> int:

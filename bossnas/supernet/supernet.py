@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bossnas.spaces import Space
-from bossnas.spaces.ops import Chain, Statistics
+from bossnas.spaces.ops import Chain, Frozen, Statistics
 from bossnas.spaces.paths import Choices
 from bossnas.supernet.heads import Projector
 
@@ -131,22 +131,25 @@ class Supernet(nn.Module):
         return other
 
     @torch.no_grad()
-    def features(self, winners: Sequence[Choices], x: Tensor) -> Tensor:
+    def features(self, winners: Sequence[Choices], x: Tensor, stats: Statistics | None = None) -> Tensor:
         """Input of block ``len(winners)``: images through the finished blocks, each along its winning path.
 
         These blocks must be in evaluation mode with calibrated statistics (`freeze`), so that the result does not
         depend on which images share a batch.
         """
         for block, path in enumerate(winners):
-            x = self.forward(block, [Item(path, x)])[0]
+            x = self.forward(block, [Item(path, x)], stats)[0]
         return x
 
     def features_of_views(self, winners: Sequence[Choices], views: list[Tensor], most: int) -> list[Tensor]:
-        """`features` of every view [n, 3, S, S], made of ``most`` images at a time, whichever views they are from."""
+        """`features` of every view [n, 3, S, S], made of ``most`` images at a time, whichever views they are from, by
+        weights that hold the norms behind them (`Frozen`)."""
         if not winners:
             return views
         images = torch.cat(views).split(most)
-        return list(torch.cat([self.features(winners, piece) for piece in images]).split([len(x) for x in views]))
+        return list(
+            torch.cat([self.features(winners, piece, Frozen()) for piece in images]).split([len(x) for x in views])
+        )
 
     def freeze(self, block: int) -> None:
         """Ends a block's training: evaluation mode, no gradients."""

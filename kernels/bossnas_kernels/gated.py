@@ -24,9 +24,9 @@ def gated_pointwise(
     ``gate`` makes them from the channels' means, [N, C, 1, 1] -> [N, C, 1, 1], with these parameters.
 
     On a CPU, where O is small, the gates go into the weights, one matrix for every image, so that neither pass writes
-    or keeps a map of the input's size but the input's gradient.
+    or keeps a map of the input's size but the input's gradient. A forward pass alone would gain nothing.
     """
-    if len(weight) > _MOST_OUTPUTS or not on_cpu(x, weight, *parameters):
+    if not torch.is_grad_enabled() or len(weight) > _MOST_OUTPUTS or not on_cpu(x, weight, *parameters):
         return F.conv2d(x * gate(x.mean((2, 3), keepdim=True)), weight)
     return _GatedPointwise.apply(x, weight, gate, *parameters)
 
@@ -36,7 +36,7 @@ class _GatedPointwise(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, gate: Callable[[Tensor], Tensor], *parameters: Tensor) -> Tensor:
         rows, matrix = _rows(x), weight.flatten(1)
         ctx.save_for_backward(x, weight)
-        with torch.set_grad_enabled(any(ctx.needs_input_grad)):  # the gate's own graph serves the backward pass
+        with torch.enable_grad():  # the gate's own graph serves the backward pass
             mean = rows.mean(1)[:, :, None, None].requires_grad_()
             ctx.gate = gate(mean)
         ctx.leaves = [mean, *parameters]

@@ -255,21 +255,24 @@ class _Depthwise5(torch.autograd.Function):
         layout = _memory_format(x)
         dy = dy.contiguous(memory_format=layout)
 
-        def gradients(x: Tensor, weight: Tensor, padding: list[int], wanted: tuple[bool, ...]) -> tuple:
+        def gradients(dy: Tensor, x: Tensor, weight: Tensor, padding: list[int], wanted: tuple[bool, ...]) -> tuple:
             sizes = None if not of_bias else [len(weight)]
             strides = [ctx.stride] * 2
             return torch.ops.aten.convolution_backward(
                 dy, x, weight, sizes, strides, padding, [1, 1], False, [0, 0], len(weight), wanted
             )
 
-        dx, _, dbias = gradients(x, weight, [2, 2], (of_x, False, of_bias))
+        dx, _, dbias = gradients(dy, x, weight, [2, 2], (of_x, False, of_bias))
         dweight = None
         if of_weight:
             # a window of three columns, padded by one, begins one column before or behind where it should
             left, right = (
-                gradients(F.pad(x, (shift, -shift)), weight[..., :3], [2, 1], (False, True, False))[1]
+                gradients(dy, F.pad(x, (shift, -shift)), weight[..., :3], [2, 1], (False, True, False))[1]
                 for shift in (1, -1)
             )
+            if ctx.stride * (dy.shape[3] - 1) == x.shape[3] - 1:  # the last column has left the map
+                last = [t[..., -1:].contiguous(memory_format=layout) for t in (dy, x)]
+                left[..., 2:] += gradients(*last, weight[..., :1], [2, 0], (False, True, False))[1]
             dweight = torch.cat([left, right[..., 1:]], 3)
         return dx, dweight, dbias, None
 

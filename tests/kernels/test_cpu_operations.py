@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bossnas_kernels import gated, products
+from bossnas_kernels import gated, products, reference
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -57,5 +57,14 @@ def test_gated_pointwise(outputs, layout):
     wanted = F.conv2d(x * gate(x.mean((2, 3), keepdim=True)), weight)
     given = gated.gated_pointwise(x, weight, gate, inner)
     agree(given, wanted, [x, *parts], 1e-12)
-    with torch.no_grad():
-        assert torch.equal(gated.gated_pointwise(x, weight, gate, inner), given)
+    assert ("Gated" in given.grad_fn.name()) == (outputs == 5)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("height, width", [(7, 8), (6, 7), (3, 2), (2, 1), (1, 3)])
+def test_depthwise_kernels_of_5(height, width, stride, bias):
+    x, weight = draw(3, 4, height, width, dtype=torch.float64), draw(4, 1, 5, 5, dtype=torch.float64)
+    leaves = [x, weight, *([draw(4, dtype=torch.float64)] if bias else [])]
+    wanted = F.conv2d(*leaves, stride=stride, padding=2, groups=4)
+    agree(reference.dwconv2d(*leaves, stride=stride), wanted, leaves, 1e-12)
