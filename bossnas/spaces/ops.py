@@ -21,7 +21,7 @@ from bossnas_kernels.eager import (
     torch_operations as torch_operations,  # for those who may not ask the kernels
 )
 from bossnas_kernels.gated import gated_pointwise
-from bossnas_kernels.products import linear
+from bossnas_kernels.products import LEAST_WORK, linear
 
 
 def use_kernels(choice: str, device: torch.device) -> str:
@@ -385,8 +385,11 @@ class DenseConv(nn.Conv2d):
         )
         limit = max(self.in_channels, self.out_channels) if self.pointwise else self.out_channels // 2
         # what is exported must work for any number of images
+        positions = x.shape[0] * height * width
+        if positions > limit or not on_cpu(x, weight, bias):
+            return self._conv_forward(x, weight, bias)
         nhwc = x.is_contiguous(memory_format=torch.channels_last)
-        if x.shape[0] * height * width > limit or not on_cpu(x, weight, bias) or self.pointwise and not nhwc:
+        if self.pointwise and not (nhwc and positions * weight.numel() >= LEAST_WORK):
             return self._conv_forward(x, weight, bias)
         if self.pointwise:
             rows = x.permute(0, 2, 3, 1).flatten(0, 2)  # a view

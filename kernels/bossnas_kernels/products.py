@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from bossnas_kernels.eager import on_cpu
 
-_LEAST_WORK = 2**24  # multiply-adds; smaller products gain too little to be worth another rounding
+LEAST_WORK = 2**24  # multiply-adds; smaller products gain too little to be worth another rounding
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -30,7 +30,7 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
         HAS_ONEDNN
         and torch.backends.mkldnn.enabled
         and x.dtype == torch.float32
-        and len(x) * weight.numel() >= _LEAST_WORK
+        and len(x) * weight.numel() >= LEAST_WORK
         and on_cpu(x, weight)
     )
 
