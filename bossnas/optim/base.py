@@ -44,7 +44,7 @@ class SharedOptimizer(torch.optim.Optimizer):
     ``norm_group``: the ranks over which squares are added up where each holds a share (None: all of them).
 
     A gradient that is not finite changes nothing: weights, state and followers stay as they are, on all ranks, and
-    ``applied`` is False until the next step.
+    ``flag`` is False until the next step: a tensor on a GPU, for which nothing waits but `applied`.
     """
 
     def __init__(
@@ -66,7 +66,8 @@ class SharedOptimizer(torch.optim.Optimizer):
         self.kinds, self.sharded, self.clip = kinds, sharded, clip
         self.by_rows = is_dtensor(first)
         self.norm_group = first.device_mesh.get_group() if self.by_rows else norm_group
-        self.loss_scale, self.applied = 1.0, True
+        self.loss_scale: float | Tensor = 1.0
+        self.flag: bool | Tensor = True
         self.targets: list[Tensor | None] = [group.get("target") for group in parameters]
         self._followed = [
             (group["params"][0], target)
@@ -87,7 +88,12 @@ class SharedOptimizer(torch.optim.Optimizer):
                 for kind in self.kinds:
                     self.state[parameter][kind] = torch.zeros_like(parameter)
 
-    def prepare(self, lr: float, ema: float = 1.0, loss_scale: float = 1.0) -> None:
+    @property
+    def applied(self) -> bool:
+        """Whether the last step changed anything; waits for the device."""
+        return bool(self.flag)
+
+    def prepare(self, lr: float, ema: float = 1.0, loss_scale: float | Tensor = 1.0) -> None:
         """Says how the next step is to be taken; gradients are ``loss_scale`` times too large."""
         for group in self.param_groups:
             group["lr"], group["ema"] = lr, ema
@@ -95,24 +101,27 @@ class SharedOptimizer(torch.optim.Optimizer):
 
     def scale(self, gradients: list[Tensor], norm: float) -> float:
         """Divides the gradients, whose norm over all ranks is ``norm``, by the loss scale and clips them: returns the
-        factor. Says in ``applied`` whether they are finite."""
-        self.applied = math.isfinite(norm)
-        factor = 1 / self.loss_scale
+        factor. Says in ``flag`` whether they are finite."""
+        self.flag, scale = math.isfinite(norm), float(self.loss_scale)
+        factor = 1 / scale
         if self.clip > 0:
-            factor *= min(1.0, self.clip / (norm / self.loss_scale + 1e-6))
-        if self.applied and factor != 1 and gradients:
+            factor *= min(1.0, self.clip / (norm / scale + 1e-6))
+        if self.flag and factor != 1 and gradients:
             torch._foreach_mul_(gradients, factor)
         return factor
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Moves the followers towards the parameters. After a step on a flat share the engine calls it, when the
-        weights are whole again."""
-        ema_update(
-            [local(target) for _, target in self._followed],
-            [local(parameter) for parameter, _ in self._followed],
-            self.param_groups[0]["ema"],
-        )
+        """Moves the followers towards the parameters, if the step was applied. After a step on a flat share the engine
+        calls it, when the weights are whole again."""
+        targets, weights = ([local(pair[k]) for pair in self._followed] for k in (1, 0))
+        ema = self.param_groups[0]["ema"]
+        if targets and isinstance(self.flag, Tensor) and self.flag.device.type != "cpu":  # no wait for the flag
+            steps = torch._foreach_sub(weights, targets)
+            torch._foreach_mul_(steps, self.flag * (1 - ema))
+            torch._foreach_add_(targets, steps)
+        elif self.flag:
+            ema_update(targets, weights, ema)
 
     def held(self) -> list[Held]:
         """What this rank holds of the parameters, in their order; of a flat share only those in it."""

@@ -51,7 +51,7 @@ class LARS(SharedOptimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's may take a closure
         """One update with the gradients of the parameters."""
         assert closure is None, "LARS takes no closure"
-        settings = {
+        settings: dict[str, Any] = {
             "lr": self.param_groups[0]["lr"],
             "momentum": self.momentum,
             "weight_decay": self.weight_decay,
@@ -64,7 +64,7 @@ class LARS(SharedOptimizer):
             return
         # whole tensors: the kernel takes the norms itself, and moves the targets in the same pass over the weights
         held = self.held()
-        applied = lars_ema_step(
+        self.flag = lars_ema_step(
             [piece.weight for piece in held],
             [piece.gradient for piece in held],
             [piece.buffers[0] for piece in held],
@@ -73,9 +73,8 @@ class LARS(SharedOptimizer):
             **settings,
             ema=self.param_groups[0]["ema"],
         )
-        self.applied = bool(applied)
 
-    def _step_on_shares(self, settings: dict[str, float]) -> None:
+    def _step_on_shares(self, settings: dict[str, Any]) -> None:
         """A trust ratio needs the norms of whole parameters: their squares are added up over the ranks first."""
         # ZeRO fills the gradients of unused parameters with zeros: a norm of zero says that a parameter is to be left
         # alone, as a missing gradient does elsewhere
@@ -87,7 +86,7 @@ class LARS(SharedOptimizer):
         if index:
             squares[:, index] = lars_squares(weights, gradients)
         dist.all_reduce_sum(squares, self.norm_group)
-        applied = lars_ema_step(
+        self.flag = lars_ema_step(
             weights,
             gradients,
             [piece.buffers[0] for piece in held],
@@ -97,9 +96,8 @@ class LARS(SharedOptimizer):
             squares=squares[:, index],
             norm=squares[1].sum().sqrt(),
         )
-        self.applied = bool(applied)
         # rows follow rows; on a flat share the weights are not whole yet, and the engine does it
-        if self.by_rows and self.applied:
+        if self.by_rows:
             self.follow()
 
     def full_state(self) -> dict[str, Tensor]:

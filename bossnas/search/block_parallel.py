@@ -8,6 +8,7 @@ norm over the batch itself. So it does not matter how the blocks are laid out ov
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -23,11 +24,11 @@ from bossnas.distributed.pipe import Place, Receiver, Sender
 from bossnas.log import logger
 from bossnas.runs import checkpoint
 from bossnas.search import winners
-from bossnas.search.stage import Job, measures, rating_due, save_due, train_batches, train_with, warn
+from bossnas.search.stage import Job, Late, measures, rating_due, save_due, train_batches, train_with, warn
 from bossnas.spaces import Space
 from bossnas.spaces.paths import Choices, encode
 from bossnas.supernet.supernet import Item, Supernet
-from bossnas.supernet.train_block import RunState, Step
+from bossnas.supernet.train_block import Report, RunState
 
 LEADERS = 3  # the random stream of the first leaders, beside those of bossnas.supernet.train_block
 
@@ -114,6 +115,8 @@ class _Row:
                 checkpoint.load_engine(where, block, self.stages[block].engine)
             self.stages[block].target.part(block).train()  # it hands over before it trains
         self.records: list[tuple[int, int, dict]] = []
+        self.losses: dict[int, str] = {}
+        self.late = Late(self._note)
         self.images = train_batches(run, 0, state.step) if mesh.row == 0 else None
         rows, queue_length = len(mesh.blocks), run.config.engine.queue
         self.source = self.sink = None
@@ -140,23 +143,24 @@ class _Row:
         name = f"block {own[0]}" if len(own) == 1 else f"blocks {own[0]} to {own[-1]}"
         stop = False
         while self.step < until and not stop:
-            waited, losses = self.trace.waited, []
+            waited, reports = self.trace.waited, []
             for micro in micros:
                 self._stream(Place(self.step, micro))
                 for block in own:
                     with self.trace.span(f"block {block}"):
                         step = next(self.stages[block].steps)
                     if step is not None:
-                        self._note(block, step)
-                        losses.append(f"{step.loss:+.3f}")
+                        reports.append((step, block))
             self.step += 1
             self.job.session.guard.at(f"{name} step {self.step}")
             with self.trace.span("vote"):
                 # at `until` the rows wait for each other in any case: all votes are counted, and none stays under way
                 stop = self.job.session.guard.should_stop(0 if self.step == until else self.lag)
-            for _, _, values in self.records[-len(own) :]:
-                values["waited_seconds"] = round(self.trace.waited - waited, 4)
-            task.advance(f"loss of {name} {' '.join(losses)}")
+            for step, block in reports:
+                self.late.add(step, block, round(self.trace.waited - waited, 4))
+            self.late.flush(before=self.step)
+            task.advance(f"loss of {name} {' '.join(self.losses.values())}")
+        self.late.flush()
         if self.sink is not None:
             with self.trace.span("send"):
                 self.sink.drain()
@@ -183,10 +187,11 @@ class _Row:
             with self.trace.span("send"):
                 self.sink.send(place, packed)
 
-    def _note(self, block: int, step: Step) -> None:
+    def _note(self, step: Report, block: int, waited: float) -> None:
+        self.losses[block] = f"{step.loss:+.3f}"
         if self.run.machine.mesh.shard == 0:
-            warn(self.positions[block], step, self.run.config.train.collapse_below)
-            self.records.append((self.positions[block].step, block, measures(self.positions[block], step)))
+            warn(replace(self.positions[block], step=step.number), step, self.run.config.train.collapse_below)
+            self.records.append((step.number, block, {**measures(step), "waited_seconds": waited}))
 
     def report(self) -> None:
         """Moves the run's state to the step that all rows have done, and writes their metrics. All ranks call it."""

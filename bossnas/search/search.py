@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from bossnas.search.block_parallel import block_parallel
 from bossnas.search.run import Run, announce, build, restore, write_architecture
 from bossnas.search.stage import (
     Job,
+    Late,
     Trace,
     measures,
     rating_due,
@@ -28,8 +31,7 @@ from bossnas.search.stage import (
     train_with,
     warn,
 )
-from bossnas.supernet.memory import images_at_once
-from bossnas.supernet.train_block import Step
+from bossnas.supernet.train_block import Report, frozen_inputs
 
 DONE = "done"  # the file that a finished run has
 
@@ -103,6 +105,13 @@ def _train_block(job: Job, where: Path | None) -> None:
     if where is not None and state.step:
         checkpoint.load_engine(where, block, engine)
     with log.progress(f"block {block} train", total, state.step, dist.rank() == 0) as task:
+
+        def write(step: Report) -> None:
+            job.session.metrics.write("train", block, step.number, **measures(step))
+            warn(replace(state, step=step.number), step, run.config.train.collapse_below)
+            task.advance(f"loss {step.loss:+.3f}  {step.images_per_second:.0f} images/s")
+
+        reports = Late(write)
         while state.step < total:
             if rating_due(run, state.step):  # it informs; it never enters the block's own prefix
                 job.session.saver.wait()
@@ -110,18 +119,18 @@ def _train_block(job: Job, where: Path | None) -> None:
                 job.rate_midway(block, state.winners)
             with job.trace.span(f"block {block}"):
                 step = next(step for step in steps if step is not None)
-            job.session.metrics.write("train", block, state.step, **measures(state, step))
-            warn(state, step, run.config.train.collapse_below)
-            task.advance(f"loss {step.loss:+.3f}  {step.images_per_second:.0f} images/s")
+            reports.add(step)
+            reports.flush(before=state.step)
             job.session.guard.at(f"block {block} step {state.step}")
             stop = job.session.guard.should_stop()
             if stop or save_due(run, state.step):
+                reports.flush()
                 job.save({block: engine}, stop)
     steps.close()
     engine.close()
 
 
-def start_block(run: Run, batches: Iterator[list[Tensor]] | None = None) -> tuple[Engine, Generator[Step | None]]:
+def start_block(run: Run, batches: Iterator[list[Tensor]] | None = None) -> tuple[Engine, Generator[Report | None]]:
     """The engine of the state's block and its training on the winners before it; nothing has run yet.
 
     ``batches``: micro-batches of views of images (None: those of the config's data).
@@ -131,15 +140,10 @@ def start_block(run: Run, batches: Iterator[list[Tensor]] | None = None) -> tupl
         # epochs count on from block to block: no stage repeats the order and the views of the one before (METHOD 7.8)
         batches = train_batches(run, state.block * run.config.train.epochs, state.step)
 
-    def inputs() -> Iterator[list[Tensor]]:
-        most = 0
-        for views in batches:
-            with stage.engine.autocast():
-                most = most or images_at_once(run.target, state.winners, views[0])
-                features = run.target.features_of_views(state.winners, views, most)
-            yield features
+    def autocast() -> AbstractContextManager:
+        return stage.engine.autocast()
 
-    stage = train_with(run, state, inputs(), state.winners)
+    stage = train_with(run, state, frozen_inputs(run.target, state.winners, batches, autocast), state.winners)
     return stage.engine, stage.steps
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from bossnas.search.run import Run, make_engine, save
 from bossnas.spaces.ops import Chain, synchronise
 from bossnas.spaces.paths import Choices, encode
 from bossnas.supernet.supernet import Networks, Supernet
-from bossnas.supernet.train_block import RunState, Step, Training, train_block
+from bossnas.supernet.train_block import Report, RunState, Step, Training, train_block
 
 WAITS = ("receive", "send", "vote")  # spans in which a rank does no work
 
@@ -145,7 +145,7 @@ class Stage(NamedTuple):
 
     engine: Engine
     target: Supernet
-    steps: Generator[Step | None]
+    steps: Generator[Report | None]
 
 
 def train_with(run: Run, position: RunState, inputs: Iterator[list[Tensor]], prefix: list[Choices]) -> Stage:
@@ -181,7 +181,30 @@ def train_with(run: Run, position: RunState, inputs: Iterator[list[Tensor]], pre
     return Stage(engine, networks.target, steps)
 
 
-def measures(state: RunState, step: Step) -> dict[str, Any]:
+class Late:
+    """Hands on what steps report: on a CPU at once, on a GPU when the next step is on its way, so that nothing waits.
+
+    ``write(report, *rest)``: what `add` was given.
+    """
+
+    def __init__(self, write: Callable[..., None]):
+        self._write = write
+        self._held: list[tuple] = []
+
+    def add(self, report: Report, *rest: Any) -> None:
+        if report.waits:
+            self._held.append((report, *rest))
+        else:
+            self._write(report, *rest)
+
+    def flush(self, before: int | None = None) -> None:
+        """Hands on all that is held, or that of steps before number ``before``. Due before a checkpoint: its count of
+        bad steps must be whole."""
+        while self._held and (before is None or self._held[0][0].number < before):
+            self._write(*self._held.pop(0))
+
+
+def measures(step: Report) -> dict[str, Any]:
     """What metrics.jsonl says of a step."""
     return {
         "epoch": step.epoch,
@@ -189,14 +212,14 @@ def measures(state: RunState, step: Step) -> dict[str, Any]:
         "spread": step.spread,
         "lr": step.lr,
         "ema_momentum": step.ema_momentum,
-        "images": state.images_seen,
+        "images": step.images,
         "images_per_second": round(step.images_per_second, 2),
         "outcome": step.outcome,
         "loss_scale": step.loss_scale,
     }
 
 
-def warn(state: RunState, step: Step, collapse_below: float) -> None:
+def warn(state: RunState, step: Step | Report, collapse_below: float) -> None:
     """Says in the log what is wrong with a step."""
     if step.outcome == "bad":
         warn_bad_step(f"block {state.block} step {state.step}", state.bad_steps)

@@ -255,6 +255,9 @@ def _record(norm: GroupedBatchNorm, stats: Statistics, mean: Tensor, var: Tensor
     stats.table[norm] = (mean, var)
 
 
+Constants = tuple[Tensor, Tensor | None]  # weights and bias
+
+
 class _GivesStats(Protocol):
     def with_stats(self, x: Tensor, groups: int) -> tuple[Tensor, Tensor | None]:
         """The output, and the statistics of each of its groups where the kernel takes them (see `gbn_act`)."""
@@ -272,7 +275,7 @@ class Chain(nn.Sequential):
 
     def __init__(self, *parts: nn.Module):
         super().__init__(*parts)
-        self._known_folds: dict[int, tuple[tuple, tuple[Tensor, Tensor]]] = {}
+        self._known: dict[int, tuple[tuple, Constants]] = {}  # of `_frozen`
 
     def forward(
         self,
@@ -301,8 +304,8 @@ class Chain(nn.Sequential):
                 x, partial_stats = part(x, groups, stats, partial_stats=partial_stats, **extra), None
             elif getattr(part, "grouped", False):
                 x = part(x, groups, stats, **extra)
-            elif isinstance(stats, Frozen) and (constants := self._folded(i, part, following, x)) is not None:
-                x, folded = part(x, folded=constants), True
+            elif isinstance(stats, Frozen) and (constants := self._frozen(i, part, following, x)) is not None:
+                x, folded = part(x, constants=constants), x.dtype == part.weight.dtype
             elif (
                 hasattr(part, "with_stats") and isinstance(following, GroupedBatchNorm) and _source(following, stats)[0]
             ):
@@ -311,24 +314,31 @@ class Chain(nn.Sequential):
                 x = part(x)
         return x
 
-    def _folded(self, i: int, part: nn.Module, following: nn.Module | None, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Weights and bias of a convolution with the batch norm behind it, on a CPU. None elsewhere: on a GPU the
-        norm's own kernel adds the activation, too."""
+    def _frozen(self, i: int, part: nn.Module, following: nn.Module | None, x: Tensor) -> Constants | None:
+        """Weights and bias of a convolution that will not change, made once: for 16-bit maps in 16 bits, and for maps
+        on a CPU with the batch norm behind it. On a GPU the norm's own kernel adds the activation, too."""
         if (
             not isinstance(part, DenseConv | DepthwiseConv)
             or not isinstance(following, GroupedBatchNorm)
             or torch.is_grad_enabled()
-            or not on_cpu(x, part.weight)
         ):
             return None
+        narrow = x.dtype in (torch.bfloat16, torch.float16) and x.dtype != part.weight.dtype
+        if not narrow and not on_cpu(x, part.weight):
+            return None
         tensors = (part.weight, following.weight, following.bias, following.running_mean, following.running_var)
-        version = tuple((t.data_ptr(), t._version) for t in tensors)
-        known = self._known_folds.get(i)
+        version = (x.dtype, *((t.data_ptr(), t._version) for t in tensors))
+        known = self._known.get(i)
         if known is None or known[0] != version:
-            scale = torch.rsqrt(following.running_var.double() + 1e-5) * following.weight
-            weight = (part.weight * scale[:, None, None, None]).to(part.weight.dtype)
-            shift = -following.running_mean.double() if part.bias is None else part.bias - following.running_mean
-            known = self._known_folds[i] = version, (weight, (shift * scale + following.bias).to(weight.dtype))
+            bias = torch.zeros_like(following.bias) if part.bias is None else part.bias
+            if narrow:
+                weight = part.weight.to(x.dtype, memory_format=torch.channels_last)
+                constants = weight, None if part.bias is None else part.bias.to(x.dtype)
+            else:
+                scale = torch.rsqrt(following.running_var.double() + 1e-5) * following.weight
+                weight = (part.weight * scale[:, None, None, None]).to(x.dtype)
+                constants = weight, ((bias - following.running_mean) * scale + following.bias).to(x.dtype)
+            known = self._known[i] = version, constants
         return known[1]
 
     @property
@@ -345,9 +355,9 @@ class DepthwiseConv(nn.Conv2d):
             channels, channels, kernel, stride, kernel // 2 if kernel % 2 else 0, groups=channels, bias=bias
         )
 
-    def forward(self, x: Tensor, folded: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """``folded``: weights and bias to be used instead of its own."""
-        weight, bias = folded or (self.weight, self.bias)
+    def forward(self, x: Tensor, constants: Constants | None = None) -> Tensor:
+        """``constants``: weights and bias to be used instead of its own."""
+        weight, bias = constants or (self.weight, self.bias)
         return dwconv2d(x, weight, bias, stride=self.stride[0])
 
     def with_stats(self, x: Tensor, groups: int) -> tuple[Tensor, Tensor | None]:
@@ -370,12 +380,10 @@ class DenseConv(nn.Conv2d):
     def pointwise(self) -> bool:
         return self.kernel_size == self.stride == (1, 1)
 
-    def forward(
-        self, x: Tensor, gate: SqueezeExcite | None = None, folded: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        """``gate``: the input is to pass that first; for 1x1 convolutions without bias. ``folded``: weights and bias to
-        be used instead of its own."""
-        weight, bias = folded or (self.weight, self.bias)
+    def forward(self, x: Tensor, gate: SqueezeExcite | None = None, constants: Constants | None = None) -> Tensor:
+        """``gate``: the input is to pass that first; for 1x1 convolutions without bias. ``constants``: weights and bias
+        to be used instead of its own."""
+        weight, bias = constants or (self.weight, self.bias)
         if gate is not None:
             return gated_pointwise(x, self.weight, gate.gate, list(gate.parameters()))
         padding = cast("tuple[int, ...]", self.padding)  # never the name of a way to pad

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 
 from bossnas.config.search import TrainConfig
 from bossnas.distributed import dist
-from bossnas.distributed.engines.protocol import Engine, Outcome
+from bossnas.distributed.engines.protocol import Engine, Outcome, outcome
 from bossnas.optim.base import check_bad_steps
 from bossnas.optim.cosine import ema_momentum, learning_rate
 from bossnas.spaces import Space
 from bossnas.spaces.paths import Choices
 from bossnas.supernet import losses
-from bossnas.supernet.memory import paths_at_once
+from bossnas.supernet.memory import images_at_once, paths_at_once
 from bossnas.supernet.supernet import Item, Networks, Supernet
 
 PATHS, SHUFFLE = 1, 2  # random streams: everything drawn is a pure function of (seed, stream, block, micro-batch)
@@ -42,8 +43,8 @@ class RunState:
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step reports. ``loss``: mean over paths, micro-batches and ranks, of the bootstrapping in
-    [-4, 4], not finite in a step that was not applied, perhaps."""
+    """What one optimizer step reports, in numbers. ``loss``: mean over paths, micro-batches and ranks, of the
+    bootstrapping in [-4, 4], not finite in a step that was not applied, perhaps."""
 
     epoch: int
     ends_epoch: bool
@@ -54,6 +55,54 @@ class Step:
     images_per_second: float
     outcome: Outcome = "applied"
     loss_scale: float = 1.0
+
+
+class Report:
+    """What an optimizer step reports, which a GPU may still be working on. The numbers come to the host by themselves;
+    whoever reads one (`Step` says which there are) before they are there waits for them.
+
+    ``number``, ``images``: steps and images of the block, and of the run, that are done with it.
+    """
+
+    def __init__(self, state: RunState, settings: TrainConfig, known: dict[str, Any], values: Tensor):
+        """``known``: of the fields of `Step`; ``values``: loss, spread, applied, loss scale of this step and the
+        next."""
+        self.number, self.images = state.step, state.images_seen
+        self._state, self._settings, self._known = state, settings, known
+        self.waits = waits_for(values.device)
+        self._step: Step | None = None
+        self._event = None
+        if values.device.type == "cuda":
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._values = values
+
+    def settle(self) -> Step:
+        """The numbers. Counts a step that was bad; raises ConfigError where there are too many of them now. Steps are
+        settled in their order."""
+        if self._step is None:
+            if self._event is not None:
+                self._event.synchronize()
+            loss, spread, applied, scale, next_scale = self._values.tolist()
+            result = outcome(bool(applied), scale)
+            self._step = Step(loss=loss, spread=spread, outcome=result, loss_scale=next_scale, **self._known)
+            self._state.bad_steps += result == "bad"
+            of = f" of block {self._state.block}"
+            check_bad_steps(self._state.bad_steps, self._settings.max_bad_steps, of, self.number)
+        return self._step
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.settle(), name)
+
+
+def waits_for(device: torch.device) -> bool:
+    """Whether reading a number of the device waits for what was asked of it before."""
+    return device.type != "cpu"
 
 
 def sample_paths(
@@ -81,6 +130,21 @@ class Training:
         return self.settings.epochs * self.steps_per_epoch
 
 
+def frozen_inputs(
+    target: Supernet,
+    winners: Sequence[Choices],
+    batches: Iterator[list[Tensor]],
+    autocast: Callable[[], AbstractContextManager],
+) -> Iterator[list[Tensor]]:
+    """What the frozen blocks make of micro-batches of views of images: the inputs of block ``len(winners)``."""
+    most = 0
+    for views in batches:
+        with autocast():
+            most = most or images_at_once(target, winners, views[0])
+            features = target.features_of_views(winners, views, most)
+        yield features
+
+
 def train_block(
     networks: Networks,
     space: Space,
@@ -89,18 +153,18 @@ def train_block(
     state: RunState,
     training: Training,
     prefix: list[Choices],
-) -> Generator[Step | None]:
+) -> Generator[Report | None]:
     """Trains block ``state.block`` from ``state.step`` to the end of its stage.
 
-    Yields None after every micro-batch but an update's last, and a Step after the optimizer step. ``inputs`` gives the
-    micro-batches from there on, for block 0 images, for others features of the block before: per view one tensor
+    Yields None after every micro-batch but an update's last, and a Report after the optimizer step. ``inputs`` gives
+    the micro-batches from there on, for block 0 images, for others features of the block before: per view one tensor
     [n, C, H, W] on the device, channels_last, views 0..J-1 of kind A and J..2J-1 of kind B. ``prefix``: the paths of
     the blocks before, which say what paths this block has; it may change between two steps. ``engine`` wraps the
     block's trainable modules; its optimizer moves the target network, too. The caller may rate or save between two
     steps.
 
     A step whose gradient is not finite is skipped and counted; raises ConfigError after more than
-    settings.max_bad_steps of them.
+    settings.max_bad_steps of them, on a GPU a step late. Nothing in a step waits for a GPU.
     """
     online, target, predictor = networks
     settings, seed, group = training.settings, training.seed, training.group
@@ -110,6 +174,7 @@ def train_block(
     online.part(block).train()
     target.part(block).train()
     at_once: tuple[list[Choices], int] | None = None
+    late: Report | None = None
     warmup = round(settings.warmup_epochs * steps_per_epoch * accumulate)
 
     while state.step < total:
@@ -159,24 +224,28 @@ def train_block(
         # `micro` is now that of the update's last micro-batch, by which METHOD 3.4 counts
         lr = learning_rate(settings.lr, epoch, settings.epochs, micro, warmup)
         momentum = ema_momentum(micro, total * accumulate, settings.ema)
-        outcome = engine.step(lr, momentum)
+        verdict = engine.begin_step(lr, momentum)
         state.step += 1
         state.images_seen += seen
-        state.bad_steps += outcome == "bad"
-        sums = torch.stack([loss_sum, spread_sum]) / accumulate
-        means = torch.stack(dist.all_gather(sums, group)).mean(0).tolist()
-        check_bad_steps(state.bad_steps, settings.max_bad_steps, f" of block {block}", state.step)
-        yield Step(
-            epoch,
-            state.step % steps_per_epoch == 0,
-            means[0],
-            means[1],
-            lr,
-            momentum,
-            seen / (time.perf_counter() - started),
-            outcome,
-            engine.loss_scale,
-        )
+        means = torch.stack(dist.all_gather(torch.stack([loss_sum, spread_sum]) / accumulate, group)).mean(0)
+        rest = [
+            value.to(means.dtype).view(1) if isinstance(value, Tensor) else means.new_full((1,), float(value))
+            for value in verdict
+        ]
+        known = {
+            "epoch": epoch,
+            "ends_epoch": state.step % steps_per_epoch == 0,
+            "lr": lr,
+            "ema_momentum": momentum,
+            "images_per_second": seen / (time.perf_counter() - started),
+        }
+        report = Report(state, settings, known, torch.cat([means, *rest]))
+        if late is not None:
+            late.settle()  # one step late, while the device works on this one
+        if not report.waits:
+            report.settle()
+        late = report
+        yield report
 
 
 def _paths_at_once(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bossnas.distributed import dist
 from bossnas.distributed.engines import protocol
-from bossnas.distributed.engines.protocol import LossScale, MakeOptimizer, Outcome
+from bossnas.distributed.engines.protocol import LossScale, MakeOptimizer, Outcome, Verdict
 
 
 class DDPEngine:
@@ -46,14 +46,17 @@ class DDPEngine:
         return protocol.autocast(self._kind, self.precision)
 
     def micro(self, loss: Tensor, last: bool) -> None:
-        (loss * (self._scale.value / self.accumulate)).backward()
+        (self._scale.scaled(loss) * (1 / self.accumulate)).backward()
 
-    def step(self, lr: float, ema: float = 1.0) -> Outcome:
+    def begin_step(self, lr: float, ema: float = 1.0) -> Verdict:
         average_gradients(self._parameters, self.group)
-        outcome = self._scale.run(self._optimizer, self._optimizer.step, lr, ema)
+        verdict = self._scale.run(self._optimizer, self._optimizer.step, lr, ema)
         # None, not zeros: `average_gradients` sends every gradient that exists
         self._optimizer.zero_grad(set_to_none=True)
-        return outcome
+        return verdict
+
+    def step(self, lr: float, ema: float = 1.0) -> Outcome:
+        return self.begin_step(lr, ema).outcome
 
     @property
     def loss_scale(self) -> float:
@@ -79,7 +82,8 @@ def average_gradients(parameters: list[nn.Parameter], group: Any = None) -> None
     world = dist.world_size(group)
     if world == 1 or not parameters:
         return
-    # agreed on first: a rank that lacks one gradient would otherwise send a `flat` of another size
+    # agreed on first: a rank that lacks one gradient would otherwise send a `flat` of another size. On the CPUs: no GPU
+    # is waited for
     used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
     dist.all_reduce_max(used, group)
     chosen = [p for p, flag in zip(parameters, used.tolist(), strict=True) if flag]

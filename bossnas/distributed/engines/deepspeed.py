@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bossnas.distributed import dist
 from bossnas.distributed.engines import protocol
-from bossnas.distributed.engines.protocol import LossScale, MakeOptimizer, Outcome
+from bossnas.distributed.engines.protocol import LossScale, MakeOptimizer, Outcome, Verdict
 from bossnas.distributed.group import ensure_group
 from bossnas.errors import ConfigError
 
@@ -234,13 +234,16 @@ class DeepSpeedEngine:
         # the boundary is said, not counted, since a micro-batch may come in several calls; `backward` divides by the
         # accumulation itself
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(self._engine(loss * self._scale.value))
+        self._engine.backward(self._engine(self._scale.scaled(loss)))
+
+    def begin_step(self, lr: float, ema: float = 1.0) -> Verdict:
+        verdict = self._scale.run(self._client, self._engine.step, lr, ema)
+        if self.sharded:
+            self._client.follow()
+        return verdict
 
     def step(self, lr: float, ema: float = 1.0) -> Outcome:
-        outcome = self._scale.run(self._client, self._engine.step, lr, ema)
-        if self.sharded and outcome == "applied":
-            self._client.follow()
-        return outcome
+        return self.begin_step(lr, ema).outcome
 
     @property
     def loss_scale(self) -> float:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DeviceMesh, DTensor
 
 from bossnas.distributed.engines import protocol
-from bossnas.distributed.engines.protocol import LossScale, MakeOptimizer, Outcome
+from bossnas.distributed.engines.protocol import LossScale, MakeOptimizer, Outcome, Verdict
 from bossnas.distributed.group import ensure_group
 from bossnas.distributed.shares import local, shard
 from bossnas.errors import ConfigError
@@ -87,15 +87,18 @@ class FSDP2Engine:
     def micro(self, loss: Tensor, last: bool) -> None:
         # the last pass reduces what all passes added up: FSDP2's root also visits the units that this one did not use
         self._roots[0].set_requires_gradient_sync(last)
-        (loss * (self._scale.value / self.accumulate)).backward()
+        (self._scale.scaled(loss) * (1 / self.accumulate)).backward()
 
-    def step(self, lr: float, ema: float = 1.0) -> Outcome:
-        outcome = self._scale.run(self._optimizer, self._optimizer.step, lr, ema)
+    def begin_step(self, lr: float, ema: float = 1.0) -> Verdict:
+        verdict = self._scale.run(self._optimizer, self._optimizer.step, lr, ema)
         self._optimizer.zero_grad(set_to_none=True)
         for root in self._roots[1:]:  # it takes down the order of forward passes, which only a backward pass ends
             if hasattr(root, "reset_iter_state"):  # not in the oldest torch, where a few bytes a pass stay
                 root.reset_iter_state()
-        return outcome
+        return verdict
+
+    def step(self, lr: float, ema: float = 1.0) -> Outcome:
+        return self.begin_step(lr, ema).outcome
 
     @property
     def loss_scale(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,10 @@ class GroupOptimizer(Protocol):
     their norm over all ranks, and applies nothing where they are not finite."""
 
     names: list[str]  # of the parameters, in the order in which a flat share has them
-    applied: bool  # whether the last step changed anything; the same on all ranks
+    flag: bool | Tensor  # whether the last step changed anything, the same on all ranks; a tensor on a GPU
     param_groups: list[dict[str, Any]]
 
-    def prepare(self, lr: float, ema: float = 1.0, loss_scale: float = 1.0) -> None:
+    def prepare(self, lr: float, ema: float = 1.0, loss_scale: float | Tensor = 1.0) -> None:
         """Says how the next step is to be taken."""
 
     def step(self) -> None:
@@ -38,7 +38,8 @@ class GroupOptimizer(Protocol):
         """Fresh state, for the parameters that the engine has put in place."""
 
     def follow(self) -> None:
-        """Moves the followers; sharded: the engine calls it after a step, when the weights are whole again."""
+        """Moves the followers, if the step was applied; sharded: the engine calls it after a step, when the weights are
+        whole again."""
 
     def full_state(self) -> dict[str, Tensor]:
         """Its state by name, whole or as DTensors; all ranks call it."""
@@ -48,6 +49,26 @@ class GroupOptimizer(Protocol):
 
 
 MakeOptimizer = Callable[[nn.Module, nn.Module | None, bool], GroupOptimizer]  # module, followers, sharded
+
+
+class Verdict(NamedTuple):
+    """What became of a step, as numbers or as tensors on a GPU, which nothing has waited for.
+
+    ``applied``: whether it changed anything; ``scale``: the loss scale that it had, ``next_scale``: that of the next.
+    """
+
+    applied: bool | Tensor
+    scale: float | Tensor
+    next_scale: float | Tensor
+
+    @property
+    def outcome(self) -> Outcome:
+        """In a word; waits for the device."""
+        return outcome(bool(self.applied), float(self.scale))
+
+
+def outcome(applied: bool, scale: float) -> Outcome:
+    return "applied" if applied else "overflow" if scale > 1 else "bad"
 
 
 class Engine(Protocol):
@@ -84,13 +105,17 @@ class Engine(Protocol):
         micro-batch may come in several calls whose losses add up to its own.
         """
 
-    def step(self, lr: float, ema: float = 1.0) -> Outcome:
+    def begin_step(self, lr: float, ema: float = 1.0) -> Verdict:
         """One optimizer step at learning rate ``lr``, then target <- ema target + (1 - ema) online for the
-        followers (METHOD 3.4). Gradients are gone afterwards. The outcome is the same on all ranks."""
+        followers (METHOD 3.4). Gradients are gone afterwards. The verdict is the same on all ranks. Nothing waits for
+        a GPU."""
+
+    def step(self, lr: float, ema: float = 1.0) -> Outcome:
+        """`begin_step`, and what became of it."""
 
     @property
     def loss_scale(self) -> float:
-        """What fp16 multiplies losses by; 1 in other precisions."""
+        """What fp16 multiplies losses by; 1 in other precisions. Waits for the device."""
 
     def gather(self) -> None:
         """Brings the trained weights, of the followers too, into the modules that `wrap` was given, on all ranks."""
@@ -108,34 +133,49 @@ class Engine(Protocol):
 
 class LossScale:
     """The factor that keeps small gradients above zero in fp16: halved where they overflow, doubled after
-    ``patience`` steps in which they did not. Other precisions: 1."""
+    ``patience`` steps in which they did not. Other precisions: 1. It is a tensor where the losses are, so that no step
+    waits for the one before."""
 
     def __init__(self, precision: str, start: float = 2.0**16, patience: int = 2000):
-        self.dynamic = precision == "fp16"
-        self.value, self.good, self.patience = start if self.dynamic else 1.0, 0, patience
+        self.dynamic, self.patience = precision == "fp16", patience
+        self._value = torch.tensor(start, dtype=torch.float32)
+        self._good = torch.zeros((), dtype=torch.int64)
 
-    def run(self, optimizer: GroupOptimizer, step: Callable[[], object], lr: float, ema: float) -> Outcome:
+    @property
+    def value(self) -> float:
+        """The factor now; waits for the device."""
+        return self._value.item() if self.dynamic else 1.0
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        if not self.dynamic:
+            return loss
+        self._value, self._good = self._value.to(loss.device), self._good.to(loss.device)
+        return loss * self._value
+
+    def run(self, optimizer: GroupOptimizer, step: Callable[[], object], lr: float, ema: float) -> Verdict:
         """Has ``step`` make ``optimizer`` take its step, and judges it."""
-        optimizer.prepare(lr, ema, self.value)
+        scale = self._value if self.dynamic else 1.0
+        optimizer.prepare(lr, ema, scale)
         step()
-        if optimizer.applied:
-            self.good += 1
-            if self.dynamic and self.good % self.patience == 0:
-                self.value *= 2
-            return "applied"
-        self.good = 0
-        if self.value > 1:
-            self.value /= 2
-            return "overflow"
-        return "bad"
+        if not self.dynamic:
+            return Verdict(optimizer.flag, 1.0, 1.0)
+        applied = torch.as_tensor(optimizer.flag, device=self._value.device)
+        good = torch.where(applied, self._good + 1, 0)
+        grown = torch.where(good % self.patience == 0, self._value * 2, self._value)
+        # an outcome is bad, not an overflow, where the scale is 1 already
+        self._value = torch.where(applied, grown, torch.where(self._value > 1, self._value / 2, self._value))
+        self._good = good
+        return Verdict(optimizer.flag, scale, self._value)
 
     def add_to(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {**state, SCALE: torch.tensor([self.value, self.good], dtype=torch.float64)} if self.dynamic else state
+        numbers = [self._value.item(), self._good.item()]
+        return {**state, SCALE: torch.tensor(numbers, dtype=torch.float64)} if self.dynamic else state
 
     def take_from(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Reads the scale, if there is one; the rest of the state."""
         if self.dynamic and SCALE in state:
-            self.value, self.good = state[SCALE][0].item(), int(state[SCALE][1])
+            self._value.fill_(state[SCALE][0].item())
+            self._good.fill_(int(state[SCALE][1]))
         return {name: tensor for name, tensor in state.items() if name != SCALE}
 
 
