@@ -173,15 +173,15 @@ def test_loss_and_gradient_follow_the_method():
 
     seen = {}
     wrapped = run.trained
-    step = DDPEngine.step
+    step = DDPEngine.begin_step
     try:
-        DDPEngine.step = lambda self, lr, ema: (
+        DDPEngine.begin_step = lambda self, lr, ema: (
             seen.update({k: p.grad.clone() for k, p in wrapped.named_parameters() if p.grad is not None})
             or step(self, lr, ema)
         )
         report = train(run, steps=1)
     finally:
-        DDPEngine.step = step
+        DDPEngine.begin_step = step
     assert report[0].loss == pytest.approx(sum(found_losses).item() / 4, abs=1e-5)
     assert seen.keys() == truth.keys()
     for key, value in truth.items():
