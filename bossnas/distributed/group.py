@@ -16,6 +16,8 @@ from bossnas.distributed.dist import barrier, world_size
 from bossnas.distributed.environment import env_int, name_loopback, read_srun
 from bossnas.errors import RESUMABLE, ConfigError
 
+SMALL_WORK = 5 * 10**8
+
 
 def init(timeout_minutes: float = 30) -> None:
     """Joins the process group that the environment describes: gloo for CPU tensors, nccl for CUDA tensors.
@@ -47,6 +49,17 @@ def init(timeout_minutes: float = 30) -> None:
         )
     else:
         torch_dist.init_process_group(backend, timeout=timeout)
+
+
+def spare_threads(work: int) -> None:
+    """Gives a process on a CPU one thread where more would only wait for each other. OMP_NUM_THREADS in the environment
+    says what the user wants, and is left alone.
+
+    ``work``: multiply-adds of a forward pass of a micro-batch. Below SMALL_WORK an operation takes some ten
+    microseconds, as long as it takes to share it out (measured: docs/results/step.md).
+    """
+    if work < SMALL_WORK and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def _elastic_store(timeout: timedelta) -> torch_dist.Store:

@@ -18,7 +18,7 @@ from bossnas.config.retrain import RetrainConfig, RetrainTrain
 from bossnas.config.shared import MEAN, STD, accumulation
 from bossnas.data.batches import Data, data_state, open_data, open_set
 from bossnas.data.order import EpochSlice
-from bossnas.distributed import dist, engines
+from bossnas.distributed import dist, engines, group
 from bossnas.distributed.engines.protocol import Engine
 from bossnas.errors import ConfigError
 from bossnas.files import write_json
@@ -163,6 +163,8 @@ def build(config: RetrainConfig, start: Beginning) -> Retraining:
     for source in (images.train, images.val):
         check_labels(source, spec.classes)
     model, price, inherited = _network(config, start)
+    if device.type == "cpu":
+        group.spare_threads(price["macs"] * train.micro_batch)
     model = _adapted(model.to(device), train, spec.architecture)
     kernels = "off" if config.kernels == "off" else use_kernels(model, config.kernels, device)
     average = copy.deepcopy(model).requires_grad_(False).eval() if train.ema else None

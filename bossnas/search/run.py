@@ -16,7 +16,7 @@ from bossnas.config.search import Config
 from bossnas.config.shared import accumulation
 from bossnas.data import views
 from bossnas.data.batches import Data, data_state, open_data
-from bossnas.distributed import dist, engines
+from bossnas.distributed import dist, engines, group
 from bossnas.distributed.engines.protocol import Engine
 from bossnas.files import write_json
 from bossnas.log import logger
@@ -25,7 +25,7 @@ from bossnas.runs.resume import check_data
 from bossnas.runs.session import Counted, Machine
 from bossnas.spaces import Space, cost, ops
 from bossnas.spaces.ops import Chain
-from bossnas.spaces.paths import decode, encode
+from bossnas.spaces.paths import Choices, decode, encode
 from bossnas.supernet import heads
 from bossnas.supernet.supernet import Networks, Supernet
 from bossnas.supernet.train_block import RunState
@@ -74,6 +74,8 @@ def build(config: Config, training: bool = True) -> Run:
     online = Supernet(space, config.heads.hidden, config.heads.out)
     predictors = nn.ModuleList(heads.predictor(config.heads.hidden, config.heads.out) for _ in range(space.blocks))
     target = copy.deepcopy(online).requires_grad_(False)
+    if device.type == "cpu":
+        group.spare_threads(_macs(space, target, config.space.image_size) * config.train.micro_batch)
     return Run(
         config,
         space,
@@ -83,6 +85,18 @@ def build(config: Config, training: bool = True) -> Run:
         images,
         Machine(device, kernels, mesh),
     )
+
+
+def _macs(space: Space, network: Supernet, size: int) -> int:
+    """Multiply-adds of an image of S x S pixels along the first path of every block."""
+    paths: list[Choices] = []
+    for block in range(space.blocks):
+        paths.append(space.paths(block, paths)[0])
+    x = torch.zeros(1, 3, size, size)
+    network.eval()
+    macs = cost.count([], lambda: network.features(paths, x))["macs"]
+    network.train()
+    return macs
 
 
 def make_engine(config: Config, mesh: dist.Mesh) -> Engine:
