@@ -16,7 +16,7 @@ import time
 import torch
 from step import ROWS, ours, prepared
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 KINDS = ("convolution", "depthwise", "product", "norm", "activation", "copy", "pointwise", "optimizer", "other")
 CONVOLUTIONS = ("mkldnn_convolution", "convolution_backward", "_slow_conv2d_forward", "thnn_conv2d", "_conv_depthwise")
@@ -72,7 +72,7 @@ def line_of(row: str, threads: int, operations: int) -> str:
     run, views = prepared(row)
     steps = ours(run, views)
     next(steps)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: backward}) as counter:
         next(steps)
     started = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
@@ -88,6 +88,12 @@ def line_of(row: str, threads: int, operations: int) -> str:
         print(f"{micros / 1e3:9.1f} ms  {name:<40} {shapes}")
     cells = [f"{took * 1e3:.0f}", f"{counter.get_total_flops() / 1e9:.1f}", *(f"{times[k] / 1e3:.0f}" for k in KINDS)]
     return f"| {row} | " + " | ".join(cells) + " |"
+
+
+def backward(gradient: list, x: list, weight: list, *rest: object, out_shape: object = None, **_: object) -> int:
+    """Of a convolution's gradients; PyTorch counts the weight gradient of a depthwise one as a dense one's."""
+    transposed, wanted = rest[4], rest[7]
+    return (wanted[0] + wanted[1]) * conv_flop_count(x, weight, gradient, transposed)
 
 
 def kind(name: str, shapes: list) -> str:

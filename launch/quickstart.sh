@@ -17,8 +17,8 @@ for argument in "$@"; do
     esac
 done
 
-# one rank: on a machine with several GPUs deepspeed would start one on each
-deepspeed --num_accelerators 1 launch/train.py --config configs/quickstart_ds.json --resume auto "$@"
+# one process needs no launcher: deepspeed's own would import DeepSpeed twice more
+python launch/train.py --config configs/quickstart_ds.json --resume auto "$@"
 
 echo
 echo "run folder:   $out"

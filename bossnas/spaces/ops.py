@@ -275,7 +275,7 @@ class Chain(nn.Sequential):
 
     def __init__(self, *parts: nn.Module):
         super().__init__(*parts)
-        self._known: dict[int, tuple[tuple, Constants]] = {}  # of `_frozen`
+        self._known: dict[int, tuple[tuple[Tensor, ...], tuple, Constants]] = {}  # of `_frozen`
 
     def forward(
         self,
@@ -327,9 +327,9 @@ class Chain(nn.Sequential):
         if not narrow and not on_cpu(x, part.weight):
             return None
         tensors = (part.weight, following.weight, following.bias, following.running_mean, following.running_var)
-        version = (x.dtype, *((t.data_ptr(), t._version) for t in tensors))
+        version = (x.dtype, *(t._version for t in tensors))
         known = self._known.get(i)
-        if known is None or known[0] != version:
+        if known is None or known[1] != version or any(a is not b for a, b in zip(known[0], tensors, strict=True)):
             bias = torch.zeros_like(following.bias) if part.bias is None else part.bias
             if narrow:
                 weight = part.weight.to(x.dtype, memory_format=torch.channels_last)
@@ -338,8 +338,8 @@ class Chain(nn.Sequential):
                 scale = torch.rsqrt(following.running_var.double() + 1e-5) * following.weight
                 weight = (part.weight * scale[:, None, None, None]).to(x.dtype)
                 constants = weight, ((bias - following.running_mean) * scale + following.bias).to(x.dtype)
-            known = self._known[i] = version, constants
-        return known[1]
+            known = self._known[i] = tensors, version, constants
+        return known[2]
 
     @property
     def takes_gate(self) -> bool:

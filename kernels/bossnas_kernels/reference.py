@@ -181,7 +181,7 @@ class _GroupByGroup(torch.autograd.Function):
         count = x_rows[0].numel() // channels
         scale = (weight * saved_rstd).unbind()  # [C] of every group
         shift = (bias - saved_mean * weight * saved_rstd).unbind() if act == "silu" else ()
-        aten, unit = torch.ops.aten, _Unit(weight)
+        aten, unit, own = torch.ops.aten, _Unit(weight), on_cpu(x)
         for g in range(groups):
             if act == "relu":
                 aten.threshold_backward.grad_input(dy_rows[g], extra_rows[g], 0, grad_input=dz_rows[g])
@@ -191,14 +191,17 @@ class _GroupByGroup(torch.autograd.Function):
                 if extra_rows is not None:
                     z.add_(extra_rows[g])
                 aten.silu_backward.grad_input(dy_rows[g], z, grad_input=dz_rows[g])
-            _, dweight_g, dbias_g = aten.native_batch_norm_backward(
-                dz_rows[g], x_rows[g], weight_rows[g], None, None, mean_rows[g], rstd_rows[g], True, ctx.eps,
-                (False, True, True),
-            )  # fmt: skip
+            given = dz_rows[g], x_rows[g], weight_rows[g], None, None, mean_rows[g], rstd_rows[g], True, ctx.eps
+            if not own:
+                aten.native_batch_norm_backward.out(
+                    *given, (True, True, True), out0=dx_rows[g], out1=dweight_rows[g], out2=dbias_rows[g]
+                )
+                continue
+            _, dweight_g, dbias_g = aten.native_batch_norm_backward(*given, (False, True, True))
             dweight_rows[g].copy_(dweight_g)
             dbias_rows[g].copy_(dbias_g)
             # dx = scale (dz - mean of dz - (x - mean) rstd mean of dz (x - mean) rstd); that operation's own dx would
-            # have to be copied
+            # be copied
             slope = -scale[g] * rstd_rows[g] * dweight_g / count
             unit.affine(dz_rows[g], scale[g], -scale[g] * dbias_g / count - slope * mean_rows[g], out=dx_rows[g])
             dx_rows[g].addcmul_(x_rows[g], slope.view((-1,) + (1,) * (x.dim() - 2)))
