@@ -117,9 +117,7 @@ class SharedOptimizer(torch.optim.Optimizer):
         targets, weights = ([local(pair[k]) for pair in self._followed] for k in (1, 0))
         ema = self.param_groups[0]["ema"]
         if targets and isinstance(self.flag, Tensor) and self.flag.device.type != "cpu":  # no wait for the flag
-            steps = torch._foreach_sub(weights, targets)
-            torch._foreach_mul_(steps, self.flag * (1 - ema))
-            torch._foreach_add_(targets, steps)
+            follow_where(self.flag, targets, weights, ema)
         elif self.flag:
             ema_update(targets, weights, ema)
 
@@ -174,6 +172,14 @@ class SharedOptimizer(torch.optim.Optimizer):
         """Parameter ``i`` in this rank's share: start and stop there, and its first element there."""
         size = self.param_groups[0]["params"][0].numel()
         return in_share(self.ends[i] - self.shapes[i].numel(), self.ends[i], size, dist.rank(self.norm_group))
+
+
+@torch.no_grad()
+def follow_where(applied: Tensor, targets: list[Tensor], weights: list[Tensor], ema: float) -> None:
+    """`ema_update` where ``applied``, a 0-dim bool on the tensors' device, is true; nothing waits for it."""
+    steps = torch._foreach_sub(weights, targets)
+    torch._foreach_mul_(steps, applied * (1 - ema))
+    torch._foreach_add_(targets, steps)
 
 
 def plain_norm(gradients: list[Tensor]) -> float:

@@ -35,6 +35,20 @@ def test_one_process_has_no_group(clean):
     group.shutdown(1)  # returns
 
 
+@pytest.mark.quick
+def test_small_work_gets_one_thread_unless_the_user_says(clean):
+    given, chosen = torch.get_num_threads(), []
+    clean.setattr(torch, "set_num_threads", chosen.append)
+    clean.delenv("OMP_NUM_THREADS", raising=False)
+    group.spare_threads(group.SMALL_WORK)
+    assert chosen == []
+    group.spare_threads(group.SMALL_WORK - 1)
+    assert chosen == [1]
+    clean.setenv("OMP_NUM_THREADS", str(given))
+    group.spare_threads(1)
+    assert chosen == [1]
+
+
 PAGES = """
 import resource, sys
 import torch

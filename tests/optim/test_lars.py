@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from bossnas.distributed.engines.protocol import LossScale
+from bossnas.optim.base import follow_where
 from bossnas.optim.cosine import ema_momentum, learning_rate
 from bossnas.optim.groups import ema_update, parameter_groups
 from bossnas.optim.lars import LARS
@@ -238,3 +241,27 @@ def test_ema():
     assert torch.allclose(target[0], torch.full((3,), 0.25)) and torch.allclose(target[1], torch.full((2,), 1.5))
     with pytest.raises(ValueError, match="differ"):
         ema_update(target, online[:1], 0.9)
+
+
+def test_followers_move_only_where_a_step_was_applied():
+    """By what a GPU runs: the flag stays there."""
+    weights = [torch.randn(3, 2), torch.randn(4)]
+    targets = [torch.randn(3, 2), torch.randn(4)]
+    for applied in (False, True):
+        moved, expected = ([t.clone() for t in targets] for _ in range(2))
+        follow_where(torch.tensor(applied), moved, weights, 0.9)
+        if applied:
+            ema_update(expected, weights, 0.9)
+        for a, b in zip(moved, expected, strict=True):
+            assert torch.allclose(a, b) and torch.equal(a, b) >= (not applied)
+    empty = [torch.empty(2, device="meta") for _ in range(3)]
+    follow_where(empty[0][0] > 0, empty[1:2], empty[2:], 0.9)  # on tensors without data whatever waits fails
+
+
+def test_a_loss_scale_stays_on_the_device():
+    """On tensors without data whatever reads a number fails."""
+    scale = LossScale("fp16")
+    optimizer = SimpleNamespace(flag=torch.ones((), device="meta", dtype=torch.bool), prepare=lambda *_: None)
+    assert scale.scaled(torch.ones((), device="meta")).is_meta
+    verdict = scale.run(optimizer, lambda: None, 0.1, 0.9)
+    assert verdict.applied.is_meta and verdict.scale.is_meta and verdict.next_scale.is_meta

@@ -51,6 +51,41 @@ def test_many_items_equal_one_by_one_with_gradients(name):
         torch.testing.assert_close(many[key], single[key], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["hytra", "mbconv", "nats"])
+def test_frozen_blocks_run_once_over_all_views(name):
+    """Whichever images share a call, and with norms that convolutions have taken over; a change of weights is seen."""
+    space, net = make(name)
+    randomise_gammas(net)
+    for module in net.modules():
+        if isinstance(module, GroupedBatchNorm):
+            nn.init.uniform_(module.running_mean, -1, 1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    winners = []
+    for block in range(2):
+        winners.append(space.paths(block, winners)[7])
+        net.freeze(block)
+    views = [torch.randn(3, 3, 32, 32, dtype=torch.float64) for _ in range(4)]
+    views = [x.contiguous(memory_format=torch.channels_last) for x in views]
+
+    def compare(network):
+        expected = [network.features(winners, x) for x in views]
+        for most in (1, 5, 12):
+            given = network.features_of_views(winners, views, most)
+            for a, b in zip(given, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        return expected
+
+    before = compare(net)
+    copied = copy.deepcopy(net)
+    with torch.no_grad():
+        for tensor in (*copied.parameters(), *copied.buffers()):
+            tensor.mul_(1.25)
+    after = compare(copied)
+    assert not torch.allclose(before[0], after[0])
+    torch.testing.assert_close(compare(net), before)
+    assert net.features_of_views([], views, 2) is views
+
+
 @pytest.mark.quick
 def test_groups_inside_an_item_are_normalised_alone():
     space, net = make("hytra")

@@ -16,7 +16,7 @@ from bossnas.errors import ConfigError
 from bossnas.optim.groups import parameter_groups
 from bossnas.optim.lars import LARS
 from bossnas.spaces.ops import Attention
-from bossnas.supernet import heads, losses
+from bossnas.supernet import heads, losses, memory
 from bossnas.supernet.supernet import Item, Networks, Supernet
 from bossnas.supernet.train_block import RunState, Training, sample_paths, train_block
 
@@ -198,6 +198,31 @@ def test_paths_per_pass_is_only_a_memory_knob():
         assert found_losses == pytest.approx(results[0][0], abs=1e-4)
         for key, value in weights.items():
             torch.testing.assert_close(value, results[0][1][key], rtol=1e-3, atol=1e-3)
+
+
+def test_a_cpu_takes_as_many_paths_at_once_as_a_limit_allows(monkeypatch):
+    """The same training, in more passes; as `paths_per_pass` would ask for."""
+    passes = []
+    micro = DDPEngine.micro
+
+    def counted(engine, loss, last):
+        passes.append(last)
+        micro(engine, loss, last)
+
+    monkeypatch.setattr(DDPEngine, "micro", counted)
+    results = {}
+    for limit, calls in ((memory.KEPT_BYTES, 1), (1, 4)):
+        monkeypatch.setattr(memory, "KEPT_BYTES", limit)
+        run = setup()
+        passes.clear()
+        found_losses = [s.loss for s in train(run, steps=2)]
+        assert passes == [*[False] * (calls - 1), True] * 2
+        results[calls] = found_losses, snapshot(run.online)
+    run = setup(paths_per_pass=1)
+    assert [s.loss for s in train(run, steps=2)] == results[4][0]
+    for key, value in snapshot(run.online).items():
+        assert torch.equal(value, results[4][1][key])
+        torch.testing.assert_close(value, results[1][1][key], rtol=1e-3, atol=1e-3)
 
 
 def test_the_prefix_is_frozen_and_the_target_follows():
