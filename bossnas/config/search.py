@@ -75,8 +75,8 @@ class TrainConfig(Section):
     paths_per_pass: int | None = Field(
         None,
         ge=1,
-        description="paths that share one forward and backward pass; null: all on a GPU, on a CPU as many as keep "
-        "512 MiB for the backward pass",
+        description="paths that share one forward and backward pass; null: all; on a CPU without sharding as "
+        "many as need at most 512 MiB for the backward pass",
     )
     collapse_below: float = Field(0.05, ge=0, le=1, description="warn when the embeddings' spread is less")
 

@@ -277,6 +277,9 @@ class Chain(nn.Sequential):
         super().__init__(*parts)
         self._known: dict[int, tuple[tuple[Tensor, ...], tuple, Constants]] = {}  # of `_frozen`
 
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_known": {}}  # a copy has weights of its own
+
     def forward(
         self,
         x: Tensor,
@@ -326,7 +329,15 @@ class Chain(nn.Sequential):
         narrow = x.dtype in (torch.bfloat16, torch.float16) and x.dtype != part.weight.dtype
         if not narrow and not on_cpu(x, part.weight):
             return None
-        tensors = (part.weight, following.weight, following.bias, following.running_mean, following.running_var)
+        tensors: tuple[Tensor, ...] = (
+            part.weight,
+            following.weight,
+            following.bias,
+            following.running_mean,
+            following.running_var,
+        )
+        if part.bias is not None:
+            tensors = (*tensors, part.bias)
         version = (x.dtype, *(t._version for t in tensors))
         known = self._known.get(i)
         if known is None or known[1] != version or any(a is not b for a, b in zip(known[0], tensors, strict=True)):

@@ -112,8 +112,8 @@ def images_at_once(network: Supernet, winners: Sequence[Choices], x: Tensor) -> 
 
 def paths_at_once(network: Supernet, block: int, path: Choices, a: Tensor, b: Tensor, recompute: bool) -> int:
     """How many paths of a step share a forward and a backward pass: on a CPU as many as keep no more than 512 MiB of
-    maps for the backward pass, if all are like ``path``. Alone or together they give the same gradients, and take as
-    long on a CPU.
+    maps for the backward pass, if all are like ``path``. Together or one by one they give the same gradients, and
+    cost about the same time.
 
     ``a``, ``b``: the path's views of a micro-batch, [n, C, H, W]; ``recompute``: see `Supernet.forward`. The answer
     depends on their shapes alone.

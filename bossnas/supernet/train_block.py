@@ -164,7 +164,7 @@ def train_block(
     steps.
 
     A step whose gradient is not finite is skipped and counted; raises ConfigError after more than
-    settings.max_bad_steps of them, on a GPU a step late. Nothing in a step waits for a GPU.
+    settings.max_bad_steps of them, on a GPU a step late. With one rank nothing in a step waits for a GPU.
     """
     online, target, predictor = networks
     settings, seed, group = training.settings, training.seed, training.group
@@ -229,9 +229,11 @@ def train_block(
         state.images_seen += seen
         means = torch.stack(dist.all_gather(torch.stack([loss_sum, spread_sum]) / accumulate, group)).mean(0)
         rest = [
-            value.to(means.dtype).view(1) if isinstance(value, Tensor) else means.new_full((1,), float(value))
+            value.to(means).view(1) if isinstance(value, Tensor) else means.new_full((1,), float(value))
             for value in verdict
         ]
+        if late is not None:
+            late.settle()  # one step late, while the device works on this one
         known = {
             "epoch": epoch,
             "ends_epoch": state.step % steps_per_epoch == 0,
@@ -240,8 +242,6 @@ def train_block(
             "images_per_second": seen / (time.perf_counter() - started),
         }
         report = Report(state, settings, known, torch.cat([means, *rest]))
-        if late is not None:
-            late.settle()  # one step late, while the device works on this one
         if not report.waits:
             report.settle()
         late = report

@@ -35,25 +35,26 @@ class _GatedPointwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, gate: Callable[[Tensor], Tensor], *parameters: Tensor) -> Tensor:
         rows, matrix = _rows(x), weight.flatten(1)
-        ctx.save_for_backward(x, weight)
-        with torch.enable_grad():  # the gate's own graph serves the backward pass
-            mean = rows.mean(1)[:, :, None, None].requires_grad_()
-            ctx.gate = gate(mean)
-        ctx.leaves = [mean, *parameters]
-        y = torch.bmm(rows, (matrix * ctx.gate.detach().flatten(1)[:, None]).mT)  # [N, H*W, O]
+        mean = rows.mean(1)[:, :, None, None]
+        factor = gate(mean).flatten(1)
+        ctx.save_for_backward(x, weight, mean, factor)
+        ctx.gate, ctx.parameters = gate, parameters
+        y = torch.bmm(rows, (matrix * factor[:, None]).mT)  # [N, H*W, O]
         return y.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        rows, dy_rows, matrix, factor = _rows(x), _rows(dy), weight.flatten(1), ctx.gate.detach().flatten(1)
+        x, weight, mean, factor = ctx.saved_tensors
+        rows, dy_rows, matrix = _rows(x), _rows(dy), weight.flatten(1)
         by_image = torch.bmm(dy_rows.mT, rows)  # [N, O, C]
         dweight = (by_image * factor[:, None]).sum(0).view_as(weight)
-        dgate = (by_image * matrix).sum(1).view_as(ctx.gate)
-        wanted = [leaf for leaf in ctx.leaves if leaf.requires_grad]
-        found = iter(torch.autograd.grad(ctx.gate, wanted, dgate, retain_graph=True))
-        dmean, *dparameters = [next(found) if leaf.requires_grad else None for leaf in ctx.leaves]
+        leaves = [mean.detach().requires_grad_(), *ctx.parameters]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        with torch.enable_grad():  # again, since it is small: a graph kept from the forward pass would be checkpointed
+            again = ctx.gate(leaves[0])
+        found = iter(torch.autograd.grad(again, wanted, (by_image * matrix).sum(1).view_as(again)))
+        dmean, *dparameters = [next(found) if leaf.requires_grad else None for leaf in leaves]
         dx = torch.baddbmm((dmean.flatten(1) / rows.shape[1])[:, None], dy_rows, matrix * factor[:, None])
         return dx.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2), dweight, None, *dparameters
 

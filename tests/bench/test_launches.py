@@ -15,7 +15,7 @@ MOST = {  # launches of a step, and copies among them
     "hytra:0": (1002, 233),
     "hytra:1": (954, 217),
     "hytra:2": (615, 142),
-    "hytra:3": (715, 159),
+    "hytra:3": (715, 161),
     "mbconv:0": (1009, 259),
     "mbconv:1": (1670, 430),
     "mbconv:2": (1745, 450),

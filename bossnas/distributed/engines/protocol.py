@@ -107,8 +107,8 @@ class Engine(Protocol):
 
     def begin_step(self, lr: float, ema: float = 1.0) -> Verdict:
         """One optimizer step at learning rate ``lr``, then target <- ema target + (1 - ema) online for the
-        followers (METHOD 3.4). Gradients are gone afterwards. The verdict is the same on all ranks. Nothing waits for
-        a GPU."""
+        followers (METHOD 3.4). Gradients are gone afterwards. The verdict is the same on all ranks. LARS on whole
+        tensors does not wait for a GPU."""
 
     def step(self, lr: float, ema: float = 1.0) -> Outcome:
         """`begin_step`, and what became of it."""
