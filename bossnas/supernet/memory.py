@@ -111,7 +111,7 @@ def images_at_once(network: Supernet, winners: Sequence[Choices], x: Tensor) -> 
 
 
 def paths_at_once(network: Supernet, block: int, path: Choices, a: Tensor, b: Tensor, recompute: bool) -> int:
-    """How many paths of a step share a forward and a backward pass: on a CPU as many as keep no more than 512 MiB of
+    """How many paths of a step share a forward and a backward pass: on a CPU as many as need at most 512 MiB of
     maps for the backward pass, if all are like ``path``. Together or one by one they give the same gradients, and
     cost about the same time.
 

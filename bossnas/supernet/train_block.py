@@ -59,9 +59,9 @@ class Step:
 
 class Report:
     """What an optimizer step reports, which a GPU may still be working on. The numbers come to the host by themselves;
-    whoever reads one (`Step` says which there are) before they are there waits for them.
+    reading one (`Step` says which there are) too early waits for the GPU.
 
-    ``number``, ``images``: steps and images of the block, and of the run, that are done with it.
+    ``number``: steps of the block that are done with it; ``images``: images of the run.
     """
 
     def __init__(self, state: RunState, settings: TrainConfig, known: dict[str, Any], values: Tensor):

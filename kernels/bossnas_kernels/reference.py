@@ -477,13 +477,11 @@ def lars_update(
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, updates)
         torch._foreach_sub_(small, buffers)
-    few_set = set(few)
-    for j, i in enumerate(live):
-        if j not in few_set:
-            decay = 0.0 if excluded[i] else weight_decay
-            for w, g, buffer in zip(*map(_split, (weights[j], gradients[j], momenta[j])), strict=True):
-                buffer.mul_(momentum).add_(g, alpha=scale[j] * factor).add_(w, alpha=scale[j] * decay)
-                w.sub_(buffer)
+    for j in sorted(set(range(len(live))) - set(few)):
+        decay = 0.0 if excluded[live[j]] else weight_decay
+        for w, g, buffer in zip(*map(_split, (weights[j], gradients[j], momenta[j])), strict=True):
+            buffer.mul_(momentum).add_(g, alpha=scale[j] * factor).add_(w, alpha=scale[j] * decay)
+            w.sub_(buffer)
 
 
 def _follow(pairs: Sequence[tuple[Tensor, Tensor]], share: float) -> None:
