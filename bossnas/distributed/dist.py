@@ -221,17 +221,23 @@ def shuffle(x: Tensor, index: Tensor, group: Any = None) -> Tensor:
     if len(index) != n * world:
         raise ValueError(f"shuffle: index has {len(index)} entries, expected {n} rows x {world} ranks")
     wanted, owner = index.view(world, n) % n, index.view(world, n) // n  # by the rank that gets them
+    if world == 1:
+        return x.detach()[send(wanted[0], x.device)]
     leaving = [wanted[r][owner[r] == me] for r in range(world)]
     order = owner[me].argsort(stable=True)  # rows arrive rank by rank
-    if world == 1:
-        return x.detach()[wanted[0].to(x.device)]
-    rows = x.detach()[torch.cat(leaving).to(x.device)]
+    rows = x.detach()[send(torch.cat(leaving), x.device)]
     rows = (rows.movedim(1, -1) if x.ndim == 4 else rows).contiguous()
     arrived, counts = torch.empty_like(rows), torch.bincount(owner[me], minlength=world).tolist()
     torch_dist.all_to_all_single(arrived, rows, counts, [len(part) for part in leaving], group=group)
     # the inverse of `order`: from the order of arrival, by owner, back to that of `index`
-    arrived = arrived[order.argsort().to(x.device)]
+    arrived = arrived[send(order.argsort(), x.device)]
     return arrived.movedim(-1, 1) if x.ndim == 4 else arrived
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Copies values in CPU memory to the device, without waiting for it: a GPU reads pinned memory when it gets there,
+    and the allocator keeps it until then."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def any_rank(flag: bool) -> bool:

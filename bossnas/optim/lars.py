@@ -83,8 +83,9 @@ class LARS(SharedOptimizer):
         weights, gradients = [piece.weight for piece in held], [piece.gradient for piece in held]
         where = self.state[self.param_groups[0]["params"][0]][MOMENTUM].device
         squares = torch.zeros(2, len(self.names), dtype=torch.float64, device=where)
+        columns = dist.send(torch.tensor(index, dtype=torch.int64), where)  # a list would make the GPU wait
         if index:
-            squares[:, index] = lars_squares(weights, gradients)
+            squares.index_copy_(1, columns, lars_squares(weights, gradients))
         dist.all_reduce_sum(squares, self.norm_group)
         self.flag = lars_ema_step(
             weights,
@@ -93,7 +94,7 @@ class LARS(SharedOptimizer):
             [self.excluded[i] for i in index],
             None,
             **settings,
-            squares=squares[:, index],
+            squares=squares.index_select(1, columns),
             norm=squares[1].sum().sqrt(),
         )
         # rows follow rows; on a flat share the weights are not whole yet, and the engine does it

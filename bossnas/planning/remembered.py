@@ -57,12 +57,10 @@ class _Forward:
 
 
 class Memory:
-    """What is known of the parts. ``meter``: counts the present run; None: nothing is counted or remembered.
-    ``twins``: the target network's forward pass is counted as the online one's on the same batches."""
+    """What is known of the parts. ``meter``: counts the present run; None: nothing is counted or remembered."""
 
     def __init__(self) -> None:
         self.meter: Meter | None = None
-        self.twins = False
         self.anchor = torch.zeros(1, requires_grad=True)  # has a result take a gradient where no input does
         self._builds: list[nn.Module] = []
         self._known: dict[Hashable, _Forward | None] = {}
@@ -82,8 +80,8 @@ class Memory:
         if part.build is None:
             part.build = self.build(part.inner)
         grad = torch.is_grad_enabled()
-        # the target network does what the online network does, and holds less meanwhile
-        twin = self.twins and part.inner.training and not grad
+        # the target network does what the online network does on the same batches, and holds less meanwhile
+        twin = part.inner.training and not grad
         recorded = (True, not part.first) if twin else (grad, x.requires_grad)
         autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         recording = _Recording(part.inner, rest, _layout(x), recorded, autocast)

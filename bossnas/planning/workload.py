@@ -311,8 +311,7 @@ def count_micro(
         Training(settings.model_copy(update=once), step + 1, accumulate=2, seed=seed),
         list(winners),
     )
-    # with some paths at a time the online network sees other batches than the target network
-    memory.meter, memory.twins = meter, not settings.paths_per_pass
+    memory.meter = meter
     with ops.torch_operations(), meter:
         next(loop)
     loop.close()
