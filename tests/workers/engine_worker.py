@@ -133,7 +133,7 @@ def library(spec):
         weight_decay=0.1,
         momentum=0.9,
         beta2=0.95,
-        eps=1e-3,
+        eps=0.1,
         clip=spec.get("clip", 0.0),
     )
 
