@@ -154,7 +154,7 @@ class Task:
             Validation.held(self.validation),
             RatingOptions(most=self.most),
         )
-        return list(found["population_centre"].values())
+        return list(found.scores["population_centre"].values())
 
 
 class _First:

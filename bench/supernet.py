@@ -117,7 +117,7 @@ class Variant:
     def rate(self) -> float:
         """The rating procedure itself on one calibration and one validation batch; the mean score."""
         task = self.task
-        scores = rate_block(
+        rated = rate_block(
             Networks(self.online, self.target, self.predictor),
             task.winners,
             task.rated,
@@ -125,7 +125,7 @@ class Variant:
             Validation.held([task.images]),
             RatingOptions(autocast=task.autocast),
         )
-        return statistics.mean(scores["population_centre"].values())
+        return statistics.mean(rated.scores["population_centre"].values())
 
     def _embed(self, network: Supernet, items: list[Item]) -> list[Tensor]:
         if self.grouped:

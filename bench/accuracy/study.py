@@ -344,7 +344,7 @@ def rate_all(run: Run, setting: Setting) -> dict[str, dict[str, float]]:
             run.target.part(block).eval()
             winners.calibrate_path(run, block, run.state.winners[:block], winner)
     with _uncalibrated() if "predictor" in setting.faults else contextlib.nullcontext():
-        scores = rating.rate(run, run.state.block)
+        scores = rating.rate(run, run.state.block).scores
     return _signed({score: {encode(path): value for path, value in values.items()} for score, values in scores.items()})
 
 

@@ -1,4 +1,4 @@
-"""The rating files of a run: one score of every rated path of a block."""
+"""The rating files of a run: one score of every rated path of a block, and how sure it is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bossnas.errors import ConfigError
+from bossnas.runs.certainty import Certainty, Parts, certainty, unpacked
 
 LARGEST = 1e300  # scores below it add up to a finite number
 
@@ -21,6 +22,13 @@ class BlockRating:
     better: str  # lower | higher
     scores: dict[str, float]  # encoded path -> value
     candidates: list[str]  # names by candidate id
+    parts: Parts | None = None  # what groups of images say of it, rows in the order of ``scores``; None: an older file
+    chance: float | None = None  # the score where nothing tells images apart, of scores that have such a value
+
+    @property
+    def certainty(self) -> Certainty | None:
+        """How sure the winner is; None where the file is of a version that did not keep it."""
+        return None if self.parts is None else certainty(self.scores, self.parts, self.better)
 
 
 def read_ratings(folder: Path, score: str | None = None) -> list[BlockRating]:
@@ -60,7 +68,14 @@ def _read_rating(file: Path, block: int, score: str | None) -> BlockRating:
         better = values.get("better") or {"population_centre": "lower"}
         if name not in tables:
             raise ConfigError("score", f"{file} has no score {name!r}", f"choose one of {', '.join(tables)}")
-        rating = BlockRating(block, values["prefix"], name, better[name], tables[name], values["candidates"])
+        groups = values.get("groups")
+        parts = None if groups is None else unpacked(groups["means"][name], groups["images"], len(tables[name]))
+        chance = values.get("chance", {}).get(name)
+        if chance is not None and not abs(chance) < LARGEST:
+            raise ValueError(f"chance gives {chance!r}")
+        rating = BlockRating(
+            block, values["prefix"], name, better[name], tables[name], values["candidates"], parts, chance
+        )
         if values["block"] != block or rating.better not in ("lower", "higher") or not rating.scores:
             raise ValueError("it does not describe the ratings of this block")
         if len(rating.prefix) not in (0, block) or not all(p.isascii() and p.isalnum() for p in rating.prefix):

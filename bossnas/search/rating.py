@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,20 +21,20 @@ from bossnas.distributed.engines.protocol import autocast
 from bossnas.errors import ConfigError
 from bossnas.files import draft, write_json
 from bossnas.log import logger
+from bossnas.runs import certainty
 from bossnas.runs.folder import FREE
 from bossnas.search.run import Run
 from bossnas.spaces.paths import Choices, encode
 from bossnas.supernet.memory import Footprint
-from bossnas.supernet.rate_block import Pieces, RatingOptions, Validation, rate_block
-from bossnas.supernet.scores import BETTER
+from bossnas.supernet.rate_block import Pieces, Rated, RatingOptions, Validation, rate_block
+from bossnas.supernet.scores import BETTER, chance
 from bossnas.supernet.units import Unit, units
 
 CALIBRATION_VIEW = 1  # METHOD 4: view index 1 of the calibration batch
+PIECES = 2  # the form of what a cut rating keeps
 SAVE_SECONDS = 30  # between two writings of a rating's progress
 CPU_GIB = 0.25  # larger maps than some 32 MiB come from fresh pages at every operation, which costs more than it saves
 GPU_SHARE = 0.5  # of the memory that is free when the rating starts
-
-Scores = dict[str, dict[Choices, float]]
 
 
 def rate(
@@ -42,7 +43,7 @@ def rate(
     partial: Path | None = None,
     prefix: Sequence[Choices] | None = None,
     guard: Guard | None = None,
-) -> Scores:
+) -> Rated:
     """All scores of all paths of the block, on ``prefix``, the paths of the blocks before it (None: their winners).
 
     ``partial``: a file that holds the progress, from which a rating that was cut goes on; removed at the end.
@@ -74,7 +75,7 @@ def rate(
                 if stop:
                     raise guard.stopped()
 
-        scores = rate_block(
+        rated = rate_block(
             run.networks(block),
             winners,
             paths,
@@ -87,20 +88,40 @@ def rate(
             advance=advance,
         )
     progress.drop()
-    if not all(math.isfinite(value) for values in scores.values() for value in values.values()):
+    if not all(math.isfinite(value) for values in rated.scores.values() for value in values.values()):
         raise ConfigError(
             "train.lr",
             f"block {block} is rated with values that are not finite: its weights are not",
             "lower it, or lengthen train.warmup_epochs; the last checkpoint is unharmed",
         )
-    return scores
+    return rated
 
 
-def write(folder: Path, run: Run, block: int, scores: Scores, name: str, prefix: Sequence[Choices]) -> None:
-    """ratings/``name``: every path with the chosen score, and with all scores, on ``prefix``."""
+def certainty_of(rated: Rated, score: str) -> certainty.Certainty:
+    """How sure the winner by a score is."""
+    by_text = {encode(path): value for path, value in rated.scores[score].items()}
+    return certainty.certainty(by_text, _parts(rated, score), BETTER[score])
+
+
+def chance_of(run: Run, score: str) -> float | None:
+    """The score where nothing tells the images apart; None for a score that has no such value."""
+    if not score.endswith("instance_discrimination"):
+        return None
+    sizes = _batches(run)
+    return sum(size * chance(size) for size in sizes) / sum(sizes)
+
+
+def _parts(rated: Rated, score: str) -> certainty.Parts:
+    means = torch.tensor(list(rated.scores[score].values()), dtype=torch.float64)
+    return certainty.Parts((rated.parts[score] - means[:, None]).numpy(), np.array(rated.images, np.float64))
+
+
+def write(folder: Path, run: Run, block: int, rated: Rated, name: str, prefix: Sequence[Choices]) -> None:
+    """ratings/``name``: every path with the chosen score, and with all scores, on ``prefix``, and how sure they are."""
     if dist.rank() == 0:
         chosen = run.config.rating.score
-        by_text = {score: {encode(p): v for p, v in values.items()} for score, values in scores.items()}
+        by_text = {score: {encode(p): v for p, v in values.items()} for score, values in rated.scores.items()}
+        by_chance = {score: chance_of(run, score) for score in by_text}
         write_json(
             folder / "ratings" / name,
             {
@@ -109,8 +130,10 @@ def write(folder: Path, run: Run, block: int, scores: Scores, name: str, prefix:
                 "score": chosen,
                 "better": BETTER,
                 "candidates": run.space.candidates(block),
+                "chance": {score: value for score, value in by_chance.items() if value is not None},
                 "paths": by_text[chosen],
                 "scores": by_text,
+                **certainty.as_json(by_text, {score: _parts(rated, score) for score in by_text}, BETTER),
             },
         )
 
@@ -142,8 +165,7 @@ class Calibration:
 
 def _validation(run: Run) -> Validation:
     """Validation batches, one A and one B view of every image."""
-    batch = run.config.rating.batch
-    count = run.val_images
+    batch, count = run.config.rating.batch, run.val_images
 
     def take(batches: Sequence[int]) -> Iterator[list[Tensor]]:
         return fixed_view_batches(
@@ -155,7 +177,13 @@ def _validation(run: Run) -> Validation:
             bad={},
         )
 
-    return Validation([min(batch, count - first) for first in range(0, count, batch)], take)
+    return Validation(_batches(run), take)
+
+
+def _batches(run: Run) -> list[int]:
+    """Images of each validation batch."""
+    batch, count = run.config.rating.batch, run.val_images
+    return [min(batch, count - first) for first in range(0, count, batch)]
 
 
 def _units_fit(run: Run, block: int, winners: Sequence[Choices], paths: Sequence[Choices]) -> int:
@@ -194,7 +222,7 @@ def _key(run: Run, block: int, winners: Sequence[Choices], cut: Sequence[Unit], 
     for key in FREE + ("rating.score",):
         section, _, name = key.rpartition(".")
         settings.get(section, {}).pop(name, None)
-    text = repr((block, list(winners), list(cut), list(sizes), weights, settings))
+    text = repr((PIECES, block, list(winners), list(cut), list(sizes), weights, settings))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -40,8 +40,8 @@ def rerate(folder: Path, blocks: list[int] | None = None, overrides: Sequence[st
     if not set(chosen) <= set(done):
         raise ConfigError("blocks", f"of {chosen} the run has finished only {done}", "name finished blocks")
     for block in chosen:
-        scores = rate(run, block, folder / "ratings" / f"block_{block}.partial")
-        write(folder, run, block, scores, f"block_{block}.json", run.state.winners[:block])
+        rated = rate(run, block, folder / "ratings" / f"block_{block}.partial")
+        write(folder, run, block, rated, f"block_{block}.json", run.state.winners[:block])
     return chosen
 
 

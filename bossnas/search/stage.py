@@ -82,20 +82,20 @@ class Job:
         run, step = self.run, self.run.state.step
         name = f"block_{block}_epoch_{step // run.steps_per_epoch}"
         with self.trace.span("rate"):
-            scores = rating.rate(
+            rated = rating.rate(
                 run, block, self.session.folder / "ratings" / f"{name}.partial", prefix, self.session.guard
             )
-        leader, value = winners.winner_of(run, scores)
+        leader, value, sure = winners.winner_of(run, rated)
         logger.info(
-            "block %d after %d epochs: leader %s with %s %+.4f",
+            "block %d after %d epochs: leader %s with %s; %s",
             block,
             step // run.steps_per_epoch,
             encode(leader),
-            run.config.rating.score,
-            value,
+            winners.score_text(run, value, sure),
+            sure.text(),
         )
         self.session.metrics.write("rating", block, step, best=value, path=encode(leader))
-        rating.write(self.session.folder, run, block, scores, f"{name}.json", prefix)
+        rating.write(self.session.folder, run, block, rated, f"{name}.json", prefix)
         return leader
 
     def finish_block(self) -> None:
@@ -103,10 +103,10 @@ class Job:
         run, block = self.run, self.run.state.block
         self.session.saver.wait()
         with self.trace.span("rate"):
-            scores = rating.rate(
+            rated = rating.rate(
                 run, block, self.session.folder / "ratings" / f"block_{block}.partial", guard=self.session.guard
             )
-        winner, value = winners.settle(run, self.session.folder, scores)
+        winner, value = winners.settle(run, self.session.folder, rated)
         self.session.metrics.write("rating", block, run.total_steps, best=value, path=encode(winner))
 
 

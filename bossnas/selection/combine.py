@@ -43,10 +43,37 @@ def together(
     found = [[combined(block, how) for block in rating] for rating in ratings]
     if len(found) == 1:
         return found[0]
-    spreads = [math.sqrt(sum(np.var(list(block.values())) for block in rating)) or 1.0 for rating in found]
-    weights = [1.0] * len(found) if weights is None else weights
-    factors = [weight / spread / sum(weights) for weight, spread in zip(weights, spreads, strict=True)]
+    factors = _factors(found, weights)
     return [
         {path: sum(factor * rating[b][path] for rating, factor in zip(found, factors, strict=True)) for path in block}
         for b, block in enumerate(found[0])
+    ]
+
+
+def _factors(found: Sequence[Sequence[Mapping[str, float]]], weights: Sequence[float] | None) -> list[float]:
+    """By what each of several ratings is multiplied in `together`; 1 for one that is alone."""
+    if len(found) == 1:
+        return [1.0]
+    spreads = [math.sqrt(sum(np.var(list(block.values())) for block in rating)) or 1.0 for rating in found]
+    weights = [1.0] * len(found) if weights is None else weights
+    return [weight / spread / sum(weights) for weight, spread in zip(weights, spreads, strict=True)]
+
+
+def scales(
+    ratings: Sequence[Sequence[Mapping[str, float]]], how: str, weights: Sequence[float] | None = None
+) -> list[list[float]] | None:
+    """By what `together` multiplies each block of each rating, [ratings][blocks]; None: `how` does not multiply."""
+    if how == "ranks":
+        return None
+    found = [[combined(block, how) for block in rating] for rating in ratings]
+
+    def spread(values: Mapping[str, float]) -> float:
+        return max(values.values()) - min(values.values())
+
+    return [
+        [
+            factor * (spread(after) / spread(before) if spread(before) else 0.0)
+            for before, after in zip(old, new, strict=True)
+        ]
+        for old, new, factor in zip(ratings, found, _factors(found, weights), strict=True)
     ]

@@ -19,11 +19,13 @@ from bossnas.errors import ConfigError
 from bossnas.runs.folder import read_config
 from bossnas.runs.ratings import BlockRating, read_ratings
 from bossnas.selection import combine, latency
+from bossnas.selection.doubt import Doubt
 from bossnas.selection.graph import NO_LIMIT, Graph, Options, Selected, greedy, size
 from bossnas.selection.pareto import nondominated
 from bossnas.selection.sizes import log_channels
 from bossnas.spaces.cost import COSTS, CostTable
 from bossnas.spaces.paths import Choices, decode, encode
+from bossnas.spaces.words import summary
 
 MERGED = 2_000_000  # rows of sums that are made at once
 NAMES = {"macs": "macs", "params": "params", "latency_ns": "latency_ms"}  # of the costs, in results
@@ -56,7 +58,7 @@ def select(
     runs = _read(folders, score)
     space = spaces.make(**config.space.model_dump())
     table = CostTable.of(space, config.space.image_size)
-    ratings = _together(runs, how, table, size_weight)
+    ratings, doubt = _together(runs, how, table, size_weight)
     if latencies is not None:
         table = latency.attach(table, latencies, f"bossnas cost --config {folder}/config.json --measure --json FILE")
     graph = Graph(table, ratings)
@@ -68,16 +70,24 @@ def select(
         costs: dict[str, float] = {"macs": selected.cost.macs, "params": selected.cost.params}
         if table.has_latency:
             costs["latency_ms"] = selected.cost.latency_ms
+        behind = abs(selected.score - chosen[0].score)
+        pair = selected.architecture, chosen[0].architecture
+        errors = doubt.over_images(*pair), doubt.over_seeds(*pair)
         return {
             "architecture": "|".join(paths),
             "paths": paths,
+            "words": summary(space, selected.architecture),
             "score": selected.score,
+            "behind": behind,
+            "behind_error_images": errors[0],
+            "behind_error_seeds": errors[1],
+            "level_with_best": doubt.level(behind, chosen[0].score, errors),
             **costs,
             "exceeds": [FLAGS[name] for name in limits if getattr(selected.cost, name) > limits[name]],
             "describe": space.describe(selected.architecture),
         }
 
-    result = {
+    result: dict[str, Any] = {
         "runs": [str(f) for f in folders],
         "space": config.space.model_dump(mode="json"),
         "score": ratings[0].score,
@@ -90,6 +100,10 @@ def select(
         "greedy": row(plain) if plain else None,
         "top": [row(selected) for selected in chosen],
     }
+    if doubt.known:
+        # on the front every cost has its best score: what lies behind it is no better, and dearer
+        level = (row(selected) for selected in front(graph, limits, "macs"))
+        result["cheapest_level"] = next((point for point in level if point["level_with_best"]), result["top"][0])
     if front_cost is not None:
         result["front"] = {
             "cost": NAMES[front_cost],
@@ -134,10 +148,12 @@ def _read(folders: Sequence[Path], score: str | None) -> list[list[BlockRating]]
     return runs
 
 
-def _together(runs: list[list[BlockRating]], how: str, table: CostTable, size_weight: float) -> list[BlockRating]:
-    """The runs' ratings as one, and with it the sum of log channels, as far as that counts."""
-    first = runs[0]
-    blocks = combine.together([[rating.scores for rating in ratings] for ratings in runs], how)
+def _together(
+    runs: list[list[BlockRating]], how: str, table: CostTable, size_weight: float
+) -> tuple[list[BlockRating], Doubt]:
+    """The runs' ratings as one, and with it the sum of log channels, as far as that counts; and how sure they are."""
+    first, scores = runs[0], [[rating.scores for rating in ratings] for ratings in runs]
+    blocks, scales = combine.together(scores, how), combine.scales(scores, how)
     if size_weight:
         Graph(table, first)  # refuses paths that the space does not have
         sign = 1 if first[0].better == "higher" else -1
@@ -151,8 +167,13 @@ def _together(runs: list[list[BlockRating]], how: str, table: CostTable, size_we
                 "all rated architectures have the same numbers of channels",
                 "leave it out; a limit such as `params` keeps sizes apart",
             )
-        blocks = combine.together([blocks, sizes], "sum", [1, size_weight])
-    return [replace(rating, scores=scores) for rating, scores in zip(first, blocks, strict=True)]
+        both, weights = [blocks, sizes], [1, size_weight]
+        again = combine.scales(both, "sum", weights)
+        if scales is not None and again is not None:
+            scales = [[scale * more for scale, more in zip(of_run, again[0], strict=True)] for of_run in scales]
+        blocks = combine.together(both, "sum", weights)
+    found = [replace(rating, scores=values, parts=None) for rating, values in zip(first, blocks, strict=True)]
+    return found, Doubt(runs, scales)
 
 
 def lines(result: dict[str, Any]) -> list[str]:

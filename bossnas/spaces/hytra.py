@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bossnas.spaces.ops import Attention, Chain, GroupedBatchNorm, Statistics, conv, conv_norm
 from bossnas.spaces.paths import Choices, all_paths, uniform_sample
-from bossnas.spaces.space import Traits
+from bossnas.spaces.space import Traits, Words
 
 KINDS = ("ATT", "CONV", "ATT", "CONV", "CONV", "CONV")  # by candidate id
 SCALES = (0, 0, 1, 1, 2, 3)  # by candidate id; scale s has stride 4 * 2**(3 - s)
@@ -89,6 +89,11 @@ class HyTra:
 
     def candidates(self, block: int) -> list[str]:
         return [f"{k}@s{s}" for k, s in zip(KINDS, SCALES, strict=True) if s < DEPTHS[block]]
+
+    def words(self, block: int, layer: int, choice: int) -> Words:
+        kind = {"ATT": "attention", "CONV": "convolution"}[KINDS[choice]]
+        scale = f"1/{4 * 2 ** (3 - SCALES[choice])}"
+        return Words(f"{kind} at {scale}", scale, kind)
 
     def stem(self) -> nn.Module:
         return Chain(conv(3, self.stem_width, 7, 2), GroupedBatchNorm(self.stem_width, "relu"), nn.MaxPool2d(3, 2, 1))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bossnas.spaces.ops import Chain, GroupedBatchNorm, HalvePool, NoAdapter, SqueezeExcite, Statistics, conv, conv_norm
 from bossnas.spaces.paths import Choices, all_paths, encode, fair_sample
-from bossnas.spaces.space import Traits
+from bossnas.spaces.space import Traits, Words
 
 CANDIDATES = ((6, 3), (6, 5), (3, 3), (3, 5))  # (expansion, kernel) by candidate id
 BLOCKS = ((24, 2, 2), (40, 2, 4), (80, 2, 4), (112, 1, 4), (192, 2, 4))  # (width, first stride, layers)
@@ -40,6 +40,11 @@ class MBConv:
 
     def candidates(self, block: int) -> list[str]:
         return [f"expand{e}_k{k}" for e, k in CANDIDATES]
+
+    def words(self, block: int, layer: int, choice: int) -> Words:
+        expansion, kernel = CANDIDATES[choice]
+        text = f"{kernel}x{kernel} expand {expansion}"
+        return Words(text, text)
 
     def stem(self) -> nn.Module:
         c = _round8(32 * self.width)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from bossnas.spaces.ops import GroupedBatchNorm, HalvePool, PooledPointwise, SlimConv, Statistics
 from bossnas.spaces.paths import Choices, all_paths, fair_sample
-from bossnas.spaces.space import Traits
+from bossnas.spaces.space import Traits, Words
 
 WIDTHS = tuple(range(8, 65, 8))  # by candidate id
 KINDS = ("N", "R", "N", "R", "N")  # normal cell or residual down-sampling, by layer of the network
@@ -45,6 +45,10 @@ class Nats:
 
     def candidates(self, block: int) -> list[str]:
         return [f"width{w}" for w in self.widths]
+
+    def words(self, block: int, layer: int, choice: int) -> Words:
+        text = f"{self.widths[choice]} channels"
+        return Words(text, text)
 
     def stem(self) -> nn.Module:
         return nn.Identity()  # the stem has the first layer's width, so it belongs to that layer

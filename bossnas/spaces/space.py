@@ -11,8 +11,20 @@ from torch import nn
 from bossnas.spaces.paths import Choices
 
 
+@dataclass(frozen=True)
+class Words:
+    """A candidate in words. ``text``: what it does, such as "attention at 1/8"; ``row``: where a drawing shows it, such
+    as "1/8"; ``kind``: what a drawing marks it by, such as "attention" (none: "")."""
+
+    text: str
+    row: str
+    kind: str = ""
+
+
 class Space(Protocol):
     """What the search asks of a space. Blocks and layers count from 0; a path is one candidate id per layer.
+
+    A space may also have ``words(block, layer, choice) -> Words``; without it a candidate's name stands for it.
 
     Modules returned by `layer` and `adapter` are called with ``(x, choice, groups, stats)`` (see `bossnas.spaces.ops`),
     the stem with ``(x, groups, stats)``, unless it is an nn.Identity. Each call returns fresh weights, and a layer's

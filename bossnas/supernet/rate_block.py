@@ -25,6 +25,7 @@ from bossnas.supernet.units import Unit, units
 
 Pair = Sequence[Tensor]  # view A and view B of some images, each [n, 3, S, S]
 Pieces = dict[tuple[str, int, int], Tensor]  # ("target" | "online" | "sum", validation batch, unit) -> results
+GROUPS = 64  # of validation images, at least, where there are as many: a standard error is then known to 9 %
 
 
 class Validation(NamedTuple):
@@ -37,6 +38,19 @@ class Validation(NamedTuple):
     def held(cls, pairs: Sequence[Pair]) -> Validation:
         """Of batches that are in memory."""
         return cls([len(a) for a, _ in pairs], lambda batches: (pairs[b] for b in batches))
+
+
+class Rated(NamedTuple):
+    """What `rate_block` finds: the scores, and what groups of the validation images say of them.
+
+    ``scores``: by score and path; ``parts``: by score, each path's mean over each group, float64 [paths, groups], whose
+    mean weighted by ``images``, the size of the groups, is the score. Blocks that are rated on the same images have the
+    same groups.
+    """
+
+    scores: dict[str, dict[Choices, float]]
+    parts: dict[str, Tensor]
+    images: list[int]
 
 
 @dataclass(frozen=True)
@@ -86,7 +100,7 @@ def rate_block(
     *,
     pieces: Pieces | None = None,
     advance: Callable[[Pieces, int], None] = lambda pieces, paths: None,
-) -> dict[str, dict[Choices, float]]:
+) -> Rated:
     """Every label-free score (`bossnas.supernet.scores`) of every path of the block behind ``winners``, a mean over the
     validation images.
 
@@ -108,6 +122,7 @@ def rate_block(
         # not cut by ranks: a product over another batch may round otherwise, and scores would depend on the ranks
         units(paths, how.most or len(paths)),
         how.temperature,
+        grouped(validation.sizes),
         Statistics(recording=False),
         Statistics(recording=False),
     )
@@ -150,7 +165,7 @@ def rate_block(
             for b in wave:  # its centre is not needed any more
                 for u in range(len(rating.units)):
                     pieces.pop(("sum", b, u), None)
-    return rating.collect(pieces, validation.sizes)
+    return rating.collect(pieces)
 
 
 @dataclass
@@ -162,6 +177,7 @@ class _Rating:
     paths: Sequence[Choices]
     units: list[Unit]
     temperature: float
+    groups: list[list[int]]  # the sizes of each batch's groups of images
     of_target: Statistics
     of_online: Statistics
 
@@ -187,7 +203,10 @@ class _Rating:
                 u, t = number[unit], losses.full(torch.stack(projections))
                 pooled = [losses.full(f.mean((2, 3))) for f in features]
                 # the centre needs the sum alone: [2n, D] travels and is kept, not [P, 2n, D]
-                yield {("target", batch, u): self._view_scores(t, pooled).cpu(), ("sum", batch, u): t.sum(0).cpu()}
+                yield {
+                    ("target", batch, u): self._view_scores(batch, t, pooled).cpu(),
+                    ("sum", batch, u): t.sum(0).cpu(),
+                }
         elif share:
             # added in the order of the units, whichever rank made them: a float sum's last bits depend on its order
             sums = [pieces["sum", batch, u] for u in range(len(self.units))]
@@ -197,12 +216,12 @@ class _Rating:
                 projections = networks.online.project(self.block, items, features, stats)
                 o = losses.full(_predict(networks.predictor, projections, stats))
                 a, b = o.view(len(projections), -1, o.shape[1]).chunk(2, 1)
-                score = scores.population_centre(a, b, *centres)
-                yield {("online", batch, number[unit]): score.double().cpu()[:, None]}
+                score = self._means(batch, scores.population_centre(a, b, *centres)[:, None])
+                yield {("online", batch, number[unit]): score.cpu()}
 
-    def _view_scores(self, t: Tensor, pooled: Sequence[Tensor]) -> Tensor:
+    def _view_scores(self, batch: int, t: Tensor, pooled: Sequence[Tensor]) -> Tensor:
         """The scores in BETTER's order, but for the first: of projections [P, 2n, D] and P averaged maps [2n, C], whose
-        widths may differ. -> [P, 5]."""
+        widths may differ. -> [P, 5, groups]."""
         a, b = t.chunk(2, 1)
         views = [p[None].chunk(2, 1) for p in pooled]
         rows = [
@@ -212,19 +231,43 @@ class _Rating:
             torch.cat([scores.view_agreement(x, y) for x, y in views]),
             scores.effective_rank(a, b),
         ]
-        return torch.stack(rows, 1).double()
+        return self._means(batch, torch.stack(rows, 1))
 
-    def collect(self, pieces: Pieces, sizes: Sequence[int]) -> dict[str, dict[Choices, float]]:
+    def _means(self, batch: int, parts: Tensor) -> Tensor:
+        """[..., n] -> the means over the batch's groups of images, float64 [..., groups]."""
+        return torch.stack([group.mean(-1) for group in parts.double().split(self.groups[batch], -1)], -1)
+
+    def collect(self, pieces: Pieces) -> Rated:
         """The means over the images, summed in the order of the batches."""
-        # float64, and added batch by batch whoever rated them: the same bits on any number of ranks, and after a resume
-        total = torch.zeros(len(self.paths), len(scores.BETTER), dtype=torch.float64)
-        for batch, size in enumerate(sizes):
+        # float64, and added group by group whoever rated them: the same bits on any number of ranks, and after a resume
+        images = [size for groups in self.groups for size in groups]
+        parts = torch.zeros(len(self.paths), len(scores.BETTER), len(images), dtype=torch.float64)
+        start = 0
+        for batch, groups in enumerate(self.groups):
             for u, unit in enumerate(self.units):
-                total[list(unit.rows)] += size * torch.cat([pieces["online", batch, u], pieces["target", batch, u]], 1)
-        means = (total / sum(sizes)).T.tolist()
-        return {
-            name: dict(zip(self.paths, values, strict=True)) for name, values in zip(scores.BETTER, means, strict=True)
-        }
+                piece = torch.cat([pieces["online", batch, u], pieces["target", batch, u]], 1)
+                parts[list(unit.rows), :, start : start + len(groups)] = piece
+            start += len(groups)
+        means = (parts @ torch.tensor(images, dtype=torch.float64) / sum(images)).T.tolist()
+        return Rated(
+            {
+                name: dict(zip(self.paths, values, strict=True))
+                for name, values in zip(scores.BETTER, means, strict=True)
+            },
+            dict(zip(scores.BETTER, parts.unbind(1), strict=True)),
+            images,
+        )
+
+
+def grouped(sizes: Sequence[int]) -> list[list[int]]:
+    """The sizes of the groups into which each batch's images are cut, in order: as equal as they can be, at least one
+    for each batch, and together GROUPS or a few more."""
+    count = max(1, -(-GROUPS // max(1, len(sizes))))
+    result = []
+    for size in sizes:
+        groups = max(1, min(count, size))
+        result.append([size * (g + 1) // groups - size * g // groups for g in range(groups)])
+    return result
 
 
 def _features(

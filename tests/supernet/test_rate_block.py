@@ -49,7 +49,7 @@ def scored(networks, block, winners, paths, calibration, pairs, **how):
     rest = {name: how.pop(name) for name in ("pieces", "advance") if name in how}
     return rate_block(
         Networks(*networks), winners, paths, calibration, Validation.held(pairs), RatingOptions(**how), **rest
-    )
+    ).scores
 
 
 def plain_copy(network: nn.Module) -> nn.Module:
