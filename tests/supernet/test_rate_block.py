@@ -11,7 +11,16 @@ from bossnas import spaces
 from bossnas.spaces.ops import GroupedBatchNorm, PooledPointwise, Statistics
 from bossnas.supernet import heads
 from bossnas.supernet.memory import Footprint, peak_bytes
-from bossnas.supernet.rate_block import RatingOptions, Validation, _features, best, calibrate, rate_block
+from bossnas.supernet.rate_block import (
+    GROUPS,
+    RatingOptions,
+    Validation,
+    _features,
+    best,
+    calibrate,
+    grouped,
+    rate_block,
+)
 from bossnas.supernet.scores import BETTER
 from bossnas.supernet.supernet import Item, Networks, Supernet
 from bossnas.supernet.units import Unit, units
@@ -163,6 +172,36 @@ def test_scores_equal_the_ordinary_procedure(name, block):
                 assert len(set(values.values())) == len(paths)
             found, expected = scores["population_centre"], truth["population_centre"]
             assert sorted(paths, key=found.get) == sorted(paths, key=expected.get)
+
+
+def test_groups_of_images_add_up_to_the_scores():
+    space, online, target, predictor, _, calibration = setup()
+    paths = space.paths(0, [])[:5]
+    a, b = torch.randn(2, 7, 3, *calibration[0].shape[2:], dtype=calibration[0].dtype)
+    found = rate_block(
+        Networks(online, target, predictor), [], paths, calibration, Validation.held([(a[:5], b[:5]), (a[5:], b[5:])])
+    )
+    assert found.images == [1] * 7  # fewer images than groups
+    for name, values in found.scores.items():
+        parts = found.parts[name]
+        assert parts.shape == (5, 7) and parts.mean(1).tolist() == pytest.approx(list(values.values()))
+        assert len(set(parts.flatten().tolist())) > 20
+    # of a mean over images, each part is what the image gives alone
+    alone = rate_block(
+        Networks(online, target, predictor), [], paths, calibration, Validation.held([(a[2:3], b[2:3])])
+    ).scores
+    for name in ("population_centre", "view_agreement"):
+        assert found.parts[name][:, 2].tolist() == pytest.approx(list(alone[name].values()), abs=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [[250] * 4, [32, 32, 7], [500], [20], [1], [10] * 200])
+def test_groups_are_near_equal_and_enough(sizes):
+    groups = grouped(sizes)
+    assert [sum(of_batch) for of_batch in groups] == sizes
+    assert all(max(of_batch) - min(of_batch) <= 1 and min(of_batch) > 0 for of_batch in groups)
+    count = sum(map(len, groups))
+    assert count >= min(GROUPS, sum(sizes)) or len(sizes) == 3 and count >= 7 + 22 + 22
+    assert count < max(2 * GROUPS, len(sizes) + 1)
 
 
 @pytest.mark.quick
