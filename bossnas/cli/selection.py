@@ -186,3 +186,45 @@ def _amount(field: str, text: str, scale: int) -> int:
     except (ArithmeticError, ValueError):
         raise ConfigError(field, f"{text!r} is no amount", "write a number above 0, such as 600M, 1.5G or 20") from None
     return int(value)
+
+
+@app.command(
+    cls=Command,
+    epilog="Example: bossnas show runs/quickstart   or: bossnas show '5433|3230|0010|0000' --space hytra",
+)
+def show(
+    target: Annotated[
+        str, typer.Argument(metavar="RUN|ARCHITECTURE", help="Folder of a search, or an architecture's paths.")
+    ],
+    space: Annotated[
+        str | None,
+        typer.Option(help="Of ARCHITECTURE: nats | mbconv | hytra | file.py:ClassName; default: told by its layers."),
+    ] = None,
+    width: Annotated[float, typer.Option(help="Of ARCHITECTURE: multiplier of all channel numbers.")] = 1.0,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Of ARCHITECTURE, pixels; default: as published.")
+    ] = None,
+    score: Annotated[str | None, typer.Option(help="Score of the rating files; default: the run's own.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
+) -> None:
+    """Show an architecture in words: what each layer does and costs; of a run, also how sure its choice is."""
+    from bossnas.files import write_json
+    from bossnas.selection import show as showing
+
+    check_writable(json)
+    folder = Path(target)
+    if folder.is_dir():
+        if space is not None or image_size is not None or width != 1:
+            raise ConfigError(
+                "RUN", "says its space itself", "leave out --space, --width and --image-size, or name an architecture"
+            )
+        result = showing.show_run(folder, score)
+    else:
+        if score is not None:
+            raise ConfigError("--score", "needs a run", "leave it out, or name a run folder")
+        if not 0 < width <= 4:
+            raise ConfigError("--width", f"{width:g} is no width", "use a number above 0, at most 4")
+        result = showing.show_architecture(target, space, width, image_size)
+    typer.echo("\n".join(showing.lines(result)))
+    if json is not None:
+        write_json(json, result)

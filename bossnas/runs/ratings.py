@@ -59,6 +59,24 @@ def read_ratings(folder: Path, score: str | None = None) -> list[BlockRating]:
     return ratings
 
 
+def read_winners(folder: Path) -> list[str]:
+    """The encoded winners of the blocks that a search has finished. Raises ConfigError where there are none."""
+    file = folder / "winners.json"
+    try:
+        winners = json.loads(file.read_text(encoding="utf-8"))["winners"]
+        if not all(isinstance(text, str) and text.isascii() and text.isalnum() for text in winners):
+            raise ValueError("a winner is no path")
+    except FileNotFoundError:
+        winners = []
+    except OSError as error:
+        raise ConfigError("run", f"cannot read {file} ({error.strerror})", "restore it") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError("run", f"{file} is damaged ({type(error).__name__}: {error})", "restore it") from None
+    if not winners:
+        raise ConfigError("run", f"{folder} has finished no block", "wait, or go on with its search")
+    return winners
+
+
 def _read_rating(file: Path, block: int, score: str | None) -> BlockRating:
     repair = "rate the block again with bossnas rate RUN"
     try:

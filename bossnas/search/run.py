@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -24,8 +24,10 @@ from bossnas.runs import checkpoint, session
 from bossnas.runs.resume import check_data
 from bossnas.runs.session import Counted, Machine
 from bossnas.spaces import Space, cost, ops
+from bossnas.spaces.cost import CostTable
 from bossnas.spaces.ops import Chain
 from bossnas.spaces.paths import Choices, decode, encode
+from bossnas.spaces.words import layers, summary
 from bossnas.supernet import heads
 from bossnas.supernet.supernet import Networks, Supernet
 from bossnas.supernet.train_block import RunState
@@ -149,8 +151,11 @@ def write_architecture(run: Run, folder: Path) -> None:
             "paths": [encode(p) for p in winners],
             **run.space.describe(winners),
             **price,
+            "words": summary(run.space, winners),
+            "layers": [asdict(layer) for layer in layers(CostTable.of(run.space, size), winners)],
         },
     )
+    logger.info("architecture: %s", summary(run.space, winners))
     logger.info(
         "architecture %s: %.2f M multiply-adds, %.2f M parameters", text, price["macs"] / 1e6, price["params"] / 1e6
     )

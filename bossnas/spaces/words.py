@@ -29,7 +29,7 @@ def path_words(space: Space, block: int, path: Choices) -> str:
 
 
 def summary(space: Space, architecture: Sequence[Choices]) -> str:
-    """How many layers do what, such as "7 attention, 9 convolution; 4 at 1/8, 12 at 1/16" or "3 of 5x5 expand 6"."""
+    """How many layers do what, such as "7 attention, 9 convolution; 4 at 1/8, 12 at 1/16" or "2 of 3x3 expand 6, 2 of 5x5 expand 3"."""
     found = [
         words(space, block, layer, choice)
         for block, path in enumerate(architecture)
@@ -40,7 +40,7 @@ def summary(space: Space, architecture: Sequence[Choices]) -> str:
     between = "at" if kinds else "of"
     parts = [
         ", ".join(f"{kinds[name]} {name}" for name in sorted(kinds)),
-        ", ".join(f"{rows[name]} {between} {name}" for name in drawn_rows(space) if name in rows),
+        ", ".join(f"{count} {between} {name}" for name, count in rows.items()),  # in the order of the layers
     ]
     return "; ".join(part for part in parts if part)
 

@@ -235,7 +235,9 @@ class _Rating:
 
     def _means(self, batch: int, parts: Tensor) -> Tensor:
         """[..., n] -> the means over the batch's groups of images, float64 [..., groups]."""
-        return torch.stack([group.mean(-1) for group in parts.double().split(self.groups[batch], -1)], -1)
+        # at random: neighbours may be of one class, and means of classes lie further apart than those of any images
+        order = torch.randperm(parts.shape[-1], generator=torch.Generator().manual_seed(0)).to(parts.device)
+        return torch.stack([group.mean(-1) for group in parts.double()[..., order].split(self.groups[batch], -1)], -1)
 
     def collect(self, pieces: Pieces) -> Rated:
         """The means over the images, summed in the order of the batches."""
@@ -260,7 +262,7 @@ class _Rating:
 
 
 def grouped(sizes: Sequence[int]) -> list[list[int]]:
-    """The sizes of the groups into which each batch's images are cut, in order: as equal as they can be, at least one
+    """The sizes of the groups into which each batch's images are dealt out: as equal as they can be, at least one
     for each batch, and together GROUPS or a few more."""
     count = max(1, -(-GROUPS // max(1, len(sizes))))
     result = []

@@ -204,7 +204,7 @@ def check_rating(space, online: Supernet, target: Supernet, predictor: nn.Module
         ).scores
 
     # more batches than ranks, fewer, units to share, an uneven share, a rank without work
-    for count, batch_count, most in ((50, 3, None), (50, 1, 4), (5, 3, 2), (5, 1, None), (1, 1, None)):
+    for count, batch_count, most in ((16, 3, None), (16, 1, 4), (5, 3, 2), (5, 1, None), (1, 1, None)):
         pieces, counted = {}, []
 
         def advance(found: dict, n: int, counted=counted, pieces=pieces) -> None:
