@@ -21,9 +21,4 @@ done
 python launch/train.py --config configs/quickstart_ds.json --resume auto "$@"
 
 echo
-echo "run folder:   $out"
-echo "architecture: $out/architecture.json"
-python -c '
-import json, pprint, sys
-pprint.pprint(json.load(open(sys.argv[1], encoding="utf-8")), width=100, compact=True, sort_dicts=False)
-' "$out/architecture.json"
+python -m bossnas show "$out"

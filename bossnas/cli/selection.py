@@ -189,7 +189,7 @@ def _amount(field: str, text: str, scale: int) -> int:
 
 
 @app.command(
-    cls=Command,
+    cls=Command.knowing({"architecture": "target", "run": "target"}),
     epilog="Example: bossnas show runs/quickstart   or: bossnas show '5433|3230|0010|0000' --space hytra",
 )
 def show(

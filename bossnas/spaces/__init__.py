@@ -11,9 +11,9 @@ from typing import Any
 
 from bossnas.errors import ConfigError
 from bossnas.spaces.paths import MAX_CANDIDATES
-from bossnas.spaces.space import Space, Traits, traits
+from bossnas.spaces.space import Space, Traits, Words, traits
 
-__all__ = ["Space", "Traits", "known", "make", "recognise", "traits"]
+__all__ = ["Space", "Traits", "Words", "known", "make", "recognise", "traits"]
 
 
 def known() -> dict[str, type]:

@@ -23,13 +23,17 @@ def words(space: Space, block: int, layer: int, choice: int) -> Words:
 
 def path_words(space: Space, block: int, path: Choices) -> str:
     """Such as "convolution at 1/4, 2 x attention at 1/8, convolution at 1/16"."""
-    texts = [words(space, block, layer, choice).text for layer, choice in enumerate(path)]
+    return in_runs([words(space, block, layer, choice).text for layer, choice in enumerate(path)])
+
+
+def in_runs(texts: Sequence[str]) -> str:
+    """The texts as a list, with equal neighbours counted: "2 x attention at 1/8, convolution at 1/16"."""
     runs = [(text, len(list(same))) for text, same in itertools.groupby(texts)]
     return ", ".join(text if count == 1 else f"{count} x {text}" for text, count in runs)
 
 
 def summary(space: Space, architecture: Sequence[Choices]) -> str:
-    """How many layers do what, such as "7 attention, 9 convolution; 4 at 1/8, 12 at 1/16" or "2 of 3x3 expand 6, 2 of 5x5 expand 3"."""
+    """How many layers do what: "7 attention, 9 convolution; 4 at 1/8, 12 at 1/16", or "6 of 3x3 expand 6, ..."."""
     found = [
         words(space, block, layer, choice)
         for block, path in enumerate(architecture)

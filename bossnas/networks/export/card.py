@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from bossnas import __version__
-from bossnas.networks.spec import Network
+from bossnas import __version__, spaces
+from bossnas.networks.spec import Network, Spec
 from bossnas.spaces import cost
+from bossnas.spaces.paths import decode
+from bossnas.spaces.words import in_runs, words
 
 FORMAT = "bossnas-card-1"
 SHOWN = ("bossnas", "torch", "timm", "onnx", "onnxruntime")
@@ -65,6 +67,7 @@ def card(name: str, network: Network, model: nn.Module, files: Sequence[dict[str
         "format": FORMAT,
         "name": name,
         "network": spec.to_json(),
+        "layers": layers(spec),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "multiply_adds": cost.count([model], lambda: model(image))["macs"],
         "licence": {"definition": None if spec.architecture == "bossnas_own" else "Apache-2.0", "weights": None},
@@ -72,6 +75,22 @@ def card(name: str, network: Network, model: nn.Module, files: Sequence[dict[str
         "versions": {"python": platform.python_version(), **_versions()},
         "files": list(files),
     }
+
+
+def layers(spec: Spec) -> list[str]:
+    """What each searched layer does, in order; [] of a network that no built-in space has."""
+    known, found = spaces.known(), spec.model_args
+    if spec.architecture == "bossnet" and "encoding" in found:
+        strides = [4 * 2**stage for stage in range(4)]
+        return [
+            f"{'convolution' if layer else 'attention'} at 1/{stride}"
+            for stride, stage in zip(strides, found["encoding"], strict=True)
+            for layer in stage
+        ]
+    if spec.architecture == "bossnas_mbconv":
+        space, paths = known["mbconv"](found.get("width", 1.0)), [decode(text) for text in found["paths"]]
+        return [words(space, b, i, choice).text for b, path in enumerate(paths) for i, choice in enumerate(path)]
+    return [f"{width} channels" for width in found["widths"]] if spec.architecture == "bossnas_nats" else []
 
 
 def readme(card: dict[str, Any], ours: bool) -> str:
@@ -90,6 +109,7 @@ def readme(card: dict[str, Any], ours: bool) -> str:
         f"An image classifier, exported by bossnas {card['versions']['bossnas']}.",
         "",
         f"- Network: `{spec['architecture']}` {_plain(spec['model_args'])}".rstrip(),
+        *([f"- Searched layers: {in_runs(card['layers'])}"] if card["layers"] else []),
         f"- {card['parameters']:,} parameters; {card['multiply_adds'] / 1e9:.4g} G multiply-adds at {size} pixels",
         f"- {spec['classes']} classes",
         f"- Images: float32 [n, {spec['model_args'].get('in_chans', 3)}, {spec['image_size']}, "
