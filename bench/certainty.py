@@ -8,17 +8,26 @@ an error for every score, and for the difference between every path and the path
 stated interval is score +- t x error, with t of Student's distribution at 95 %; "covered" is the share of intervals
 that hold the mean of the other sets. (That mean has an error of its own, by which intervals are widened: x sqrt(1 + 1 /
 (sets - 1)).) "error / spread": the stated errors' root mean square by the standard deviation between sets; 1 is right.
+
+    python bench/certainty.py --config configs/quickstart_ds.json --against BEFORE
+
+BEFORE is a checkout of a version that kept no errors: CPU seconds of rating the block there and here, in turns, one
+thread, and their ratio.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
+if "--project" in sys.argv:  # a process of `against`
+    root = Path(sys.argv[sys.argv.index("--project") + 1]).resolve()
 sys.path[:0] = [str(root), str(root / "kernels")]
 
 import numpy as np
@@ -29,12 +38,16 @@ from bossnas.config.loading import load
 from bossnas.config.search import Config
 from bossnas.data.batches import fixed_view_batches
 from bossnas.data.order import FixedBatches
-from bossnas.runs.certainty import Parts
 from bossnas.runs.folder import read_config
 from bossnas.search.rating import Calibration
 from bossnas.search.run import Run, build, restore
 from bossnas.spaces.ops import GroupedBatchNorm
 from bossnas.supernet.rate_block import RatingOptions, Validation, rate_block
+
+try:
+    from bossnas.runs.certainty import Parts
+except ImportError:  # in a version before it
+    Parts = None
 
 
 def made(arguments: argparse.Namespace) -> Run:
@@ -64,6 +77,42 @@ def validation(run: Run, number: int, images: int, batch: int) -> Validation:
     return Validation([batch] * batches, take)
 
 
+def timed(run: Run, block: int, images: int, batch: int) -> float:
+    """CPU seconds of a rating; the images are loaded and calibration is drawn beforehand."""
+    winners: list = []
+    while len(winners) < block:
+        winners.append(run.space.paths(len(winners), winners)[0])
+    calibration = list(Calibration(run))
+    pairs = list(validation(run, 0, images, batch).take(range(images // batch)))
+    began = time.process_time()
+    rate_block(
+        run.networks(block),
+        winners,
+        run.space.paths(block, winners),
+        calibration,
+        Validation.held(pairs),
+        RatingOptions(run.config.rating.temperature, 16),
+    )
+    return time.process_time() - began
+
+
+def against(before: Path, rounds: int) -> None:
+    """Runs `timed` in both checkouts, in turns, each in a process of its own."""
+    given = [a for a in sys.argv[1:]]
+    at = given.index("--against")
+    del given[at : at + 2]
+    times: dict[Path, list[float]] = {before: [], root: []}
+    for _ in range(rounds):
+        for project in times:
+            command = [sys.executable, __file__, *given, "--project", str(project)]
+            found = subprocess.run(command, capture_output=True, text=True, check=True)
+            times[project].append(float(found.stdout.split()[-1]))
+    for project, seconds in times.items():
+        print(f"{project}: " + ", ".join(f"{s:.2f}" for s in seconds) + " CPU s")
+    ratios = [new / old for old, new in zip(times[before], times[root], strict=True)]
+    print(f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="of a supernet that is rated untrained")
@@ -74,7 +123,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128, help="images in a batch (default 128)")
     parser.add_argument("--sets", type=int, help="default: all that the training images make")
     parser.add_argument("--json", type=Path, metavar="OUT")
+    parser.add_argument("--against", type=Path, metavar="BEFORE", help="compare times with this checkout")
+    parser.add_argument("--rounds", type=int, default=5, help="of --against (default 5)")
+    parser.add_argument("--project", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.project:
+        torch.set_num_threads(1)
+        print(timed(made(arguments), arguments.block, arguments.images, arguments.batch))
+        return
+    if arguments.against:
+        against(arguments.against, arguments.rounds)
+        return
     run, block = made(arguments), arguments.block
     sets = len(run.images.train) // arguments.images
     sets = min(sets, arguments.sets or sets)
