@@ -39,6 +39,15 @@ def setup(folder: Path | None, main: bool = True) -> None:
         speaker.setLevel(logging.INFO)
 
 
+def say(text: str) -> None:
+    """Shows text of several lines, such as a table, as it is, and keeps it in log.txt."""
+    for line in text.splitlines():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        for handler in logger.handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.handle(logger.makeRecord(logger.name, logging.INFO, "", 0, line, (), None))
+
+
 class Task:
     """One piece of work with a known number of steps; `advance` shows how far it is."""
 

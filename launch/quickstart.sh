@@ -9,16 +9,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/env.sh
 prepare_environment "${BOSSNAS_VENV:-.venv}" "" || exit 1
 
-out=runs/quickstart
-for argument in "$@"; do
-    case $argument in
-        out=*) out=${argument#out=} ;;
-        --set=out=*) out=${argument#--set=out=} ;;
-    esac
-done
-
 # one process needs no launcher: deepspeed's own would import DeepSpeed twice more
 python launch/train.py --config configs/quickstart_ds.json --resume auto "$@"
-
-echo
-python -m bossnas show "$out"

@@ -209,7 +209,7 @@ def show(
 ) -> None:
     """Show an architecture in words: what each layer does and costs; of a run, also how sure its choice is."""
     from bossnas.files import write_json
-    from bossnas.selection import show as showing
+    from bossnas.runs import show as showing
 
     check_writable(json)
     folder = Path(target)

@@ -13,6 +13,7 @@ from bossnas.config.search import Config
 from bossnas.distributed import dist
 from bossnas.errors import ConfigError
 from bossnas.runs.folder import claim_folder, prepare_folder, read_config
+from bossnas.runs.show import lines, show_run
 from bossnas.search.rating import rate, write
 from bossnas.search.run import Run, announce, build, restore, write_architecture
 from bossnas.search.winners import settle
@@ -73,5 +74,6 @@ def rate_untrained(config: Config) -> Path:
         settle(run, folder, rate(run, run.state.block))
     if main:
         write_architecture(run, folder)
+        log.say("\n".join(["", *lines(show_run(folder))]))
     dist.barrier()
     return folder

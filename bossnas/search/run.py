@@ -152,14 +152,9 @@ def write_architecture(run: Run, folder: Path) -> None:
             **run.space.describe(winners),
             **price,
             "words": summary(run.space, winners),
-            "layers": [asdict(layer) for layer in layers(CostTable.of(run.space, size), winners)],
+            "layers": [asdict(layer) for layer in layers(CostTable.along(run.space, size, winners), winners)],
         },
     )
-    logger.info("architecture: %s", summary(run.space, winners))
-    logger.info(
-        "architecture %s: %.2f M multiply-adds, %.2f M parameters", text, price["macs"] / 1e6, price["params"] / 1e6
-    )
-    logger.info("everything lies in %s", folder)
 
 
 def save(saver: checkpoint.Saver, run: Run, engines: dict[int, Engine]) -> None:

@@ -18,6 +18,7 @@ from bossnas.runs import checkpoint
 from bossnas.runs.folder import prepare_folder
 from bossnas.runs.resume import begin_at, claim
 from bossnas.runs.session import opened, require_room
+from bossnas.runs.show import lines, show_run
 from bossnas.search.block_parallel import block_parallel
 from bossnas.search.run import Run, announce, build, restore, write_architecture
 from bossnas.search.stage import (
@@ -61,6 +62,7 @@ def search(config: Config, resume: str | None = None, trace: Trace | None = None
     dist.barrier()
     if main:
         write_json(folder / DONE, {"steps": run.state.step, "images": run.state.images_seen})
+        log.say("\n".join(["", *lines(show_run(folder))]))
     return folder
 
 

@@ -51,6 +51,7 @@ def test_the_table_is_what_counting_on_a_supernet_gives(name, width, size, optio
     for architecture in architectures:
         counted = cost.count([net.stem, net.blocks], lambda a=architecture: net.features(a, x))
         assert table.network(architecture) == counted
+        assert CostTable.along(space, size, architecture).network(architecture) == counted
         shape = tuple(net.features(architecture, x).shape[1:])
         steps = table.image
         for block, path in enumerate(architecture):

@@ -79,7 +79,7 @@ def _winners(folder: Path, space: Space, ratings: list[BlockRating]) -> list[Cho
 
 
 def _described(space: Space, size: int, architecture: list[Choices]) -> dict[str, Any]:
-    table = CostTable.of(space, size)
+    table = CostTable.along(space, size, architecture)
     cost = table.cost(architecture)
     return {
         "architecture": "|".join(map(encode, architecture)),

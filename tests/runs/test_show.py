@@ -12,7 +12,7 @@ from bossnas.errors import ConfigError
 from bossnas.files import write_json, write_text
 from bossnas.runs.certainty import Parts, as_json
 from bossnas.selection.retraining import config_for
-from bossnas.selection.show import amount, lines, show_architecture, show_run
+from bossnas.runs.show import amount, lines, show_architecture, show_run
 from bossnas.spaces.paths import encode
 
 SPACE = ["space.name=nats", "space.image_size=32", "space.width=0.25", "data.recipe=cifar"]
