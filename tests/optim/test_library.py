@@ -19,7 +19,9 @@ from bossnas.errors import ConfigError
 from bossnas.optim.groups import parameter_groups
 from bossnas.optim.library import _algorithm, check_optimizer, choose_optimizer
 
-LIMIT = 3e-6  # float32 sums in another order; with eps 0.1 an update is at most lr/eps = 1 times as far off as its gradient
+LIMIT = (
+    3e-6  # float32 sums in another order; with eps 0.1 an update is at most lr/eps = 1 times as far off as its gradient
+)
 CPU = torch.device("cpu")
 KINDS = {
     "ddp": {"engine": "ddp"},
