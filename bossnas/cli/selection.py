@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated
@@ -44,6 +43,7 @@ def select(
     json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
 ) -> None:
     """Select the best architectures of a run's ratings under limits. The run folder stays as it is."""
+    from bossnas import layout
     from bossnas.files import write_json
     from bossnas.selection import select as selection
 
@@ -68,7 +68,7 @@ def select(
         latencies=latency,
         front_cost=None if front is None else costs[front],
     )
-    typer.echo("\n".join(selection.lines(result)))
+    typer.echo("\n".join(selection.lines(result, layout.width())))
     if json is not None:
         write_json(json, result)
 
@@ -95,11 +95,12 @@ def cost(
         )
     check_writable(json)
     settings = load(config, overrides).space
+    from bossnas import layout
     from bossnas.files import write_json
     from bossnas.selection import latency
 
     result = latency.report(settings, architecture, measured=measure, batch=batch, repeats=repeats, threads=threads)
-    typer.echo("\n".join(latency.lines(result)))
+    typer.echo("\n".join(latency.lines(result, layout.width())))
     if json is not None:
         write_json(json, result)
 
@@ -144,9 +145,7 @@ def rank_command(
     plot: Annotated[Path | None, typer.Option(help="Draw scatter plots into this .png.")] = None,
 ) -> None:
     """Rank correlations of ratings with true accuracies, always beside what counting parameters would give."""
-    from rich.console import Console
-
-    from bossnas import log
+    from bossnas import layout, log
     from bossnas.files import write_json
     from bossnas.selection.ranking import report
     from bossnas.selection.ranking.compare import Rated, Sampling, compare
@@ -169,7 +168,7 @@ def rank_command(
         image_size=image_size,
         sampling=Sampling(bootstrap, names, sample, seed),
     )
-    report.show(found.result, Console(width=None if sys.stdout.isatty() else 150))
+    typer.echo("\n".join(report.lines(found.result, layout.width())))
     if json is not None:
         write_json(json, found.result)
     if plot is not None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from bossnas import spaces
 from bossnas.errors import ConfigError
+from bossnas.layout import Column, exact, paragraph, table
 from bossnas.runs.folder import read_config
 from bossnas.runs.ratings import BlockRating, read_ratings
 from bossnas.selection import combine, latency
@@ -28,6 +29,12 @@ from bossnas.spaces.paths import Choices, decode, encode
 MERGED = 2_000_000  # rows of sums that are made at once
 NAMES = {"macs": "macs", "params": "params", "latency_ns": "latency_ms"}  # of the costs, in results
 FLAGS = {"macs": "--max-macs", "params": "--max-params", "latency_ns": "--max-latency-ms"}
+
+LIMITS = {  # how a limit of a result is told
+    "macs": lambda value: f"{value:,} multiply-adds",
+    "params": lambda value: f"{value:,} parameters",
+    "latency_ms": lambda value: f"{value:,} ms",
+}
 
 
 def select(
@@ -155,38 +162,49 @@ def _together(runs: list[list[BlockRating]], how: str, table: CostTable, size_we
     return [replace(rating, scores=scores) for rating, scores in zip(first, blocks, strict=True)]
 
 
-def lines(result: dict[str, Any]) -> list[str]:
-    """The result of `select` as text."""
-
-    def line(name: str, row: dict[str, Any]) -> str:
-        milliseconds = f"{row['latency_ms']:10.3f} ms" if "latency_ms" in row else ""
-        exceeds = f"   exceeds {', '.join(row['exceeds'])}" if row["exceeds"] else ""
-        return (
-            f"{name:>8} {row['score']:+12.6f} {row['macs'] / 1e6:12.3f} M {row['params'] / 1e6:10.3f} M"
-            f"{milliseconds}   {row['architecture']}{exceeds}"
-        )
-
-    limits = ", ".join(f"{name} <= {value}" for name, value in result["limits"].items()) or "none"
+def lines(result: dict[str, Any], space: int) -> list[str]:
+    """The result of `select` as text of at most ``space`` columns."""
+    limits = ", ".join(f"{LIMITS[name](value)}" for name, value in result["limits"].items())
     seeds = f" of {len(result['runs'])} runs" if len(result["runs"]) > 1 else ""
     how = "" if result["combine"] == "sum" else f", {result['combine']}"
     size = f" and size x {result['size_weight']:g}" if result["size_weight"] else ""
-    text = [
+    text = paragraph(
         f"{result['space']['name']}, {result['score']}{seeds}{how}{size} ({result['better']} is better); limits: "
-        f"{limits}",
-        f"the ratings cover {result['rated']} of the space's {result['architectures']} architectures",
-        f"{'':>8} {'score':>12} {'multiply-adds':>14} {'parameters':>12}"
-        + (f"{'latency':>13}" if "latency_ms" in result["top"][0] else ""),
-    ]
-    if result["greedy"]:
-        text.append(line("greedy", result["greedy"]))
-    else:
-        text.append("  greedy: a block's best path by this score leads to where the next block has no ratings")
-    text += [line(str(rank), row) for rank, row in enumerate(result["top"], 1)]
+        + (f"at most {limits}" if limits else "none"),
+        space,
+    )
+    text += paragraph(
+        f"the ratings cover {exact(result['rated'])} of the space's {exact(result['architectures'])} architectures",
+        space,
+    )
+    plain, rows = result["greedy"], {str(rank): row for rank, row in enumerate(result["top"], 1)}
+    title = f"Sizes are those of the run's own width, {result['space']['width']:g}, without a classifier."
+    text += ["", *_table(title, {"greedy": plain, **rows} if plain else rows, space)]
+    if plain is None:
+        text += paragraph(
+            "greedy: a block's best path by this score leads to where the next block has no ratings", space
+        )
+    elif plain["exceeds"]:
+        text += paragraph(f"greedy exceeds {', '.join(plain['exceeds'])}", space)
     if "front" in result:
         points = result["front"]["points"]
-        text += ["", f"Pareto front of score against {result['front']['cost']}, {len(points)} architectures:"]
-        text += [line("", row) for row in points]
+        title = f"Pareto front of score against {result['front']['cost']}, {exact(len(points))} architectures:"
+        text += ["", *_table(title, {str(number): row for number, row in enumerate(points, 1)}, space)]
     return text
+
+
+def _table(title: str, rows: dict[str, dict[str, Any]], space: int) -> list[str]:
+    """Architectures, by a name each, with their scores and costs."""
+    of = list(rows.values())
+    columns = [
+        Column("", list(rows), text=True),
+        Column("score", [f"{row['score']:+.6f}" for row in of]),
+        Column("multiply-\nadds", [exact(row["macs"]) for row in of]),
+        Column("parameters", [exact(row["params"]) for row in of]),
+    ]
+    if "latency_ms" in of[0]:
+        columns.append(Column("latency", [f"{row['latency_ms']:,.3f} ms" for row in of]))
+    return table(title, [*columns, Column("architecture", [row["architecture"] for row in of], text=True)], space)
 
 
 @dataclass(frozen=True)
