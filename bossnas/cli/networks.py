@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from bossnas import log
+from bossnas import layout, log
 from bossnas.cli.flags import Command
 from bossnas.cli.options import ConfigFile, LocalRank, Overrides, Resume, check_writable, load
 from bossnas.errors import ConfigError
@@ -185,13 +185,16 @@ def export(
         bool, typer.Option("--fuse-bn", help="Fold batch norms into convolutions (onnx, torchscript, torch_export).")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
 ) -> None:
     """Export a network for use elsewhere. Every file is compared with the network before the command succeeds."""
     from bossnas.distributed import dist
+    from bossnas.files import write_json
     from bossnas.networks.export import export as exporting
 
     if dist.world_size() > 1:
         raise ConfigError("export", f"was started {dist.world_size()} times", "run it as one process, without torchrun")
+    check_writable(json)
     log.setup(None)
     result = exporting.export(
         network,
@@ -204,7 +207,9 @@ def export(
         fuse=fuse_bn,
         force=force,
     )
-    typer.echo("\n".join(exporting.lines(result)))
+    typer.echo("\n".join(exporting.lines(result, layout.width())))
+    if json is not None:
+        write_json(json, result)
 
 
 def _open(

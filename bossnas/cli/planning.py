@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,9 +47,7 @@ def plan_command(
     with _leaves_on_interrupt():
         check_writable(json)
         settings = load(config, overrides)
-        from rich.console import Console
-
-        from bossnas import log
+        from bossnas import layout, log
         from bossnas.files import write_json
         from bossnas.planning import plan, tables
         from bossnas.planning.gpus import Given
@@ -65,7 +62,7 @@ def plan_command(
             measured=kernel_rates or [],
             given=Given(tflops, gbps, memory),
         )
-        tables.show(result, Console(width=None if sys.stdout.isatty() else 175))
+        typer.echo("\n".join(tables.lines(result, layout.width())))
         if json is not None:
             write_json(json, result)
     gc.freeze()  # else the process looks through all of PyTorch once more before it ends

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bossnas.cli.flags import Command
-from bossnas.cli.options import ConfigFile, LocalRank, Overrides, Resume, load
+from bossnas.cli.options import ConfigFile, LocalRank, Overrides, Resume, check_writable, load
 from bossnas.errors import ConfigError
 
 app = typer.Typer()
@@ -75,12 +75,19 @@ def export_weights(
         str | None, typer.Option(metavar="NAME", help="Of RUN/checkpoints; default: the last one.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
 ) -> None:
     """Write the weights of a run's online and target network and predictors to one safetensors file."""
+    from bossnas import layout
+    from bossnas.files import write_json
     from bossnas.runs import weights
 
+    check_writable(json)
     about = weights.export(run, out, checkpoint, force)
+    size = out.stat().st_size
     typer.echo(
         f"{out}: {about['space']} after {len(about['winners'])} finished blocks, from checkpoint "
-        f"{about['checkpoint']}, {out.stat().st_size / 1e6:.1f} MB"
+        f"{about['checkpoint']}, {layout.brief(size, 'B')}"
     )
+    if json is not None:
+        write_json(json, {"file": str(out), "bytes": size, **about})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import shlex
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated
@@ -41,9 +41,13 @@ def select(
     latency: Annotated[Path | None, typer.Option(help="Table of bossnas cost --measure --json.")] = None,
     top: Annotated[int, typer.Option(min=1, max=1000, help="How many architectures, the best first.")] = 5,
     front: Annotated[str | None, typer.Option(help="Pareto front against macs, params or latency_ms.")] = None,
+    write_config: Annotated[
+        Path | None, typer.Option(help="Write the config of the first one's retraining to this .yaml file.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
 ) -> None:
     """Select the best architectures of a run's ratings under limits. The run folder stays as it is."""
+    from bossnas import layout
     from bossnas.files import write_json
     from bossnas.selection import select as selection
 
@@ -58,6 +62,10 @@ def select(
     }
     limits = {cost: _amount(flag, text, scale) for cost, (flag, text, scale) in given.items() if text is not None}
     check_writable(json)
+    check_writable(write_config, "--write-config")
+    if write_config is not None and (write_config.suffix not in (".yaml", ".yml") or write_config.exists()):
+        problem = "exists" if write_config.exists() else "is no .yaml file"
+        raise ConfigError("--write-config", f"{write_config} {problem}", "name a new .yaml file")
     result = selection.select(
         run,
         score=score,
@@ -68,7 +76,13 @@ def select(
         latencies=latency,
         front_cost=None if front is None else costs[front],
     )
-    typer.echo("\n".join(selection.lines(result)))
+    typer.echo("\n".join(selection.lines(result, layout.width())))
+    if write_config is not None:
+        from bossnas.runs.folder import read_config
+        from bossnas.selection import retraining
+
+        retraining.write_config(write_config, read_config(run[0]), result)
+        typer.echo(f"\nnext: bossnas retrain --config {shlex.quote(str(write_config))}")
     if json is not None:
         write_json(json, result)
 
@@ -95,11 +109,12 @@ def cost(
         )
     check_writable(json)
     settings = load(config, overrides).space
+    from bossnas import layout
     from bossnas.files import write_json
     from bossnas.selection import latency
 
     result = latency.report(settings, architecture, measured=measure, batch=batch, repeats=repeats, threads=threads)
-    typer.echo("\n".join(latency.lines(result)))
+    typer.echo("\n".join(latency.lines(result, layout.width())))
     if json is not None:
         write_json(json, result)
 
@@ -144,9 +159,7 @@ def rank_command(
     plot: Annotated[Path | None, typer.Option(help="Draw scatter plots into this .png.")] = None,
 ) -> None:
     """Rank correlations of ratings with true accuracies, always beside what counting parameters would give."""
-    from rich.console import Console
-
-    from bossnas import log
+    from bossnas import layout, log
     from bossnas.files import write_json
     from bossnas.selection.ranking import report
     from bossnas.selection.ranking.compare import Rated, Sampling, compare
@@ -169,7 +182,7 @@ def rank_command(
         image_size=image_size,
         sampling=Sampling(bootstrap, names, sample, seed),
     )
-    report.show(found.result, Console(width=None if sys.stdout.isatty() else 150))
+    typer.echo("\n".join(report.lines(found.result, layout.width())))
     if json is not None:
         write_json(json, found.result)
     if plot is not None:
@@ -208,6 +221,7 @@ def show(
     json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
 ) -> None:
     """Show an architecture in words: what each layer does and costs; of a run, also how sure its choice is."""
+    from bossnas import layout
     from bossnas.files import write_json
     from bossnas.runs import show as showing
 
@@ -225,6 +239,6 @@ def show(
         if not 0 < width <= 4:
             raise ConfigError("--width", f"{width:g} is no width", "use a number above 0, at most 4")
         result = showing.show_architecture(target, space, width, image_size)
-    typer.echo("\n".join(showing.lines(result)))
+    typer.echo("\n".join(showing.lines(result, layout.width())))
     if json is not None:
         write_json(json, result)

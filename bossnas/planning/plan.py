@@ -354,8 +354,8 @@ class _Search:
             f"collectives reach {LINK:.0%} of links and network, with {HOP_SECONDS * 1e6:g} us x "
             "log2(ranks) of latency each; only the stream of features overlaps with work",
             f"winners: {winners}; memory: the largest of what blocks may hand over and of the paths drawn",
-            f"{self.train_images} training images, {self.val_images} for the rating; {self.steps} optimizer steps of "
-            f"{self.config.train.batch} images per block, {self.midway + 1} ratings of each block",
+            f"{self.train_images:,} training images, {self.val_images:,} for the rating; {self.steps:,} optimizer "
+            f"steps of {self.config.train.batch} images per block, {self.midway + 1} ratings of each block",
             f"{RESERVED / GIB:g} GiB per rank for CUDA, NCCL and workspaces; memory fits up to {FULL:.0%} of the GPU's",
             f"an image takes {self.core_ms():g} ms of a CPU core to load; views on the device, checkpoints and the "
             "start are not counted",

@@ -47,7 +47,9 @@ class Result:
 def line(result: Result) -> str:
     """The result in words."""
     top5 = "" if result.top5 is None else f"top-5 {result.top5:.2%}, "
-    return f"top-1 {result.top1:.2%}, {top5}loss {result.loss:.4f} on {result.images} images in {result.seconds:.1f} s"
+    return (
+        f"top-1 {result.top1:.2%}, {top5}loss {result.loss:.4f} on {result.images:,} images in {result.seconds:,.1f} s"
+    )
 
 
 @torch.no_grad()

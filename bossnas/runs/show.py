@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bossnas import spaces
+from bossnas import layout, spaces
 from bossnas.errors import ConfigError
 from bossnas.runs.folder import kind_of, read_config
 from bossnas.runs.ratings import BlockRating, read_ratings, read_winners
@@ -121,18 +120,19 @@ def _next(folder: Path, finished: bool) -> list[list[str]]:
     ]
 
 
-def lines(result: dict[str, Any]) -> list[str]:
-    """The result as text of at most 80 columns, but for long names."""
+def lines(result: dict[str, Any], columns: int) -> list[str]:
+    """The result as text of at most so many columns, but for long names."""
     space = result["space"]
     where = f"{result['run']}: " if "run" in result else ""
     state = "" if result.get("finished", True) else f", {len(result['paths'])} blocks so far"
     text = [
         f"{where}{space['name']}, width {space['width']:g}, {space['image_size']} pixels{state}",
-        f"{result['architecture']}: {result['words']}",
+        *layout.paragraph(f"{result['architecture']}: {result['words']}", columns, "  "),
         "",
-        *words.lines([Layer(**layer) for layer in result["layers"]]),
+        *words.lines([Layer(**layer) for layer in result["layers"]], columns),
         "",
-        f"{amount(result['macs'])} multiply-adds, {amount(result['params'])} parameters (stem and searched layers)",
+        f"{layout.brief(result['macs'])} multiply-adds, {layout.brief(result['params'])} parameters (stem and searched "
+        "layers)",
     ]
     for block, row in enumerate(result.get("blocks", ())):
         value = "no score" if row["value"] is None else f"{row['value']:+.4f}"
@@ -140,20 +140,9 @@ def lines(result: dict[str, Any]) -> list[str]:
         chance = "" if row["chance"] is None else f" (chance gives {row['chance']:+.4f})"
         other = "" if row["best"] in (None, row["path"]) else f"; this score prefers {row['best']}"
         text += [""] if block == 0 else []
-        text += [
-            f"block {block}: {row['path']} with {row['score']} {value}{error}{chance}{other}",
-            f"  {row['how_sure']}",
-        ]
+        found = f"block {block}: {row['path']} with {row['score']} {value}{error}{chance}{other}; {row['how_sure']}"
+        text += layout.paragraph(found, columns, "  ")
     if result["next"]:
         text += ["", "next:"]
         text += [part for command, what in result["next"] for part in (f"  {command}", f"      {what}")]
     return text
-
-
-def amount(value: float) -> str:
-    """A number with three or four digits: 331,776 -> "331.8 k", 5,919,137,280 -> "5.919 G"."""
-    for factor, prefix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= factor:
-            digits = 3 - math.floor(math.log10(value / factor))
-            return f"{value / factor:.{max(0, digits)}f}{prefix}"
-    return f"{value:g}"

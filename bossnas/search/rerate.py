@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from bossnas import log
+from bossnas import layout, log
 from bossnas.config.loading import override
 from bossnas.config.search import Config
 from bossnas.distributed import dist
@@ -74,6 +74,6 @@ def rate_untrained(config: Config) -> Path:
         settle(run, folder, rate(run, run.state.block))
     if main:
         write_architecture(run, folder)
-        log.say("\n".join(["", *lines(show_run(folder))]))
+        log.say("\n".join(["", *lines(show_run(folder), layout.width())]))
     dist.barrier()
     return folder

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from bossnas import log
+from bossnas import layout, log
 from bossnas.config.search import Config
 from bossnas.distributed import dist
 from bossnas.distributed.engines.protocol import Engine
@@ -62,7 +62,7 @@ def search(config: Config, resume: str | None = None, trace: Trace | None = None
     dist.barrier()
     if main:
         write_json(folder / DONE, {"steps": run.state.step, "images": run.state.images_seen})
-        log.say("\n".join(["", *lines(show_run(folder))]))
+        log.say("\n".join(["", *lines(show_run(folder), layout.width())]))
     return folder
 
 

@@ -17,6 +17,7 @@ from bossnas import spaces
 from bossnas.config.shared import SpaceConfig
 from bossnas.distributed import dist
 from bossnas.errors import ConfigError
+from bossnas.layout import Column, both, brief, paragraph, table
 from bossnas.log import progress
 from bossnas.spaces import ops
 from bossnas.spaces.cost import CostTable, Key, Shape, call_stem, read_architecture
@@ -65,26 +66,31 @@ def report(
     }
 
 
-def lines(result: dict[str, Any]) -> list[str]:
-    """The result of `report` as text."""
+def lines(result: dict[str, Any], space: int) -> list[str]:
+    """The result of `report` as text of at most ``space`` columns."""
     if "rows" not in result:
-        return [
-            f"{result['architecture']}: {result['macs'] / 1e6:.3f} M multiply-adds, "
-            f"{result['params'] / 1e6:.3f} M parameters"
-        ]
-    text = [
-        f"{'block':>5} {'layer':>5} {'id':>3} {'candidate':<14} {'input':>12} {'output':>12} {'multiply-adds':>14} "
-        f"{'parameters':>11} {'latency' if 'batch' in result else ''}"
-    ]
-    for row in result["rows"]:
-        block, layer, choice = ("" if row[key] is None else row[key] for key in ("block", "layer", "candidate"))
-        shapes = ("x".join(map(str, row[key])) for key in ("input", "output"))
-        milliseconds = f" {row['latency_ms']:.3f} ms" if "latency_ms" in row else ""
-        text.append(
-            f"{block:>5} {layer:>5} {choice:>3} {row['name']:<14} {next(shapes):>12} {next(shapes):>12} "
-            f"{row['macs']:>14} {row['params']:>11}{milliseconds}"
+        return paragraph(
+            f"{result['architecture']}: {both(result['macs'])} multiply-adds, {both(result['params'])} parameters",
+            space,
+            "  ",
         )
-    return text
+    rows = result["rows"]
+    title = f"Candidates of {result['space']['name']} at width {result['space']['width']:g}, of one image"
+    places = [
+        Column(heading, ["" if row[key] is None else str(row[key]) for row in rows], text=True)
+        for heading, key in (("block", "block"), ("layer", "layer"), ("id", "candidate"))
+    ]
+    columns = [
+        *places,
+        Column("candidate", [row["name"] for row in rows], text=True),
+        *(Column(key, ["x".join(map(str, row[key])) for row in rows]) for key in ("input", "output")),
+        Column("multiply-\nadds", [brief(row["macs"]) for row in rows]),
+        Column("para-\nmeters", [brief(row["params"]) for row in rows]),
+    ]
+    if "batch" in result:
+        title += f"; latency of a batch of {result['batch']} on {result['device']}"
+        columns.append(Column("latency", [f"{row['latency_ms']:,.3f} ms" for row in rows]))
+    return table(title, columns, space, names=4)
 
 
 @torch.no_grad()

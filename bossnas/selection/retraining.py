@@ -12,9 +12,9 @@ from bossnas.config.retrain import RetrainConfig
 from bossnas.config.search import Config
 from bossnas.files import write_text
 
-RECIPE_BATCH = 1024  # images per step of the paper's recipe, to which its learning rate belongs
+RATE, SMALL_RATE = (1e-3, 1024), (2e-3, 128)  # of AdamW, for so many images in a step
 SMALL = 64  # pixels up to which pictures are small
-# small pictures and networks underfit on a short schedule: crops and flips are all
+# as configs/bossnet_cifar10.yaml: small networks underfit on a short schedule, so crops and flips are all
 SMALL_AUGMENT = {
     "crop": "pad",
     "auto": None,
@@ -32,7 +32,8 @@ def config_for(run: Config, row: dict[str, Any], out: str) -> dict[str, Any]:
     space = {key: value for key, value in run.space.model_dump(mode="json").items() if key != "image_size"}
     defaults = type(run.space)().model_dump(mode="json")
     own = {key: value for key, value in space.items() if key == "name" or value != defaults[key]}
-    lr = RetrainConfig().train.lr * batch / RECIPE_BATCH
+    rate, images = SMALL_RATE if small else RATE
+    lr = rate * batch / images
     values: dict[str, Any] = {
         "out": out,
         "model": {
@@ -57,15 +58,17 @@ def config_for(run: Config, row: dict[str, Any], out: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value != {}}
 
 
-def write_config(file: Path, run: Config, row: dict[str, Any], chosen: str) -> None:
-    """Writes it as YAML. ``chosen``: how the architecture was chosen, in words."""
+def write_config(file: Path, run: Config, result: dict[str, Any]) -> None:
+    """Writes it as YAML for the best architecture of the ``result`` of `select`."""
+    row = result["top"][0]
     values = config_for(run, row, f"runs/{file.stem}")
-    rate = "ImageNet's recipe of BossNet-T0" if "crop" not in values["augment"] else "a short recipe for small pictures"
+    limits = ", ".join(f"at most {value:,} {name}" for name, value in result["limits"].items()) or "no limit of cost"
+    recipe = "a short one for small pictures" if "crop" in values["augment"] else "BossNet-T0's for ImageNet"
     head = [
         f"# Retraining of {row['architecture']}: {row['words']}.",
-        f"# Chosen by: {chosen}",
-        f"# Command:   bossnas retrain --config {file}",
-        f"# The recipe is {rate}; the learning rate is the recipe's for {RECIPE_BATCH} images, in",
-        "# proportion to the batch. Keys that are not here have the defaults of bossnas/config/retrain.py.",
+        f"# It is the best of {', '.join(result['runs'])} by {result['score']}, with {limits}.",
+        f"# Command: bossnas retrain --config {file}",
+        f"# The recipe is {recipe}; its learning rate is in proportion to the batch.",
+        "# Keys that are not here have their defaults (bossnas/config/retrain.py).",
     ]
     write_text(file, "\n".join(head) + "\n" + yaml.safe_dump(values, sort_keys=False, width=100))

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bossnas.layout import Column, exact, table
 from bossnas.spaces.cost import CostTable, Entry
 from bossnas.spaces.paths import Choices
 from bossnas.spaces.space import Space, Words
@@ -76,32 +77,37 @@ class Layer:
     params_share: float
 
 
-def layers(table: CostTable, architecture: Sequence[Choices]) -> list[Layer]:
-    """The stem and every layer of an architecture, with the cost of each. ``table``: of its space."""
-    total, space = table.cost(architecture), table.space
+def layers(costs: CostTable, architecture: Sequence[Choices]) -> list[Layer]:
+    """The stem and every layer of an architecture, with the cost of each. ``costs``: of its space."""
+    total, space = costs.cost(architecture), costs.space
 
     def row(block: int | None, layer: int | None, text: str, entry: Entry) -> Layer:
         (macs, params), (channels, height, width) = (entry.cost.macs, entry.cost.params), entry.shape
         shares = macs / max(1, total.macs), params / max(1, total.params)
         return Layer(block, layer, text, channels, height, width, macs, params, *shares)
 
-    entry = table.stem
+    entry = costs.stem
     result = [row(None, None, "stem", entry)] if entry.cost.params else []
     for block, path in enumerate(architecture):
         for layer, choice in enumerate(path):
-            entry = table.entries[block, layer, choice, entry.shape]
+            entry = costs.entries[block, layer, choice, entry.shape]
             result.append(row(block, layer, words(space, block, layer, choice).text, entry))
     return result
 
 
-def lines(rows: Sequence[Layer]) -> list[str]:
-    """The layers as a table of at most 80 columns, but for texts of more than 30 characters."""
-    wide = max(12, *(len(row.text) for row in rows))
-    text = [f"{'block':>5} {'layer':>5}  {'what it does':<{wide}} {'channels':>8} {'map':>9} {'MACs':>6} {'params':>6}"]
-    for row in rows:
-        place = f"{'':>5} {'':>5}" if row.block is None else f"{row.block if row.layer == 0 else '':>5} {row.layer:>5}"
-        text.append(
-            f"{place}  {row.text:<{wide}} {row.channels:>8,} {f'{row.height}x{row.width}':>9} "
-            f"{row.macs_share:>6.1%} {row.params_share:>6.1%}"
-        )
-    return text
+def lines(rows: Sequence[Layer], space: int) -> list[str]:
+    """The layers as a table of at most ``space`` columns."""
+    return table(
+        "",
+        [
+            Column("block", ["" if row.layer else ("" if row.block is None else str(row.block)) for row in rows]),
+            Column("layer", ["" if row.layer is None else str(row.layer) for row in rows]),
+            Column("what it does", [row.text for row in rows], text=True),
+            Column("channels", [exact(row.channels) for row in rows]),
+            Column("map", [f"{row.height}x{row.width}" for row in rows]),
+            Column("MACs", [f"{row.macs_share:.1%}" for row in rows]),
+            Column("parameters", [f"{row.params_share:.1%}" for row in rows]),
+        ],
+        space,
+        names=3,
+    )

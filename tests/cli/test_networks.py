@@ -90,9 +90,11 @@ def test_retrain_evaluate_export(trained, tmp_path, capfd):
     ) in (0, None)
     fused = json.loads((tmp_path / "f.json").read_text())
     assert fused["loss"] == pytest.approx(evaluated["loss"], rel=1e-5)
-    assert call("export", folder, tmp_path / "exported", "--formats", "safetensors,standalone") in (0, None)
+    options = ("--formats", "safetensors,standalone", "--json", tmp_path / "x.json")
+    assert call("export", folder, tmp_path / "exported", *options) in (0, None)
     assert "safetensors" in capfd.readouterr().out
     card = json.loads((tmp_path / "exported/card.json").read_text())
+    assert json.loads((tmp_path / "x.json").read_text()) == card
     assert card["about"]["top1"] == found["best"]["top1"] and {f["format"] for f in card["files"]} == {
         "safetensors",
         "standalone",

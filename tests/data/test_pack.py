@@ -391,7 +391,7 @@ from bossnas.cli import main
 images, out = sys.argv[1:]
 for arguments in ([images, out, "--workers", "2", "--shard-mb", "1"], ["--verify", out], ["--verify", out]):
     try:
-        main(["pack", *arguments])
+        main(["pack", *arguments, "--json", f"{out}-{len(arguments)}.json"])
     except SystemExit as end:
         print("exit", end.code)
         if arguments == ["--verify", out]:
@@ -409,5 +409,10 @@ for arguments in ([images, out, "--workers", "2", "--shard-mb", "1"], ["--verify
     assert whole.startswith("12 images in ") and whole.endswith(" shards are whole")
     assert damaged.startswith("train-000000.tar: it has 5000 bytes instead of ")
     assert damaged.endswith("; pack again: whole shards are kept")
+    packed, verified = (json.loads((tmp_path / f"out-{count}.json").read_text()) for count in (6, 2))
+    assert packed["splits"]["train"]["samples"] == 12 and packed["kept"] == 0 and packed["out"] == str(out)
+    assert [problem["shard"] for problem in verified["problems"]] == ["train-000000.tar"], (
+        "written though it ends with 2"
+    )
     assert [end, end_whole, end_damaged] == ["exit 0", "exit 0", "exit 2"]
     assert lines.stderr.splitlines()[-1].startswith("error: --verify: 1 problems with the shards in ")

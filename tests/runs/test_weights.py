@@ -135,10 +135,17 @@ def test_places_where_no_run_can_begin(finished, tmp_path):
 def test_export(finished, tmp_path, capsys):
     out = tmp_path / "w.safetensors"
     command = ["export-weights", str(finished), str(out)]
+    with_json = [*command, "--json", str(tmp_path / "w.json")]
     with pytest.raises(SystemExit) as caught:
-        cli.main(command)
+        cli.main(with_json)
     assert caught.value.code == 0 and "nats after 3 finished blocks" in capsys.readouterr().out
-    assert os.listdir(tmp_path) == ["w.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["w.json", "w.safetensors"]
+    said = json.loads((tmp_path / "w.json").read_text())
+    assert (
+        said["bytes"] == out.stat().st_size
+        and said == {"file": str(out), "bytes": said["bytes"]} | weights.load(out).about
+    )
+    (tmp_path / "w.json").unlink()
     run = build(load(finished / "config.json"))
     restore(run, finished, training=False)
     found = weights.load(out)

@@ -8,10 +8,12 @@ import sys
 
 import numpy as np
 import pytest
+from rich.cells import cell_len
 from scipy import stats
 
-from bossnas import cli, spaces
-from bossnas.selection.ranking import compare, correlation, intervals, tables
+from bossnas import cli, layout, spaces
+from bossnas.selection.ranking import compare, correlation, intervals, report, tables
+from bossnas.spaces import cost
 from bossnas.spaces.paths import all_paths, encode
 
 COEFFICIENTS = ("kendall", "spearman", "pearson")
@@ -85,7 +87,9 @@ def test_identity_is_one_and_reversed_minus_one():
     )
     for name, value in (("same", 1), ("reversed", -1)):
         for key in COEFFICIENTS:
-            assert [found[name][key][part] for part in ("value", "low", "high")] == pytest.approx([value] * 3)
+            assert found[name][key] == {"value": pytest.approx(value), "low": None, "high": None}, (
+                "one point is no interval"
+            )
         for key in ("kendall_top10", "kendall_within_10pct_params", "kendall_within_10pct_macs"):
             assert found[name][key] == pytest.approx(value)
     assert found["same"]["regret"][-1]["regret"] == 0
@@ -168,8 +172,47 @@ def test_pearson_of_rare_constant_and_extreme_values_is_exact_in_both_ways():
     for name in scores:
         assert first[name]["pearson"] == pytest.approx(exact[name]["pearson"], abs=1e-9, nan_ok=True), name
     assert np.isnan(exact["constant"]["pearson"]).all()
-    assert exact["small"]["pearson"] == pytest.approx((1, 1))
+    assert np.isnan(exact["small"]["pearson"]).all(), "all resamples give 1"
     assert 0.7 < exact["large"]["pearson"][0] < exact["large"]["pearson"][1] < 0.9
+
+
+def test_few_architectures_have_intervals_by_fishers_z():
+    """Against the formulas written out; they are wide, never a single point, and cover a normal pair's truth."""
+    assert [intervals.method(n) for n in (2, 4, 5, 9, 10)] == [None, None, intervals.FISHER, intervals.FISHER] + [
+        intervals.BOOTSTRAP
+    ]
+    found = intervals.fisher_intervals({"kendall": 0.6, "spearman": 0.8, "pearson": -0.7}, 7)
+    for key, value, variance in (("kendall", 0.6, 0.437 / 3), ("spearman", 0.8, 1.32 / 4), ("pearson", -0.7, 1 / 4)):
+        reach = 1.959964 * np.sqrt(variance)
+        assert found[key] == pytest.approx(np.tanh([np.arctanh(value) - reach, np.arctanh(value) + reach]), abs=1e-6)
+    certain = intervals.fisher_intervals({"kendall": 1.0, "spearman": None, "pearson": -1.0}, 7)
+    assert np.isnan(list(certain.values())).all()
+    truth, rng = (
+        {"kendall": 2 / 3, "spearman": 6 / np.pi * np.arcsin(0.433), "pearson": 0.866},
+        np.random.default_rng(8),
+    )
+    hits = dict.fromkeys(truth, 0)
+    for _ in range(200):
+        x = rng.normal(size=8)
+        values = correlation.coefficients(0.866 * x + 0.5 * rng.normal(size=8), x)
+        for key, (low, high) in intervals.fisher_intervals(values, 8).items():
+            hits[key] += values[key] == 1 or low <= truth[key] <= high
+    assert all(count >= 180 for count in hits.values()), hits
+
+
+@pytest.mark.parametrize("every, count, words", [(6000, 6, "by Fisher's z"), (12_000, 3, "too few for intervals")])
+def test_few_architectures_are_said_and_look_never_certain(tmp_path, capsys, every, count, words):
+    scores, accuracy = nats_files(tmp_path, every=every)
+    code, said = ranked(capsys, scores, "--accuracy", accuracy, "--json", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert code == 0 and found["n"] == count and "1.000, 1.000" not in said and f"{count} architectures are" in said
+    assert words in " ".join(said.split()) and found["intervals"]["method"] == intervals.method(count)
+    for row in (found, found["with_size"], *found["baselines"].values()):
+        for key in COEFFICIENTS:
+            low, value, high = (row[key][part] for part in ("low", "value", "high"))
+            assert (low is None and high is None) or low < value < high
+            assert low is not None or value is None or count < intervals.LEAST or abs(value) == pytest.approx(1)
+    assert "Fisher's z" in found["definitions"]["low, high"] and "Bonett" in found["definitions"]["low, high"]
 
 
 def test_agreement_counts_pairs_of_each_item():
@@ -237,7 +280,8 @@ def test_scores_of_a_csv_match_channels(tmp_path, capsys):
         and found["n"] == 22
         and found["missing"] == {"without_score": 0, "without_accuracy": 0}
     )
-    assert [found["kendall"][part] for part in ("value", "low", "high")] == pytest.approx([1, 1, 1])
+    assert found["kendall"] == {"value": pytest.approx(1), "low": None, "high": None}
+    assert found["intervals"] == {"architectures": 22, "method": intervals.BOOTSTRAP}
     assert set(found["baselines"]) == {"params", "macs", "sum_channels", "sum_log_channels", "wide_candidates"}
     assert found["baselines"]["sum_channels"]["spearman"]["value"] == pytest.approx(1)
     for row in (found, *found["baselines"].values()):
@@ -277,7 +321,7 @@ def test_lower_may_be_better_and_missing_is_counted(tmp_path, capsys):
     )
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["n"] == 11 and found["missing"] == {"without_score": 11, "without_accuracy": 1}
-    assert "11 of the accuracy table have no score" in said
+    assert "11 of the accuracy table have no score" in " ".join(said.split())
     assert found["kendall"]["value"] == pytest.approx(-1) and found["score_negated"]
 
 
@@ -309,7 +353,7 @@ def test_a_run_folder_is_summed_over_blocks(tmp_path, capsys):
     )
     _, accuracy = nats_files(tmp_path)
     for score in ("a", "b"):
-        code, _ = ranked(
+        code, said = ranked(
             capsys, run, "--accuracy", accuracy, "--score", score, "--json", tmp_path / "out.json", "--bootstrap", "20"
         )
         found = json.loads((tmp_path / "out.json").read_text())
@@ -317,6 +361,17 @@ def test_a_run_folder_is_summed_over_blocks(tmp_path, capsys):
         assert found["score_negated"] == (score == "a") and found["missing"]["without_accuracy"] == 8**5 - 22
     largest = max(row["budget_params"] for row in found["regret"])
     assert largest > 100_000  # sizes are those of the full width, which the accuracies belong to
+    full, own = (
+        cost.CostTable.of(spaces.make("nats", width=w, image_size=32, restricted=True, split="cifar100"), 32)
+        for w in (1, 0.125)
+    )
+    ids = [[c // 8 - 1 for c in row] for row in itertools.product(range(8, 65, 8), repeat=5)][::1500]
+    architectures = [(tuple(i[:2]), tuple(i[2:3]), tuple(i[3:])) for i in ids]
+    biggest = max(architectures, key=lambda a: full.network(a)["params"])
+    assert found["run"]["width"] == 0.125 and len(found["run"]["budget_params"]) == len(found["regret"])
+    assert found["run"]["budget_params"][-1] == own.network(biggest)["params"]
+    assert re.search(rf"budget in select .* {re.escape(layout.brief(found['run']['budget_params'][-1]))}\n", said)
+    assert "at the run's width 0.125" in " ".join(said.split())
     assert "choose one of a, b" in refused(capsys, run, "--accuracy", accuracy, "--score", "c")
 
 
@@ -398,6 +453,38 @@ def test_several_seeds_are_summed_and_compared(tmp_path, capsys):
     pairs = [stats.spearmanr(values[i], values[j])[0] for i, j in ((0, 1), (0, 2), (1, 2))]
     assert agreement["blocks"][0] == pytest.approx({"paths": 64, "mean": np.mean(pairs), "least": min(pairs)})
     assert 0.3 < agreement["together"]["least"] <= agreement["together"]["mean"] < 0.95
+
+
+def test_tables_fit_and_nothing_is_cut(tmp_path, capsys, monkeypatch):
+    """Long names of scores and folders fold; every figure stands there whole, in a pipe and at other widths."""
+    folder = tmp_path / "a_folder_whose_name_is_rather_long" / "and_another_one_below_it"
+    runs = seed_folders(folder, 2)
+    name = "pooled_instance_discrimination"
+    for file in folder.glob("*/ratings/*.json"):
+        file.write_text(file.read_text().replace('"a"', f'"{name}"'))
+    _, accuracy = nats_files(tmp_path, every=300)
+    found = compare.compare(compare.Rated(runs, seeds=True), accuracy, sampling=compare.Sampling(20)).result
+    for space in (80, 120, 200):
+        text = report.lines(found, space)
+        assert max(map(cell_len, text)) <= space and not any("…" in line for line in text)
+        whole = "\n".join(text)
+        for row in (found, found["with_size"], *found["baselines"].values()):
+            assert all(
+                f"[{row[key]['low']:.3f}, {row[key]['high']:.3f}]" in whole for key in COEFFICIENTS if row[key]["low"]
+            )
+        figures = [row[key] for row in found["seeds"]["each"] for key in correlation.BRIEF]
+        assert all(f"{value:.3f}" in whole for value in figures) and ("_and_" in whole or "and_another" in whole)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr("os.get_terminal_size", lambda *_: (_ for _ in ()).throw(OSError))
+    assert layout.width() == 80, "a pipe's"
+    monkeypatch.setenv("COLUMNS", "100")
+    code, said = ranked(capsys, runs[0], "--accuracy", accuracy, "--bootstrap", "10")
+    assert code == 0 and 80 < max(map(cell_len, said.splitlines())) <= 100
+
+
+def test_a_narrow_interval_is_not_shown_as_a_point():
+    assert report._with_interval({"value": 0.99971, "low": 0.99956, "high": 0.9998}) == "1.000\n[0.9996, 0.9998]"
+    assert report._with_interval({"value": 1.0, "low": None, "high": None}) == "1.000"
 
 
 def test_how_blocks_are_put_together_and_size(tmp_path, capsys):

@@ -374,6 +374,9 @@ def test_the_command_selects(run, tables, capsys):
     assert result["greedy"]["paths"] == winners and result["greedy"]["exceeds"] == exceeds
     assert len(result["front"]["points"]) == len(select.front(graph, {"macs": 30_000_000, "params": 60_000}, "params"))
     assert all(row["architecture"] in text for row in [*result["top"], *result["front"]["points"]])
+    assert all(f" {row['macs']:,} " in text and f" {row['params']:,} " in text for row in result["top"]), "to the unit"
+    assert "at most 30,000,000 multiply-adds, 60,000 parameters" in " ".join(text.split())
+    assert "the run's own width, 1, without a classifier" in text and max(map(len, text.splitlines())) <= 80
     assert sorted(f.name for f in run.iterdir()) == ["config.json", "ratings", "selected.json"]
 
 
@@ -497,6 +500,11 @@ def test_latency_limits_by_a_table(run, tables):
     wanted = select.best(Graph(tables["nats"], read_ratings(run)), {"latency_ns": 15_500_000}, 5)
     assert [row["latency_ms"] for row in result["top"]] == [s.cost.latency_ms for s in wanted]
     assert max(row["latency_ms"] for row in result["front"]["points"]) <= 15.5
+    mbconv = {"macs": 5_919_137_280, "params": 57_294_464, "latency_ms": 1234.5678, "architecture": "0123|" * 4 + "01"}
+    for row in (result["top"][0], result["greedy"]):
+        row.update(mbconv)
+    text = select.lines(result, 80)
+    assert max(map(len, text)) <= 80 and sum("5,919,137,280" in line and "1,234.568 ms" in line for line in text) == 2
 
 
 def damage(file, key, value):

@@ -27,7 +27,7 @@ def test_hytra_in_words():
     assert [(row.height, row.channels) for row in rows[1:5]] == [(8, 32), (4, 64), (2, 128), (2, 128)]
     assert sum(row.macs for row in rows) == table.cost(architecture).macs
     assert sum(row.macs_share for row in rows) == pytest.approx(1) == sum(row.params_share for row in rows)
-    assert max(map(len, words.lines(rows))) <= 80
+    assert max(map(len, words.lines(rows, 80))) <= 80
 
 
 def test_the_other_spaces_in_words():
@@ -36,7 +36,7 @@ def test_the_other_spaces_in_words():
     assert words.summary(space, architecture) == (
         "8 of 3x3 expand 6, 3 of 5x5 expand 6, 2 of 3x3 expand 3, 5 of 5x5 expand 3"
     )
-    assert max(map(len, words.lines(words.layers(table, architecture)))) <= 80
+    assert max(map(len, words.lines(words.layers(table, architecture), 80))) <= 80
     space, architecture, table = described("nats", "07|12|7", width=1.0)
     assert words.summary(space, architecture) == "1 of 8 channels, 2 of 64 channels, 1 of 16 channels, 1 of 24 channels"
     rows = words.layers(table, architecture)

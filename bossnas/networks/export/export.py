@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bossnas.errors import ConfigError
 from bossnas.files import open_to_others, write_json, write_text
+from bossnas.layout import Column, both, brief, table
 from bossnas.log import logger, progress
 from bossnas.networks import pretrained
 from bossnas.networks.export.card import card, readme
@@ -131,19 +132,22 @@ def export_network(
     return result
 
 
-def lines(result: dict[str, Any]) -> list[str]:
-    """The result of `export` as text."""
-    text = [
-        f"{result['name']}: {result['parameters'] / 1e6:.3f} M parameters, {result['multiply_adds'] / 1e9:.3f} G "
-        f"multiply-adds at {result['network']['image_size']} pixels"
+def lines(result: dict[str, Any], space: int) -> list[str]:
+    """The result of `export` as text of at most ``space`` columns."""
+    files = result["files"]
+    title = (
+        f"{result['name']}: {both(result['parameters'])} parameters, {both(result['multiply_adds'])} multiply-adds at "
+        f"{result['network']['image_size']} pixels"
+    )
+    columns = [
+        Column("format", [row["format"] for row in files], text=True),
+        Column("size", [brief(row["bytes"], "B") for row in files]),
+        Column("largest\ndifference", [f"{row['difference']:.1e}" for row in files]),
+        Column("limit", [f"{row['limit']:.1e}" for row in files]),
+        Column("batch\nnorms", ["folded" if row["fused"] else "kept" for row in files], text=True),
+        Column("files", [", ".join(row["files"]) for row in files], text=True),
     ]
-    for row in result["files"]:
-        fused = ", batch norms folded" if row["fused"] else ""
-        text.append(
-            f"  {row['format']:<13} {row['bytes'] / 1e6:>8.1f} MB  largest difference {row['difference']:.1e} "
-            f"(limit {row['limit']:.1e}){fused}  {', '.join(row['files'])}"
-        )
-    return text
+    return table(title, columns, space)
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from bossnas import log, spaces
+from bossnas.config.shared import SpaceConfig
 from bossnas.errors import ConfigError
 from bossnas.networks.from_space import standalone
 from bossnas.runs.folder import read_config
 from bossnas.selection import HOW, combine
-from bossnas.selection.ranking import correlation, proxies, tables
+from bossnas.selection.ranking import correlation, intervals, proxies, tables
 from bossnas.selection.sizes import SIZE_DEFINITIONS, size_baselines
 from bossnas.spaces import Space
 from bossnas.spaces.cost import CostTable
@@ -125,10 +126,14 @@ def compare(
         "missing": {"without_score": len(measured) - len(rated), "without_accuracy": offered - len(rated)},
         "seed": seed,
         "bootstrap": resamples,
+        "intervals": {"architectures": len(rated), "method": intervals.method(len(rated))},
         **figures[name],
         "with_size": figures[f"{name} + size"],
         "baselines": {name: figures[name] for name in sizes},
     }
+    if chosen.run is not None:
+        budgets = [row["budget_params"] for row in figures[name]["regret"]]
+        result["run"] = _in_selects_count(chosen.run, rated, sizes["params"], budgets)
     if isinstance(first, tables.BlockScores):
         alone = {str(b): _standardised_sum(blocks[:, b]) for b in range(blocks.shape[1])}
         result["blocks"] = list(correlation.brief(alone, truth, sizes).values())
@@ -138,6 +143,19 @@ def compare(
         result["proxies"] = _with_proxies(chosen, rated, scores, truth, sizes, sampling)
     result["definitions"] = {**correlation.DEFINITIONS, **SIZE_DEFINITIONS, "combine": HOW[how]}
     return Comparison(result, scores, truth)
+
+
+def _in_selects_count(
+    config: SpaceConfig, rated: list[Architecture], params: np.ndarray, budgets: list[int]
+) -> dict[str, Any]:
+    """The run's width, and what `bossnas select` counts of the networks of so many ``params``, the largest if they
+    differ: at the run's width, without a classifier."""
+    costs = CostTable.of(spaces.make(**config.model_dump()), config.image_size)
+    found = []
+    for budget in budgets:
+        of_that_size = [rated[i] for i in np.flatnonzero(params == budget)]
+        found.append(int(costs.networks(of_that_size)["params"].max()))
+    return {"width": config.width, "budget_params": found}
 
 
 def _standardised_sum(rows: np.ndarray) -> np.ndarray:
@@ -204,6 +222,7 @@ class _Chosen:
     space: Space
     image_size: int
     classes: int
+    run: SpaceConfig | None  # of a run folder, as it searched
 
 
 def _choose_space(
@@ -215,13 +234,13 @@ def _choose_space(
     else:
         text = next((t for t in rating.values if not CHANNELS.fullmatch(t)), next(iter(rating.values)))
     name, options = _recognise([text, next(iter(table))])
-    size, told_by = None, "the architectures' texts"
+    size, told_by, run = None, "the architectures' texts", None
     if named is not None:
         name, options, told_by = named, options if named == name else {}, "--space"
     elif (sources[0] / "config.json").is_file():
-        config = read_config(sources[0]).space
-        size, told_by = config.image_size, "the run's config"
-        name, options = config.name, config.model_dump(exclude={"name", "width", "image_size"})
+        run = read_config(sources[0]).space
+        size, told_by = run.image_size, "the run's config"
+        name, options = run.name, run.model_dump(exclude={"name", "width", "image_size"})
     if name is None:
         raise ConfigError(
             "space",
@@ -235,7 +254,7 @@ def _choose_space(
     # an unknown name is refused before the size matters
     space = spaces.make(name, image_size=size or 1, **options)
     assert size is not None, "the built-in spaces have one"
-    return _Chosen(name, told_by, space, size, published.classes)
+    return _Chosen(name, told_by, space, size, published.classes, run)
 
 
 def _recognise(texts: list[str]) -> tuple[str | None, dict[str, Any]]:
@@ -428,6 +447,7 @@ def _with_proxies(
         "sample": len(rows),
         "images": f"{PROXY_IMAGES} random normal",
         "labels": "random",
+        "intervals": {"architectures": len(rows), "method": intervals.method(len(rows))},
         "seconds_per_architecture": {name: seconds[name] / len(rows) for name in names},
         "figures": figures,
     }

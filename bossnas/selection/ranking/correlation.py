@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from bossnas.errors import ConfigError
-from bossnas.selection.ranking.intervals import bootstrap_intervals
+from bossnas.selection.ranking.intervals import BOOTSTRAP, bootstrap_intervals, fisher_intervals, method
 
 TOLERANCE = 0.1  # sizes that differ by at most this share of the larger one count as equal
 TOP = 0.1  # share of the architectures, by accuracy
@@ -26,7 +26,12 @@ DEFINITIONS = {
     "kendall": "Kendall's tau-b over all pairs",
     "spearman": "Spearman's rho (mid-ranks at ties)",
     "pearson": "Pearson's r of score and accuracy",
-    "low, high": "bootstrap percentiles 2.5 % and 97.5 % over architectures, the same resamples for all scores",
+    "low, high": "95 % interval over architectures. From 10 architectures on: bootstrap percentiles 2.5 % and 97.5 %, "
+    "the same resamples for all scores. From 5 to 9: Fisher's z, tanh(atanh(value) +- 1.96 se); the square of se is "
+    "1 / (n - 3) of Pearson's r, 0.437 / (n - 4) of Kendall's tau (Fieller, Hartley & Pearson 1957) and "
+    "(1 + rho^2 / 2) / (n - 3) of Spearman's rho (Bonett & Wright 2000). null: fewer than 5 architectures, or the "
+    "interval would be one point, as it is where the coefficient is 1 or -1",
+    "intervals": "architectures: how many the intervals are over; method: which of these rules made them, or null",
     "kendall_top10": "tau-b among the architectures whose accuracy is at least its 90 % quantile",
     "kendall_within_10pct_params": "(concordant - discordant) / pairs, over all pairs whose parameters differ by at "
     "most 10 % of the larger number; a tie in score or accuracy counts as 0",
@@ -39,6 +44,9 @@ DEFINITIONS = {
     "blocks": "of each block's score alone",
     "seeds": "each: of each rating by itself; mean, std: of these, with n - 1; agreement: Spearman's rho between the "
     "ratings of two seeds, of architectures (together) and of a block's paths, over all pairs of seeds",
+    "run": "of a run folder: its width, and `budget_params`, what the budgets of `regret` are in the count of `bossnas "
+    "select`, which is of the run's width and has no classifier: of the networks of exactly so many parameters, the "
+    "largest",
     "null": "not defined: all values equal, or fewer than two architectures or no pair",
 }
 
@@ -60,16 +68,22 @@ def report(
         raise ConfigError(
             "accuracy", f"{len(accuracy)} architectures have both a score and an accuracy", "give at least two"
         )
-    intervals = bootstrap_intervals(scores, accuracy, resamples=resamples, seed=seed)
+    how, plain = method(len(accuracy)), {name: coefficients(score, accuracy) for name, score in scores.items()}
+    intervals: dict[str, dict[str, tuple[float, float]]] = {}
+    if how == BOOTSTRAP:
+        intervals = bootstrap_intervals(scores, accuracy, resamples=resamples, seed=seed)
+    elif how is not None:
+        intervals = {name: fisher_intervals(values, len(accuracy)) for name, values in plain.items()}
+    none = dict.fromkeys(("kendall", "spearman", "pearson"), (math.nan, math.nan))
     top = accuracy >= np.quantile(accuracy, 1 - TOP)
     near = {size: within(sizes[size], scores, accuracy) for size in ("params", "macs")}
     result = {}
     for name, score in scores.items():
-        values = coefficients(score, accuracy)
+        found = intervals.get(name, none)
         result[name] = {
             **{
-                key: {"value": value, "low": _number(intervals[name][key][0]), "high": _number(intervals[name][key][1])}
-                for key, value in values.items()
+                key: {"value": value, "low": _number(found[key][0]), "high": _number(found[key][1])}
+                for key, value in plain[name].items()
             },
             "kendall_top10": coefficients(score[top], accuracy[top])["kendall"],
             "kendall_within_10pct_params": near["params"][name],

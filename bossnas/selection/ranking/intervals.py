@@ -1,6 +1,7 @@
-"""Bootstrap intervals of Kendall's tau-b, Spearman's rho and Pearson's r over many resamples at once.
+"""Intervals of Kendall's tau-b, Spearman's rho and Pearson's r: by bootstrap, of few architectures by Fisher's z.
 
-A resample draws n of n architectures with replacement; it is written as how often each was drawn, W [resamples, n].
+All resamples of the bootstrap are computed at once. A resample draws n of n architectures with replacement; it is
+written as how often each was drawn, W [resamples, n].
 All scores see the same resamples. Up to EXACT_UP_TO architectures each coefficient of each resample is computed
 exactly. Beyond, the three are ratios of sums over pairs and triples of architectures, and each such sum is replaced by
 its first-order expansion in the counts, the Hajek projection of a U-statistic (van der Vaart 1998, chapters 11 and 12):
@@ -9,14 +10,44 @@ what is left out is smaller than the width of the interval by the root of n.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from statistics import NormalDist
 
 import numpy as np
 
+ENOUGH = 10  # architectures from which on the bootstrap covers what it should; fewer repeat themselves too often
+LEAST = 5  # architectures without which Kendall's z has no standard error
+BOOTSTRAP, FISHER = "bootstrap percentiles", "Fisher's z"
 EXACT_UP_TO = 2000
 ROUNDING = 1e-10  # a resample's variance, as a share of that of all, below which it is what differences leave
 CHUNK = 4_000_000  # counts in memory at once
 NAMES = ("kendall", "spearman", "pearson")
+
+
+def method(architectures: int) -> str | None:
+    """How intervals are found of so many architectures: BOOTSTRAP, FISHER, or None, not at all."""
+    return BOOTSTRAP if architectures >= ENOUGH else FISHER if architectures >= LEAST else None
+
+
+def fisher_intervals(
+    values: Mapping[str, float | None], architectures: int, confidence: float = 0.95
+) -> dict[str, tuple[float, float]]:
+    """coefficient -> (low, high) from its value and the number of architectures; NaN where the value is None, 1 or -1.
+
+    tanh(atanh(value) +- 1.96 se). The squared standard error is 1 / (n - 3) of Pearson's r (Fisher 1921),
+    0.437 / (n - 4) of Kendall's tau (Fieller, Hartley & Pearson 1957) and (1 + rho^2 / 2) / (n - 3) of Spearman's rho
+    (Bonett & Wright 2000). These are of normal pairs without ties.
+    """
+    quantile, n, result = NormalDist().inv_cdf((1 + confidence) / 2), architectures, {}
+    for name, value in values.items():
+        if value is None or abs(value) > 1 - ROUNDING:
+            result[name] = (math.nan, math.nan)
+            continue
+        variances = {"kendall": 0.437 / (n - 4), "spearman": (1 + value**2 / 2) / (n - 3), "pearson": 1 / (n - 3)}
+        middle, half = math.atanh(value), quantile * math.sqrt(variances[name])
+        result[name] = (math.tanh(middle - half), math.tanh(middle + half))
+    return result
 
 
 def bootstrap_intervals(
@@ -31,7 +62,7 @@ def bootstrap_intervals(
     """score -> coefficient -> (low, high), percentiles of the coefficient over the resamples.
 
     ``scores``: arrays [n] like ``accuracy``. Resamples in which a coefficient is undefined, since all values are equal,
-    are left out; NaN where none is left.
+    are left out; NaN where none is left, and where both percentiles are the same: it is as if nothing were uncertain.
     """
     make = _exact if len(accuracy) <= exact_up_to else _first_order
     statistics = {name: make(np.asarray(x, float), np.asarray(accuracy, float)) for name, x in scores.items()}
@@ -51,7 +82,10 @@ def bootstrap_intervals(
 
 def _percentiles(values: np.ndarray, tail: float) -> tuple[float, float]:
     values = values[np.isfinite(values)]
-    return (float(np.quantile(values, tail)), float(np.quantile(values, 1 - tail))) if len(values) else (np.nan, np.nan)
+    if not len(values):
+        return math.nan, math.nan
+    low, high = float(np.quantile(values, tail)), float(np.quantile(values, 1 - tail))
+    return (low, high) if high - low > ROUNDING else (math.nan, math.nan)
 
 
 def _resamples(n: int, count: int, seed: int) -> Iterator[np.ndarray]:

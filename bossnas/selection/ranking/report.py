@@ -3,47 +3,48 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from bossnas.errors import ConfigError
 from bossnas.files import draft
+from bossnas.layout import Column, brief, exact, paragraph, table
 from bossnas.selection.ranking.correlation import BRIEF
+from bossnas.selection.ranking.intervals import ENOUGH, FISHER, LEAST
+
+COEFFICIENTS = ("kendall", "spearman", "pearson")
+HEADINGS = ("Kendall", "Spearman", "Pearson", "±10 %\nparams", "±10 %\nMACs")  # of BRIEF
 
 
-def show(result: Mapping[str, Any], console: Console) -> None:
-    """Prints what `bossnas rank` found: what was compared, then tables of figures."""
+def lines(result: Mapping[str, Any], space: int) -> list[str]:
+    """What `bossnas rank` found, as text of at most ``space`` columns: what was compared, then tables of figures."""
     missing = result["missing"]
-    console.print(
-        f"{result['n']} architectures of {result['space']} (told by {result['space_from']}); "
-        f"{missing['without_score']} of the accuracy table have no score, {missing['without_accuracy']} "
-        "rated ones have no accuracy",
-        highlight=False,
+    text = paragraph(
+        f"{exact(result['n'])} architectures of {result['space']} (told by {result['space_from']}); "
+        f"{exact(missing['without_score'])} of the accuracy table have no score, "
+        f"{exact(missing['without_accuracy'])} rated ones have no accuracy",
+        space,
     )
     if result["score_negated"]:
-        console.print(f"{result['score']}: lower is better, so it is negated", highlight=False)
-    console.print(figures_table("rank correlation with accuracy [95 % interval]", rows(result)))
+        text += paragraph(f"{result['score']}: lower is better, so it is negated", space)
+    text += ["", *_figures("Rank correlation with accuracy [95 % interval]", rows(result), result["intervals"], space)]
     if "seeds" in result:
-        console.print(seeds_table(result))
+        text += ["", *_seeds(result, space)]
     elif "blocks" in result:
-        console.print(
-            brief_table("of each block's score alone", {f"block {b}": row for b, row in enumerate(result["blocks"])})
-        )
-    console.print(regret_table(rows(result)))
+        blocks = {f"block {b}": row for b, row in enumerate(result["blocks"])}
+        cells = [[_short(row[key]) for row in blocks.values()] for key in BRIEF]
+        text += ["", *table("Of each block's score alone", _columns(list(blocks), HEADINGS, cells), space)]
+    text += ["", *_regrets(result, space)]
     if "proxies" in result:
         proxies = result["proxies"]
-        title = f"with zero-cost proxies, on a sample of {proxies['sample']} ({proxies['images']} images)"
-        console.print(figures_table(title, proxies["figures"]))
-        console.print(
-            "seconds per architecture: "
-            + ", ".join(f"{name} {seconds:.2g}" for name, seconds in proxies["seconds_per_architecture"].items()),
-            highlight=False,
-        )
+        title = f"With zero-cost proxies, on a sample of {exact(proxies['sample'])} ({proxies['images']} images)"
+        text += ["", *_figures(title, proxies["figures"], proxies["intervals"], space)]
+        each = ", ".join(f"{name} {seconds:.2g}" for name, seconds in proxies["seconds_per_architecture"].items())
+        text += paragraph(f"seconds per architecture: {each}", space)
+    return text
 
 
 def rows(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -51,77 +52,83 @@ def rows(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {result["score"]: result, f"{result['score']} + size": result["with_size"], **result["baselines"]}
 
 
-def seeds_table(result: Mapping[str, Any]) -> Table:
-    """Every seed's figures, their mean ± standard deviation, and the agreement of the seeds, for the console."""
-    seeds = result["seeds"]
-    table = _brief(f"{len(seeds['each'])} seeds, each by itself")
-    table.add_column("between seeds", justify="right")
+def _figures(title: str, rows: Mapping[str, Mapping[str, Any]], intervals: Mapping[str, Any], space: int) -> list[str]:
+    """The figures of several scores, and what is to be known of their intervals."""
+    headings = ("Kendall", "Spearman", "Pearson", "top 10 %", *HEADINGS[3:])
+    cells = [[_with_interval(row[key]) for row in rows.values()] for key in COEFFICIENTS]
+    for key in ("kendall_top10", "kendall_within_10pct_params", "kendall_within_10pct_macs"):
+        cells.append([_short(row[key]) for row in rows.values()])
+    text = table(title, _columns(list(rows), headings, cells), space)
+    text += paragraph("top 10 %: Kendall of the most accurate tenth; ±10 %: of the pairs of nearly equal size", space)
+    count, method = intervals["architectures"], intervals["method"]
+    if method is None:
+        return text + paragraph(f"{count} architectures are too few for intervals, which need {LEAST}", space)
+    if method == FISHER:
+        text += paragraph(
+            f"{count} architectures are few: the intervals are by Fisher's z, as a bootstrap needs {ENOUGH}", space
+        )
+    if any(row[key]["value"] is not None and row[key]["low"] is None for row in rows.values() for key in COEFFICIENTS):
+        text += paragraph(
+            f"Where no interval stands, it would be one point: {exact(count)} architectures make no figure certain",
+            space,
+        )
+    return text
 
-    def deviation(of: Mapping[str, Any], agreement: Mapping[str, Any]) -> list[str]:
-        return [
-            *(f"{_short(of['mean'][key])} ± {_short(of['std'][key])}" for key in BRIEF),
-            f"{_short(agreement['mean'])} (least {_short(agreement['least'])})",
-        ]
+
+def _seeds(result: Mapping[str, Any], space: int) -> list[str]:
+    """Every seed's figures, their mean and standard deviation, and the agreement of the seeds."""
+    seeds = result["seeds"]
+    found: list[tuple[str, list[str]]] = []
+
+    def deviation(name: str, of: Mapping[str, Any], agreement: Mapping[str, Any]) -> None:
+        between = f"{_short(agreement['mean'])}\nleast {_short(agreement['least'])}"
+        found.append((name, [*(f"{_short(of['mean'][key])}\n± {_short(of['std'][key])}" for key in BRIEF), between]))
 
     for source, row in zip(result["ratings"], seeds["each"], strict=True):
-        table.add_row(source, *(_short(row[key]) for key in BRIEF))
-    table.add_row("mean ± deviation", *deviation(seeds, seeds["agreement"]["together"]))
+        found.append((source, [*(_short(row[key]) for key in BRIEF), ""]))
+    deviation("mean ± deviation", seeds, seeds["agreement"]["together"])
     for block, of in enumerate(seeds.get("blocks", ())):
-        table.add_row(f"block {block} alone", *deviation(of, seeds["agreement"]["blocks"][block]))
-    table.add_row(
-        "their sum",
-        *(
-            _short(result[key] if key not in ("kendall", "spearman", "pearson") else result[key]["value"])
-            for key in BRIEF
-        ),
+        deviation(f"block {block} alone", of, seeds["agreement"]["blocks"][block])
+    whole = [_short(result[key]["value"] if key in COEFFICIENTS else result[key]) for key in BRIEF]
+    found.append(("their sum", [*whole, ""]))
+    names, cells = zip(*found, strict=True)
+    columns = _columns(names, (*HEADINGS, "between\nseeds"), list(zip(*cells, strict=True)))
+    return table(f"{len(seeds['each'])} seeds, each by itself", columns, space)
+
+
+def _regrets(result: Mapping[str, Any], space: int) -> list[str]:
+    """Regret of several scores under budgets of parameters, and what `bossnas select` would call these budgets."""
+    named = rows(result)
+    budgets = result["regret"]
+    decimals = 2 if budgets[-1]["best_accuracy"] > 1 else 4  # per cent, or shares of 1
+    names = list(named)
+    cells = [
+        [f"{round(row['regret'][i]['regret'], decimals) + 0.0:.{decimals}f}" for row in named.values()]
+        for i in range(len(budgets))
+    ]
+    if "run" in result:
+        names.append("budget in select")
+        for column, params in zip(cells, result["run"]["budget_params"], strict=True):
+            column.append(brief(params))
+    headings = [f"{budget['quantile']:.0%}\n≤ {brief(budget['budget_params'])}" for budget in budgets]
+    title = (
+        "Regret, in the accuracy table's unit, of the best score within a budget of parameters. Budgets are quantiles "
+        "of the full-width networks with their classifier; bossnas select counts the run's own width, without a "
+        "classifier"
     )
-    return table
-
-
-def brief_table(title: str, rows: Mapping[str, Mapping[str, float | None]]) -> Table:
-    """Figures of `brief` for the console."""
-    table = _brief(title)
-    for name, row in rows.items():
-        table.add_row(name, *(_short(row[key]) for key in BRIEF))
-    return table
-
-
-def _brief(title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("", no_wrap=True)
-    for heading in ("Kendall", "Spearman", "Pearson", "±10 % params", "±10 % MACs"):
-        table.add_column(heading, justify="right")
-    return table
-
-
-def figures_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
-    """The figures of several scores for the console."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("score", no_wrap=True)
-    for heading in ("Kendall", "Spearman", "Pearson", "top 10 %", "±10 % params", "±10 % MACs"):
-        table.add_column(heading, justify="right")
-    for name, row in rows.items():
-        table.add_row(
-            name,
-            *(_with_interval(row[key]) for key in ("kendall", "spearman", "pearson")),
-            *(
-                _short(row[key])
-                for key in ("kendall_top10", "kendall_within_10pct_params", "kendall_within_10pct_macs")
-            ),
+    text = table(title, _columns(names, headings, cells), space)
+    if "run" in result:
+        text += paragraph(
+            f"The last row is what select counts, at the run's width {result['run']['width']:g}, of the networks that "
+            "are as large as the budget",
+            space,
         )
-    return table
+    return text
 
 
-def regret_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Regret of several scores under budgets of parameters, for the console."""
-    table = Table(title="regret in accuracy of the best score within a budget of parameters", title_justify="left")
-    table.add_column("score", no_wrap=True)
-    first = next(iter(rows.values()))["regret"]
-    for budget in first:
-        table.add_column(f"≤ {budget['budget_params'] / 1e6:.3g} M ({budget['quantile']:.0%})", justify="right")
-    for name, row in rows.items():
-        table.add_row(name, *(f"{budget['regret']:.2f}" for budget in row["regret"]))
-    return table
+def _columns(names: Sequence[str], headings: Sequence[str], cells: Sequence[Sequence[str]]) -> list[Column]:
+    """A column of names, and one of figures for each heading."""
+    return [Column("", names, text=True), *(Column(h, column) for h, column in zip(headings, cells, strict=True))]
 
 
 def check_picture(out: Path) -> None:
@@ -158,4 +165,8 @@ def _short(value: float | None) -> str:
 
 
 def _with_interval(row: Mapping[str, float | None]) -> str:
-    return _short(row["value"]) + ("" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]")
+    low, high = row["low"], row["high"]
+    if low is None or high is None:
+        return _short(row["value"])
+    decimals = next((d for d in range(3, 9) if f"{low:.{d}f}" != f"{high:.{d}f}"), 9)  # no [1.000, 1.000]
+    return f"{_short(row['value'])}\n[{low:.{decimals}f}, {high:.{decimals}f}]"
