@@ -121,6 +121,13 @@ def select(
     return result
 
 
+def graph_of(folders: Sequence[Path], score: str | None = None, how: str = "sum") -> Graph:
+    """All architectures that the ratings of a run cover, or of several put together."""
+    config = read_config(folders[0]).space
+    table = CostTable.of(spaces.make(**config.model_dump()), config.image_size)
+    return Graph(table, _together(_read(folders, score), how, table, 0.0)[0])
+
+
 def _read(folders: Sequence[Path], score: str | None) -> list[list[BlockRating]]:
     """The ratings of every run. Raises ConfigError where they cannot be summed."""
     if len({folder.resolve() for folder in folders}) < len(folders):
