@@ -21,6 +21,7 @@ setup(
     package_data={
         "bossnas": ["py.typed"],
         "bossnas_kernels": ["py.typed"],
+        "bossnas.report": ["page.html", "page.css", "page.js"],
         "bossnas.data.sample": ["*.tar.gz", "README.md", "LICENSE"],
     },
     entry_points={"console_scripts": ["bossnas = bossnas.cli:main"]},

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bossnas import __version__
-from bossnas.cli import data, networks, planning, search, selection
+from bossnas.cli import data, networks, planning, report, search, selection
 from bossnas.distributed import launch
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Block-wise self-supervised neural architecture search for hybrid CNN-transformers.",
 )
-for work in (search, selection, data, planning, networks):
+for work in (search, selection, report, data, planning, networks):
     app.add_typer(work.app)
 
 

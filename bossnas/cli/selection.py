@@ -11,6 +11,7 @@ import typer
 
 from bossnas.cli.flags import Command
 from bossnas.cli.options import Combine, ConfigFile, Overrides, check_together, check_writable, load
+from bossnas.cli.report import check_picture
 from bossnas.errors import ConfigError
 
 app = typer.Typer()
@@ -172,7 +173,7 @@ def rank_command(
     check_writable(json)
     check_writable(plot, "--plot")
     if plot is not None:
-        report.check_picture(plot)
+        check_picture(plot, "--plot")
     log.setup(None)
     found = compare(
         Rated(ratings, score, better, combine, seeds, size_weight),
@@ -186,7 +187,9 @@ def rank_command(
     if json is not None:
         write_json(json, found.result)
     if plot is not None:
-        report.draw(found.scores, found.accuracy, report.rows(found.result), plot)
+        from bossnas.report import draw, figures
+
+        draw.write(figures.scatter(found.scores, found.accuracy, report.rows(found.result)), plot)
 
 
 def _amount(field: str, text: str, scale: int) -> int:

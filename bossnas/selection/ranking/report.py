@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from bossnas.errors import ConfigError
-from bossnas.files import draft
 from bossnas.layout import Column, brief, exact, paragraph, table
 from bossnas.selection.ranking.correlation import BRIEF
 from bossnas.selection.ranking.intervals import ENOUGH, FISHER, LEAST
@@ -129,35 +123,6 @@ def _regrets(result: Mapping[str, Any], space: int) -> list[str]:
 def _columns(names: Sequence[str], headings: Sequence[str], cells: Sequence[Sequence[str]]) -> list[Column]:
     """A column of names, and one of figures for each heading."""
     return [Column("", names, text=True), *(Column(h, column) for h, column in zip(headings, cells, strict=True))]
-
-
-def check_picture(out: Path) -> None:
-    """Raises ConfigError unless matplotlib is there and can write such a file."""
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError:
-        raise ConfigError("plot", "needs matplotlib", "pip install 'bossnas[report]'") from None
-    if out.suffix[1:] not in FigureCanvasBase.get_supported_filetypes():
-        raise ConfigError("plot", f"cannot draw {out}", "name a .png, .pdf or .svg file")
-
-
-def draw(
-    scores: Mapping[str, np.ndarray], accuracy: np.ndarray, rows: Mapping[str, Mapping[str, Any]], out: Path
-) -> None:
-    """Scatter plots, accuracy against each score, into one picture."""
-    from matplotlib.figure import Figure  # optional: see check_picture
-
-    columns = min(3, len(scores))
-    lines = math.ceil(len(scores) / columns)
-    figure = Figure(figsize=(4 * columns, 3.4 * lines), layout="constrained")
-    for axes, (name, score) in zip(figure.subplots(lines, columns, squeeze=False).flat, scores.items(), strict=False):
-        axes.scatter(score, accuracy, s=max(1, min(20, 20_000 / len(score))), alpha=0.4, linewidths=0, rasterized=True)
-        axes.locator_params(axis="x", nbins=5)
-        axes.set(title=f"{name}: Kendall {_short(rows[name]['kendall']['value'])}", xlabel=name, ylabel="accuracy")
-    for axes in figure.axes[len(scores) :]:
-        axes.remove()
-    with draft(out) as made:
-        figure.savefig(made, format=out.suffix[1:], dpi=120)
 
 
 def _short(value: float | None) -> str:
