@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.cells import cell_len, chop_cells
 
+UNSEEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # Unicode's categories of what a terminal or a page obeys
 PIPE = 80  # columns where no terminal says how many it has
 GAPS = (2, 1)  # spaces between two columns: one where that spares a second table
 LEAST_NAME = 16  # columns that a name gets, however narrow the terminal
@@ -26,6 +28,12 @@ class Column:
     heading: str
     cells: Sequence[str]
     text: bool = False
+
+
+def printable(text: str) -> str:
+    """A line of text from elsewhere. What is not to be seen, such as control characters and marks that turn the
+    direction of writing, becomes a replacement character."""
+    return "".join("\ufffd" if unicodedata.category(c) in UNSEEN else c for c in text)
 
 
 def width() -> int:

@@ -32,6 +32,7 @@ QUANTITIES = {
     "top1": "top-1",
     "top5": "top-5",
 }
+LONGEST = 34  # characters of a name
 CELLS = 30  # points from which a scatter plot shows density, times 100
 
 
@@ -69,11 +70,16 @@ def fabric(story: Story) -> Figure:
         edge += run.space.layers(block)
         if block + 1 < run.space.blocks:
             axes.axvline(edge, color=RULE, linewidth=0.8, zorder=0)
-    axes.set(xlim=(-0.5, len(cells) - 0.5), ylim=(-0.6, len(rows) - 0.4), yticks=range(len(rows)), yticklabels=rows)
+    axes.set(
+        xlim=(-0.5, len(cells) - 0.5),
+        ylim=(-0.6, len(rows) - 0.4),
+        yticks=range(len(rows)),
+        yticklabels=list(map(_short, rows)),
+    )
     axes.set_xticks(range(len(cells)), [str(i) for b in range(run.space.blocks) for i in range(run.space.layers(b))])
     axes.tick_params(length=0)
     marks = dict(zip(kinds, ("circles", "squares", "diamonds", "triangles", "triangles down"), strict=False))
-    named = ", ".join(f"{mark}: {kind}" for kind, mark in marks.items() if kind)
+    named = ", ".join(f"{mark}: {_short(kind)}" for kind, mark in marks.items() if kind)
     shade = f"shade: share among the best 10 % of {story.drawn:,} architectures" if story.density is not None else ""
     axes.set_xlabel("\n".join(part for part in ("layer", named, shade) if part))
     axes.set_title("What each layer does", pad=16, fontweight="bold")
@@ -127,7 +133,7 @@ def paths(story: Story, number: int) -> Figure:
         )
     said = "no errors are kept; rate again to get them" if sure is None else sure.text()
     bars = "; lines: two standard errors of the difference" if known else ""
-    heading(axes, f"Block {number}: {len(order)} paths", "\n".join(textwrap.wrap(said + bars, 70)))
+    heading(axes, f"Block {number}: {len(order)} paths", "\n".join(textwrap.wrap(said + bars, 58)))
     return figure
 
 
@@ -173,7 +179,7 @@ def effects(story: Story, number: int) -> Figure:
     assert rating is not None, "_rated"
     sign = -1 if rating.better == "lower" else 1
     count = sum(len(layer) for layer in block.effects)
-    figure, (axes,) = canvas(0.75 + 0.145 * (count + len(block.effects)))
+    figure, (axes,) = canvas(0.8 + 0.145 * (count + len(block.effects)))
     y, names, ticks = 0.0, [], []
     for number_of_layer, layer in enumerate(block.effects):
         for effect in layer:
@@ -182,17 +188,25 @@ def effects(story: Story, number: int) -> Figure:
             if effect.error is not None:
                 axes.plot([value - 2 * effect.error, value + 2 * effect.error], [y, y], color=INK, linewidth=0.9)
             axes.scatter([value], [y], s=10, color=BLUE, zorder=3)
-            names.append(effect.words)
+            names.append(_short(effect.words))
             ticks.append(y)
             y += 1
-        first = ticks[-len(layer)]
-        axes.text(1, first, f"layer {number_of_layer}", transform=axes.get_yaxis_transform(), ha="right", va="center",
-                  color=SOFT, fontsize=7)  # fmt: skip
-        y += 0.8
+        axes.annotate(
+            f"layer {number_of_layer}",
+            (0, ticks[-len(layer)] - 0.95),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(-4, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            color=SOFT,
+            fontsize=7,
+        )
+        y += 1
     axes.axvline(0, color=SOFT, linewidth=0.6)
     axes.set_yticks(ticks, names)
     axes.tick_params(axis="y", length=0)
-    axes.set_ylim(max(ticks) + 0.7, -0.7)
+    axes.set_ylim(max(ticks) + 0.7, -1.5)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel(f"better than the mean by, in {_plain(rating.score)}")
     heading(axes, f"Block {number}: what a candidate changes", "bars: means of its paths; lines: two standard errors")
@@ -257,7 +271,7 @@ def agreement(story: Story, number: int) -> Figure:
 def seeds(story: Story) -> Figure:
     """Spearman's correlation between the runs, by block."""
     assert story.seeds, "several runs rated the same paths"
-    names = [run.folder.name for run in story.runs]
+    names = [_short(run.folder.resolve().name) for run in story.runs]
     figure, panels = canvas(0.5 + (0.9 + 0.2 * len(names)) * len(story.seeds), rows=len(story.seeds))
     for number, (axes, matrix) in enumerate(zip(panels, story.seeds, strict=True)):
         _matrix(axes, matrix, names)
@@ -375,7 +389,13 @@ def _cells(run: RunStory) -> list[list[Words]]:
 
 
 def _plain(name: str) -> str:
-    return name.replace("_", " ")
+    return _short(name.replace("_", " "))
+
+
+def _short(text: str) -> str:
+    """A name that a figure has room for."""
+    text = layout.printable(text)
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
 def _label(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
@@ -432,9 +452,9 @@ def _matrix(axes: Axes, values: np.ndarray, names: Sequence[str]) -> None:
                 )
             axes.text(j, i, "–" if math.isnan(value) else f"{value:.2f}", ha="center", va="center", fontsize=7)
     axes.set(xlim=(-0.5, n - 0.5), ylim=(n - 0.5, -0.5))
-    axes.set_yticks(range(n), [textwrap.shorten(name, 34, placeholder="…") for name in names])
+    axes.set_yticks(range(n))
     axes.set_xticks(range(n), [str(i + 1) for i in range(n)])
-    axes.set_yticklabels([f"{textwrap.shorten(name, 34, placeholder='…')}  {i + 1}" for i, name in enumerate(names)])
+    axes.set_yticklabels([f"{name}  {i + 1}" for i, name in enumerate(names)])
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)

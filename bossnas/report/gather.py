@@ -109,6 +109,8 @@ class Story:
 
 def gather(folders: Sequence[Path], accuracy: Path | None = None, score: str | None = None) -> Story:
     """Reads everything. ``score``: another than the runs chose by. Raises ConfigError for what is no run."""
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ConfigError("run", "the same run is named twice", "name each run once")
     runs = [_run(folder, score) for folder in folders]
     if len(runs) > 1 and any(run.kind == "retraining" for run in runs):
         raise ConfigError("run", "several runs are told together only if all are searches", "name one retraining alone")
@@ -159,7 +161,7 @@ def _run(folder: Path, score: str | None) -> RunStory:
         )
     assert isinstance(config, Config), "all but retrainings have a search's config"
     space = spaces.make(**config.space.model_dump())
-    table = CostTable.of(space, config.space.image_size)
+    table = select.table_of(config.space)
     ratings = _ratings(folder, score)
     architecture = _architecture(folder, space, len(ratings))
     numbers = sorted({*range(len(ratings)), *(int(line["block"]) for line in lines if _is_block(line, space))})

@@ -17,10 +17,10 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from bossnas import __version__
-from bossnas.layout import brief, exact
+from bossnas.layout import brief, exact, printable
 from bossnas.report import figures
 from bossnas.report.gather import BlockStory, Story
-from bossnas.report.svg import inline, printable
+from bossnas.report.svg import inline
 from bossnas.runs.certainty import HELP
 from bossnas.spaces.paths import encode
 
@@ -89,7 +89,7 @@ def page(story: Story, command: str) -> str:
     """The whole page as text. ``command``: that which makes it."""
     run = story.run
     search = run.kind != "retraining"
-    name = printable(run.folder.resolve().name)
+    name = run.folder.resolve().name
     draw = _Drawing(story)
     script = (HERE / "page.js").read_text(encoding="utf-8")
     values: dict[str, Any] = {
@@ -127,7 +127,9 @@ def page(story: Story, command: str) -> str:
     }
     ids = {"blocks": "paths"}
     values["sections"] = [(ids.get(key, key), text) for key, text in names.items() if values[key]]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_harmless
+    )
     template = environment.from_string((HERE / "page.html").read_text(encoding="utf-8"))
     return template.render(**values) + "\n"
 
@@ -141,7 +143,7 @@ class _Drawing:
     def __call__(self, figure: Figure, title: str, description: str) -> Picture:
         self.count += 1
         svg = inline(figure, f"f{self.count}", title, description, self.tips)
-        return Picture(svg, printable(title), "data-tip" in svg)
+        return Picture(svg, title, "data-tip" in svg)
 
 
 def _about(story: Story) -> str:
@@ -152,7 +154,7 @@ def _about(story: Story) -> str:
     if run.space is not None:
         text += f"; space {run.config['space.name']}, {run.config['space.image_size']} pixels"
     if len(story.runs) > 1:
-        others = ", ".join(printable(str(other.folder)) for other in story.runs[1:])
+        others = ", ".join(str(other.folder) for other in story.runs[1:])
         text += f"; told together with {others}"
     return text + "."
 
@@ -193,7 +195,7 @@ def _found(story: Story, draw: _Drawing) -> Found | None:
                 [
                     Cell("" if layer.block is None else str(layer.block)),
                     Cell("" if layer.layer is None else str(layer.layer)),
-                    Cell(printable(layer.text), kind="text"),
+                    Cell(layer.text, kind="text"),
                     Cell(exact(layer.channels)),
                     Cell(f"{layer.height}×{layer.width}"),
                     Cell(f"{layer.macs_share:.1%}"),
@@ -255,7 +257,7 @@ def _sure(story: Story) -> Sure | None:
                 [
                     Cell(str(block.number)),
                     Cell(shown, kind="code text"),
-                    Cell(printable(block.words.get(shown, "")), kind="text"),
+                    Cell(block.words.get(shown, ""), kind="text"),
                     Cell("–" if value is None else f"{value:+.4f}"),
                     Cell("–" if sure is None or not sure.known else f"{sure.error:.4f}"),
                     Cell("–" if rating.chance is None else f"{rating.chance:+.4f}"),
@@ -274,9 +276,7 @@ def _sure(story: Story) -> Sure | None:
 def _selection(story: Story) -> list[tuple[str, str]]:
     selected = story.selected
     if selected is None:
-        return (
-            [(f"No whole architectures are compared: {printable(story.unselected)}.", "")] if story.unselected else []
-        )
+        return [(f"No whole architectures are compared: {story.unselected}.", "")] if story.unselected else []
     best, cheapest = selected["top"][0], selected.get("cheapest_level")
     lines = [
         (
@@ -312,10 +312,10 @@ def _top(story: Story) -> Table | None:
         Row(
             [
                 Cell(row["architecture"], kind="code text"),
-                Cell(printable(row["words"]), kind="text"),
+                Cell(row["words"], kind="text"),
                 Cell(f"{row['score']:+.5f}"),
-                Cell(f"{row['behind']:.2g}"),
-                Cell("–" if row["behind_error_images"] is None else f"{row['behind_error_images']:.1g}"),
+                Cell("–" if i == 0 else f"{row['behind']:.2g}"),
+                Cell("–" if i == 0 or (e := row["behind_error_images"]) is None else f"{e:.1g}"),
                 *([Cell("–" if (e := row["behind_error_seeds"]) is None else f"{e:.1g}")] if several else []),
                 Cell(exact(row["macs"])),
                 Cell(exact(row["params"])),
@@ -339,14 +339,12 @@ def _state(story: Story) -> list[tuple[str, str]]:
     rows += [(name, exact(count)) for name, count in run.faults.items() if count]
     if len(story.runs) > 1:
         rows.append(("other runs", ", ".join(str(other.folder) for other in story.runs[1:])))
-    return [(name, printable(value)) for name, value in rows]
+    return rows
 
 
 def _changed(story: Story) -> Table:
     rows = [
-        Row(
-            [Cell(printable(key), kind="code text"), Cell(_text(value), kind="text"), Cell(_text(default), kind="text")]
-        )
+        Row([Cell(key, kind="code text"), Cell(_text(value), kind="text"), Cell(_text(default), kind="text")])
         for key, value, default in story.run.changed
     ]
     heads = [Head("key", True), Head("value", True), Head("default", True)]
@@ -421,7 +419,7 @@ def _paths_table(story: Story, block: BlockStory) -> Table:
             Row(
                 [
                     Cell(path, kind="code text"),
-                    Cell(printable(block.words[path]), kind="text"),
+                    Cell(block.words[path], kind="text"),
                     _figure(rating.scores[path], "+.4f"),
                     _figure(of_path.get(path, math.nan), ".4f"),
                     _figure(margin, ".4f"),
@@ -452,7 +450,7 @@ def _cost(story: Story, draw: _Drawing) -> dict[str, Any] | None:
         Row(
             [
                 Cell(point["architecture"], kind="code text"),
-                Cell(printable(point["words"]), kind="text"),
+                Cell(point["words"], kind="text"),
                 _figure(point["score"], "+.5f"),
                 _figure(point["behind"], ".2g"),
                 _figure(math.nan if (e := point["behind_error_images"]) is None else e, ".1g"),
@@ -497,20 +495,20 @@ def _accuracy(story: Story, draw: _Drawing) -> dict[str, Any] | None:
         "Rank correlation with accuracy and its 95 % interval, beside what counting gives",
         [Head("score", True), *(Head(name.capitalize()) for name in names)],
         [
-            Row([Cell(_plain(printable(name)), kind="text"), *(Cell(interval(row[key])) for key in names)])
+            Row([Cell(_plain(name), kind="text"), *(Cell(interval(row[key])) for key in names)])
             for name, row in rows.items()
         ],
     )
     shown = {name: values for name, values in story.accuracy.scores.items() if name in rows}
     figure = figures.scatter(shown, story.accuracy.accuracy, rows, columns=2)
     said = f"Accuracy against {len(shown)} scores of {result['n']} architectures."
-    line = f"{exact(result['n'])} architectures with a score and an accuracy, of {printable(str(result['accuracy']))}."
+    line = f"{exact(result['n'])} architectures with a score and an accuracy, of {result['accuracy']}."
     return {"lines": [line], "picture": draw(figure, "Accuracy against scores", said), "table": table}
 
 
 def _machine(story: Story) -> list[tuple[str, str]]:
     versions = [(str(key), _text(value)) for key, value in story.run.versions.items() if value is not None]
-    return [(printable(key), value) for key, value in versions] + [
+    return [(key, value) for key, value in versions] + [
         (name, exact(count)) for name, count in story.run.faults.items()
     ]
 
@@ -518,11 +516,13 @@ def _machine(story: Story) -> list[tuple[str, str]]:
 def _warnings(story: Story) -> Table:
     lines = story.run.warnings
     heads = [Head("time"), Head("level", True), Head("what the log says", True)]
-    rows = [
-        Row([Cell(printable(when)), Cell(printable(level), kind="text"), Cell(printable(text), kind="text")])
-        for when, level, text in lines
-    ]
+    rows = [Row([Cell(when), Cell(level, kind="text"), Cell(text, kind="text")]) for when, level, text in lines]
     return Table("warnings", f"{len(rows)} warnings and errors of the log", heads, rows)
+
+
+def _harmless(value: Any) -> Any:
+    """Every text that the template shows passes here; it is then escaped."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _figure(value: float, form: str) -> Cell:
@@ -533,11 +533,11 @@ def _text(value: Any) -> str:
     if value is None:
         return "none"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return printable(text if len(text) <= 400 else text[:397] + "…")
+    return text if len(text) <= 400 else text[:397] + "…"
 
 
 def _plain(name: str) -> str:
-    return printable(name.replace("_", " "))
+    return name.replace("_", " ")
 
 
 def _number(value: Any) -> bool:

@@ -15,7 +15,7 @@ INK, SOFT, RULE = "#1b1f24", "#68717c", "#d3d8de"
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
 LINES = (BLUE, ORANGE, GREEN, PURPLE, SKY, SOFT)
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-WIDTH = 4.6  # inches: readable on a phone, and in a column of a paper
+WIDTH = 4.1  # inches: readable on a phone, and in a column of a paper
 RC: Any = {
     "text.parse_math": False,  # a name with dollars is a name
     "axes.formatter.useoffset": False,

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import io
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from xml.etree import ElementTree
 
 import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
+from bossnas.layout import printable
 from bossnas.report import style
 
 SVG, LINK = "http://www.w3.org/2000/svg", "{http://www.w3.org/1999/xlink}href"
@@ -35,15 +34,12 @@ def inline(
 ) -> Markup:
     """The figure as an <svg> element. ``name``: distinct on the page; ``title``, ``description``: what it says to those
     who do not see it; ``tips``: by gid, the texts of a collection's points (`figures.tips`)."""
-    for shown in figure.findobj(Text):
-        assert isinstance(shown, Text), "what findobj is asked for"
-        shown.set_text(printable(shown.get_text()))
     buffer = io.BytesIO()
     with matplotlib.rc_context({**style.RC, "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None, "Creator": None})
     root = ElementTree.fromstring(buffer.getvalue())
     for parent in root.iter():
-        for child in [child for child in parent if child.tag == f"{{{SVG}}}metadata"]:
+        for child in [child for child in parent if child.tag in (f"{{{SVG}}}metadata", f"{{{SVG}}}style")]:
             parent.remove(child)
     for element in root.iter():
         if "id" in element.attrib:
@@ -84,9 +80,3 @@ def _points(group: ElementTree.Element) -> list[ElementTree.Element]:
     defined = {id(child) for defs in group.iter(f"{{{SVG}}}defs") for child in defs.iter()}
     marks = [e for e in group.iter() if e.tag in (f"{{{SVG}}}use", f"{{{SVG}}}path") and id(e) not in defined]
     return marks
-
-
-def printable(text: str) -> str:
-    """A text in which what is not to be seen, such as control characters and marks that turn the direction of writing,
-    is a replacement character. Line feeds stay."""
-    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co") and c != "\n" else c for c in text)

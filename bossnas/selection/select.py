@@ -6,6 +6,7 @@ network from there that no other dominates, in the score and every cost that is 
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from bossnas import spaces
+from bossnas.config.shared import SpaceConfig
 from bossnas.errors import ConfigError
 from bossnas.layout import Column, exact, paragraph, table
 from bossnas.runs.folder import read_config
@@ -63,8 +65,8 @@ def select(
     if latencies is None and "latency_ns" in (*limits, front_cost):
         raise ConfigError("latencies", "is needed to select by latency", "name a table of bossnas cost --measure")
     runs = _read(folders, score)
-    space = spaces.make(**config.space.model_dump())
-    table = CostTable.of(space, config.space.image_size)
+    table = table_of(config.space)
+    space = table.space
     ratings, doubt = _together(runs, how, table, size_weight)
     if latencies is not None:
         table = latency.attach(table, latencies, f"bossnas cost --config {folder}/config.json --measure --json FILE")
@@ -121,10 +123,15 @@ def select(
     return result
 
 
+@functools.lru_cache(maxsize=4)
+def table_of(config: SpaceConfig) -> CostTable:
+    """The costs of a space; it takes seconds, so a process that asks again gets the same."""
+    return CostTable.of(spaces.make(**config.model_dump()), config.image_size)
+
+
 def graph_of(folders: Sequence[Path], score: str | None = None, how: str = "sum") -> Graph:
     """All architectures that the ratings of a run cover, or of several put together."""
-    config = read_config(folders[0]).space
-    table = CostTable.of(spaces.make(**config.model_dump()), config.image_size)
+    table = table_of(read_config(folders[0]).space)
     return Graph(table, _together(_read(folders, score), how, table, 0.0)[0])
 
 

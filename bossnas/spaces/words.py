@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bossnas.layout import Column, exact, table
+from bossnas.layout import Column, exact, printable, table
 from bossnas.spaces.cost import CostTable, Entry
 from bossnas.spaces.paths import Choices
 from bossnas.spaces.space import Space, Words
@@ -17,9 +17,10 @@ def words(space: Space, block: int, layer: int, choice: int) -> Words:
     """What the space says of a candidate; of a space that says nothing, the candidate's name."""
     own = getattr(space, "words", None)
     if own is None:
-        name = space.candidates(block)[choice]
+        name = printable(space.candidates(block)[choice])
         return Words(name, name)
-    return own(block, layer, choice)
+    said = own(block, layer, choice)
+    return Words(printable(said.text), printable(said.row), printable(said.kind))
 
 
 def path_words(space: Space, block: int, path: Choices) -> str:
