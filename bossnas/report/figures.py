@@ -46,14 +46,17 @@ def fabric(story: Story) -> Figure:
     figure, (axes,) = canvas(height, width=max(WIDTH, 0.22 * len(cells) + 1.4))
     kinds = list(dict.fromkeys(one.kind for of_layer in cells for one in of_layer))
     if story.density is not None:
+        most = max(max(shares) for shares in story.density)
         for x, (of_layer, shares) in enumerate(zip(cells, story.density, strict=True)):
             summed: dict[str, float] = {}
             for one, share in zip(of_layer, shares, strict=False):
                 summed[one.row] = summed.get(one.row, 0) + share
             for row, share in summed.items():
-                if share > 0.005:
+                if share > 0.005 * most:
                     box = (x - 0.46, rows.index(row) - 0.42)
-                    axes.add_patch(Rectangle(box, 0.92, 0.84, facecolor=SKY, alpha=0.65 * share, linewidth=0))
+                    axes.add_patch(
+                        Rectangle(box, 0.92, 0.84, facecolor=SKY, alpha=0.65 * min(1, share / most), linewidth=0)
+                    )
     found = [cells[x][choice] for x, choice in enumerate(c for path in run.architecture for c in path)]
     heights = [rows.index(one.row) for one in found]
     axes.plot(range(len(found)), heights, color=INK, linewidth=1, zorder=2)
@@ -80,7 +83,9 @@ def fabric(story: Story) -> Figure:
     axes.tick_params(length=0)
     marks = dict(zip(kinds, ("circles", "squares", "diamonds", "triangles", "triangles down"), strict=False))
     named = ", ".join(f"{mark}: {_short(kind)}" for kind, mark in marks.items() if kind)
-    shade = f"shade: share among the best 10 % of {story.drawn:,} architectures" if story.density is not None else ""
+    shade = (
+        f"darker: more often among the best 10 % of {story.drawn:,} architectures" if story.density is not None else ""
+    )
     axes.set_xlabel("\n".join(part for part in ("layer", named, shade) if part))
     axes.set_title("What each layer does", pad=16, fontweight="bold")
     return figure
@@ -167,6 +172,8 @@ def pareto(story: Story) -> Figure:
         axes.invert_yaxis()
     axes.margins(x=0.12, y=0.12)
     said = f"{level.sum()} of its {len(points)} points cannot be told from the best" if level.any() else ""
+    if len(points) == 1:
+        said = "it has one point: the best architecture is the cheapest, too"
     heading(axes, "Score against cost: the Pareto front", said)
     return figure
 
@@ -418,14 +425,16 @@ def _end_labels(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     if not ends:
         return
     low, high = axes.get_ylim()
-    least, last = (high - low) * 0.11, -math.inf
-    for value, x, text, colour in sorted(ends):
-        y = max(value, last + least)
-        last = y
+    least = (high - low) * 0.11
+    places: list[float] = []
+    for value, *_ in sorted(ends):
+        places.append(max(value, places[-1] + least) if places else value)
+    down = max(0.0, places[-1] - high)
+    for (value, x, text, colour), y in zip(sorted(ends), places, strict=True):
         axes.annotate(
             text,
             (x, value),
-            xytext=(1.02, y),
+            xytext=(1.02, y - down),
             textcoords=axes.get_yaxis_transform(),
             color=colour,
             va="center",
