@@ -36,6 +36,8 @@ setup(
         "simplejpeg",
         "opencv-python-headless",
         "timm",
+        "matplotlib",
+        "jinja2",
         "torchmetrics",
         "pyyaml",
         "numpy",
@@ -52,12 +54,11 @@ setup(
         "gs": ["gcsfs"],
         "gpu": ["nvidia-ml-py"],  # what torch.cuda.utilization and temperature need
         "export": ["onnx", "onnxruntime", "onnxscript"],  # bossnas export --formats onnx
-        "report": ["matplotlib", "tensorboard"],
+        "report": ["tensorboard"],
         "dev": [
             "aiohttp",
             "fvcore",
             "import-linter",
-            "matplotlib",
             "mypy",
             "onnx",
             "onnxruntime",
@@ -65,6 +66,7 @@ setup(
             "pytest",
             "pytest-timeout",
             "ruff",
+            "selenium",
             "types-PyYAML",
         ],
     },

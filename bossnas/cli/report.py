@@ -95,6 +95,4 @@ def _require_matplotlib() -> None:
     try:
         import matplotlib.backend_bases  # noqa: F401
     except ImportError:
-        raise ConfigError(
-            "matplotlib", "is not installed, and pictures need it", "pip install 'bossnas[report]'"
-        ) from None
+        raise ConfigError("matplotlib", "is not installed, and pictures need it", "pip install matplotlib") from None

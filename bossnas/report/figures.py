@@ -308,8 +308,10 @@ def scatter(
         row = rows[name]["kendall"]
         value = "not defined" if row["value"] is None else f"{row['value']:.2f}"
         interval = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
-        axes.set(xlabel=_plain(name), ylabel="accuracy, %")
+        axes.set(xlabel={"params": "parameters", "macs": "multiply-adds"}.get(name, _plain(name)), ylabel="accuracy, %")
         axes.xaxis.set_major_locator(MaxNLocator(4))
+        if np.abs(score).max() > 1e4:
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: layout.brief(value)))
         heading(axes, f"Kendall {value}{interval}")
     for axes in panels[len(scores) :]:
         axes.remove()
