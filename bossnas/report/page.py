@@ -259,7 +259,7 @@ def _sure(story: Story) -> Sure | None:
                     Cell(shown, kind="code text"),
                     Cell(block.words.get(shown, ""), kind="text"),
                     Cell("–" if value is None else f"{value:+.4f}"),
-                    Cell("–" if sure is None or not sure.known else f"{sure.error:.4f}"),
+                    Cell("–" if (error := rating.error(shown)) is None else f"{error:.4f}"),
                     Cell("–" if rating.chance is None else f"{rating.chance:+.4f}"),
                     Cell("–" if sure is None or not sure.known else f"{len(sure.level)} of {len(rating.scores) - 1}"),
                 ]

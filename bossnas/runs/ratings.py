@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,13 @@ class BlockRating:
     candidates: list[str]  # names by candidate id
     parts: Parts | None = None  # what groups of images say of it, rows in the order of ``scores``; None: an older file
     chance: float | None = None  # the score where nothing tells images apart, of scores that have such a value
+
+    def error(self, path: str) -> float | None:
+        """Standard error of a path's score over images; None where it is not known."""
+        if self.parts is None or path not in self.scores:
+            return None
+        error = float(self.parts.error(self.parts.values[list(self.scores).index(path)]))
+        return error if math.isfinite(error) else None
 
     @property
     def certainty(self) -> Certainty | None:

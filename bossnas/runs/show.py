@@ -32,7 +32,7 @@ def show_run(folder: Path, score: str | None = None) -> dict[str, Any]:
         "space": config.model_dump(mode="json"),
         **result,
         "blocks": [_block(space, rating, path) for rating, path in zip(ratings, architecture, strict=False)],
-        "next": _next(folder, len(architecture) == space.blocks),
+        "next": _next(folder, result["macs"]) if len(architecture) == space.blocks else [],
     }
 
 
@@ -99,7 +99,7 @@ def _block(space: Space, rating: BlockRating, path: Choices) -> dict[str, Any]:
         "score": rating.score,
         "better": rating.better,
         "value": rating.scores.get(text),
-        "error": sure.error if sure is not None and known else None,
+        "error": rating.error(text),
         "chance": rating.chance,
         "paths": len(rating.scores),
         "level": sure.level if sure is not None and known else None,
@@ -109,14 +109,16 @@ def _block(space: Space, rating: BlockRating, path: Choices) -> dict[str, Any]:
     }
 
 
-def _next(folder: Path, finished: bool) -> list[list[str]]:
+def _next(folder: Path, macs: int) -> list[list[str]]:
     """Commands to type, each with what it does."""
-    name = shlex.quote(str(folder))
-    if not finished:
-        return []
+    name, less = shlex.quote(str(folder)), 0.8 * macs
+    factor, letter = next(((10**n, c) for n, c in ((9, "G"), (6, "M"), (3, "K")) if less >= 10**n), (1, ""))
     return [
         [f"bossnas report {name}", "the result as a page to look at"],
-        [f"bossnas select {name} --max-macs 5M --write-config retrain.yaml", "the best one under a limit of cost"],
+        [
+            f"bossnas select {name} --max-macs {less / factor:.3g}{letter} --write-config retrain.yaml",
+            "the best one at a smaller cost, and the config of its training with labels",
+        ],
     ]
 
 
@@ -138,9 +140,9 @@ def lines(result: dict[str, Any], columns: int) -> list[str]:
         value = "no score" if row["value"] is None else f"{row['value']:+.4f}"
         error = "" if row["error"] is None else f" +- {row['error']:.4f}"
         chance = "" if row["chance"] is None else f" (chance gives {row['chance']:+.4f})"
-        other = "" if row["best"] in (None, row["path"]) else f"; this score prefers {row['best']}"
+        other = "" if row["best"] in (None, row["path"]) else f" the best by this score is {row['best']};"
         text += [""] if block == 0 else []
-        found = f"block {block}: {row['path']} with {row['score']} {value}{error}{chance}{other}; {row['how_sure']}"
+        found = f"block {block}: {row['path']} with {row['score']} {value}{error}{chance};{other} {row['how_sure']}"
         text += layout.paragraph(found, columns, "  ")
     if result["next"]:
         text += ["", "next:"]

@@ -257,6 +257,8 @@ def _doubt(result: dict[str, Any]) -> str:
 
 
 def _behind(row: dict[str, Any], error: float | None) -> str:
+    if error == 0 == row["behind"]:
+        return "-"
     return f"{row['behind']:.2g}" + ("" if error is None else f" +- {error:.1g}")
 
 
