@@ -223,6 +223,7 @@ def lines(result: dict[str, Any], space: int) -> list[str]:
         )
     elif plain["exceeds"]:
         text += paragraph(f"greedy exceeds {', '.join(plain['exceeds'])}", space)
+    text += ["", *paragraph(f"1: {result['top'][0]['words']}", space, "   ")]
     text += ["", *paragraph(_doubt(result), space)]
     if "front" in result:
         points = result["front"]["points"]
