@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import math
+import re
 
+import made_run
 import numpy as np
 import pytest
 
+from bossnas import cli
 from bossnas.runs.certainty import Parts
 from bossnas.runs.ratings import BlockRating
 from bossnas.selection import combine
 from bossnas.selection.doubt import Doubt
+from bossnas.selection.select import select
 from bossnas.spaces.paths import encode
 
 PATHS = [(0, 0), (0, 1), (1, 0), (1, 1)]
@@ -82,3 +86,53 @@ def test_where_no_error_is_known():
     sure = doubt([run(0)])
     assert sure.level(0.19, 1.0, (0.1, None)) and not sure.level(0.21, 1.0, (0.1, None))
     assert sure.level(0.3, 1.0, (0.1, 0.2))  # the larger error counts
+
+
+def selected(*folders, **more):
+    return select(list(folders), top=20, front_cost="macs", **more)
+
+
+def test_a_selection_marks_what_cannot_be_told_apart(tmp_path):
+    """Block 0 tells its paths apart, the others do not: architectures are level if they begin alike."""
+    result = selected(made_run.make(tmp_path / "a"))
+    best = result["top"][0]
+    assert best["architecture"].startswith("00|") and best["level_with_best"] and best["behind"] == 0
+    assert all(row["level_with_best"] == row["architecture"].startswith("00|") for row in result["top"])
+    assert all(row["behind_error_images"] > 0 and row["behind_error_seeds"] is None for row in result["top"][1:])
+    level = [row for row in result["front"]["points"] if row["level_with_best"]]
+    assert result["cheapest_level"] == min(level, key=lambda row: row["macs"])
+    assert "_" not in result["cheapest_level"]["words"]
+
+
+def test_the_spread_over_seeds_stands_beside_it(tmp_path, capsys):
+    folders = [made_run.make(tmp_path / str(seed), seed=seed) for seed in range(3)]
+    result = selected(*folders)
+    assert all(row["behind_error_seeds"] is not None for row in result["top"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["select", *map(str, folders), "--top", "3"])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0 and "seeds" in printed and max(map(len, printed.splitlines())) <= 80
+
+
+def test_ratings_without_errors_say_so(tmp_path, capsys):
+    folder = made_run.make(tmp_path / "old", errors=False)
+    result = selected(folder)
+    assert "cheapest_level" not in result and result["top"][0]["level_with_best"] is None
+    with pytest.raises(SystemExit):
+        cli.main(["select", str(folder)])
+    assert f"bossnas rate {folder}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_config_of_a_retraining_is_written_once(tmp_path, capsys):
+    folder, file = made_run.make(tmp_path / "a"), tmp_path / "again.yaml"
+    for code, words in (
+        (0, f"bossnas retrain --config {file}"),
+        (2, "--write-config: .*exists; name a new .yaml file"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["select", str(folder), "--write-config", str(file)])
+        said = capsys.readouterr()
+        assert ended.value.code == code and re.search(words, said.out + said.err)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["select", str(folder), "--write-config", str(tmp_path / "a.json")])
+    assert ended.value.code == 2 and "is no .yaml file" in capsys.readouterr().err
