@@ -50,7 +50,7 @@ def select(
     """Select the best architectures of a run's ratings under limits. The run folder stays as it is."""
     from bossnas import layout
     from bossnas.files import write_json
-    from bossnas.selection import select as selection
+    from bossnas.selection import select as selection, text
 
     check_together(combine, size_weight)
     costs = {name: cost for cost, name in selection.NAMES.items()}
@@ -77,7 +77,7 @@ def select(
         latencies=latency,
         front_cost=None if front is None else costs[front],
     )
-    typer.echo("\n".join(selection.lines(result, layout.width())))
+    typer.echo("\n".join(text.lines(result, layout.width())))
     if write_config is not None:
         from bossnas.runs.folder import read_config
         from bossnas.selection import retraining

@@ -13,6 +13,7 @@ from bossnas.files import draft
 from bossnas.report import figures, style
 from bossnas.report.gather import Story
 from bossnas.selection.ranking.compare import Comparison
+from bossnas.selection.ranking.report import rows
 
 DOTS = 200  # per inch, of pictures made of dots
 
@@ -58,4 +59,4 @@ def _figure(story: Story, what: str, block: int) -> Figure:
 
 def _scatter(compared: Comparison | None) -> Figure:
     assert compared is not None, "asked for only where there is one"
-    return figures.scatter(compared.scores, compared.accuracy, figures.rows_of(compared.result))
+    return figures.scatter(compared.scores, compared.accuracy, rows(compared.result))

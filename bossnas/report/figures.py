@@ -318,11 +318,6 @@ def scatter(
     return figure
 
 
-def rows_of(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The figures of every score of a comparison (`ranking.compare`), by name."""
-    return {result["score"]: result, f"{result['score']} + size": result["with_size"], **result["baselines"]}
-
-
 def tips(story: Story) -> dict[str, list[str]]:
     """gid -> the text of each of its points, in the order in which they are drawn."""
     result: dict[str, list[str]] = {}

@@ -3,11 +3,8 @@ the metrics is trusted to be whole."""
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +15,11 @@ from bossnas import spaces
 from bossnas.config.retrain import RetrainConfig
 from bossnas.config.search import Config
 from bossnas.errors import ConfigError
+from bossnas.report import records
 from bossnas.runs.certainty import Certainty
 from bossnas.runs.folder import kind_of, read_config
-from bossnas.runs.ratings import BlockRating, read_ratings, read_winners
+from bossnas.runs.ratings import BlockRating, read_ratings
+from bossnas.runs.show import winners
 from bossnas.selection import select
 from bossnas.selection.graph import Graph
 from bossnas.selection.ranking.compare import Comparison, Rated, compare
@@ -30,12 +29,10 @@ from bossnas.spaces.cost import Cost, CostTable
 from bossnas.spaces.paths import Choices, decode
 from bossnas.spaces.words import Layer, layers, path_words, summary, words
 
-POINTS = 300  # of a curve; longer ones are means over neighbours
 CURVES = ("loss", "spread", "lr", "images_per_second")
 DRAWN = 200_000  # architectures drawn where a space has more
 BEST = 0.1  # share of the drawn architectures, by score, whose layers are counted
 LINES = 200  # warnings that are kept
-SAID = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ (WARNING|ERROR|CRITICAL) (.*)$")
 
 
 @dataclass(frozen=True)
@@ -136,10 +133,10 @@ def _run(folder: Path, score: str | None) -> RunStory:
     kind = kind_of(folder)
     schema = RetrainConfig if kind == "retraining" else Config
     config = read_config(folder, schema)
-    values, defaults = _flat(config.model_dump(mode="json")), _flat(schema().model_dump(mode="json"))
-    versions = _json(folder / "versions.json")
-    lines = _metrics(folder / "metrics.jsonl")
-    warnings = _warnings(folder / "log.txt")
+    values, defaults = records.flat(config.model_dump(mode="json")), records.flat(schema().model_dump(mode="json"))
+    versions = records.read_object(folder / "versions.json")
+    lines = records.metrics(folder / "metrics.jsonl")
+    warnings = records.warnings(folder / "log.txt")
     base: dict[str, Any] = {
         "folder": folder,
         "kind": kind,
@@ -148,26 +145,26 @@ def _run(folder: Path, score: str | None) -> RunStory:
         "versions": versions,
         "finished": (folder / "done").exists() or (kind == "rating without training" and _all_rated(folder)),
         "warnings": warnings[:LINES],
-        "faults": _faults(lines, warnings, folder),
+        "faults": records.faults(lines, warnings, folder),
     }
     if kind == "retraining":
         train, evals = ([line for line in lines if line.get("kind") == name] for name in ("train", "eval"))
         return RunStory(
             **base,
-            position=_position(lines),
-            curves=_curves(train, ("loss", "lr", "images_per_second")),
-            evaluations=_curves(evals, ("top1", "top5", "loss")),
-            result=_json(folder / "result.json"),
+            position=records.position(lines),
+            curves=records.curves(train, ("loss", "lr", "images_per_second")),
+            evaluations=records.curves(evals, ("top1", "top5", "loss")),
+            result=records.read_object(folder / "result.json"),
         )
     assert isinstance(config, Config), "all but retrainings have a search's config"
     space = spaces.make(**config.space.model_dump())
     table = select.table_of(config.space)
     ratings = _ratings(folder, score)
-    architecture = _architecture(folder, space, len(ratings))
-    numbers = sorted({*range(len(ratings)), *(int(line["block"]) for line in lines if _is_block(line, space))})
+    architecture = winners(folder, space, len(ratings)) if (folder / "winners.json").exists() else []
+    numbers = sorted({*range(len(ratings)), *(int(line["block"]) for line in lines if records.is_block(line, space))})
     return RunStory(
         **base,
-        position=_position(lines),
+        position=records.position(lines),
         blocks=[
             _block(folder, number, ratings[number] if number < len(ratings) else None, table, architecture, lines)
             for number in numbers
@@ -185,17 +182,6 @@ def _ratings(folder: Path, score: str | None) -> list[BlockRating]:
     return read_ratings(folder, score) if any((folder / "ratings").glob("block_?.json")) else []
 
 
-def _architecture(folder: Path, space: Space, rated: int) -> list[Choices]:
-    if not (folder / "winners.json").exists():
-        return []
-    winners: list[Choices] = []
-    for block, text in enumerate(read_winners(folder)):
-        if block >= min(rated, space.blocks) or decode(text) not in space.paths(block, winners):
-            raise ConfigError("run", f"{folder}/winners.json does not fit its ratings and its space", "restore it")
-        winners.append(decode(text))
-    return winners
-
-
 def _block(
     folder: Path,
     number: int,
@@ -208,9 +194,9 @@ def _block(
     midway = [
         (int(line["step"]), float(line["best"]), str(line.get("path", "")))
         for line in own
-        if line.get("kind") == "rating" and _is_number(line.get("best")) and _is_number(line.get("step"))
+        if line.get("kind") == "rating" and records.is_number(line.get("best")) and records.is_number(line.get("step"))
     ]
-    curves = _curves([line for line in own if line.get("kind") == "train"], CURVES)
+    curves = records.curves([line for line in own if line.get("kind") == "train"], CURVES)
     if rating is None:
         return BlockStory(number, None, None, {}, {}, {}, {}, [], [], np.zeros((0, 0)), midway, curves)
     space, paths = table.space, [decode(text) for text in rating.scores]
@@ -218,11 +204,13 @@ def _block(
     shape = table.image
     for block, path in enumerate(prefix):
         shape = table.path(block, path, shape)[1]
-    values = _json(folder / "ratings" / f"block_{number}.json")
+    values = records.read_object(folder / "ratings" / f"block_{number}.json")
     scores = values.get("scores") or {rating.score: rating.scores}
     better = values.get("better") or {rating.score: rating.better}
     names = [
-        name for name, of in scores.items() if of.keys() == rating.scores.keys() and all(map(_is_number, of.values()))
+        name
+        for name, of in scores.items()
+        if of.keys() == rating.scores.keys() and all(map(records.is_number, of.values()))
     ]
     signed = np.array([[(-1 if better.get(n) == "lower" else 1) * v for v in scores[n].values()] for n in names])
     return BlockStory(
@@ -320,92 +308,5 @@ def _spearman(rows: np.ndarray) -> np.ndarray:
     return found
 
 
-def _metrics(file: Path) -> list[dict[str, Any]]:
-    return [line for line in map(_object, _lines(file)) if line]
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):  # the process was killed while it wrote the line
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-
-
-def _json(file: Path) -> dict[str, Any]:
-    return _object("".join(_lines(file)))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_block(line: dict[str, Any], space: Space) -> bool:
-    block = line.get("block")
-    return isinstance(block, int) and not isinstance(block, bool) and 0 <= block < space.blocks
-
-
-def _curves(lines: list[dict[str, Any]], names: Iterable[str]) -> dict[str, list[float]]:
-    """Columns of the lines that have a step, in at most POINTS rows."""
-    lines = [line for line in lines if _is_number(line.get("step"))]
-    present = [name for name in names if any(_is_number(line.get(name)) for line in lines)]
-    parts = [part for part in np.array_split(np.arange(len(lines)), min(POINTS, len(lines)) or 1) if len(part)]
-    result: dict[str, list[float]] = {"step": [float(lines[part[-1]]["step"]) for part in parts]} if present else {}
-    for name in present:
-        column = [float(line[name]) if _is_number(line.get(name)) else math.nan for line in lines]
-        means = []
-        for part in parts:
-            known = [column[i] for i in part if not math.isnan(column[i])]
-            means.append(sum(known) / len(known) if known else math.nan)
-        result[name] = means
-    return result
-
-
-def _warnings(file: Path) -> list[tuple[str, str, str]]:
-    found = (SAID.match(line) for line in _lines(file))
-    return [(match[1], match[2], match[3]) for match in found if match]
-
-
-def _faults(lines: list[dict[str, Any]], warnings: list[tuple[str, str, str]], folder: Path) -> dict[str, int]:
-    said = Counter(
-        kind
-        for _, _, text in warnings
-        for kind, words in (("images replaced", "cannot be read"), ("images replaced", "unreadable"))
-        if words in text
-    )
-    going_on = sum(": going on " in line for line in _lines(folder / "log.txt"))
-    return {
-        "steps skipped": sum(line.get("outcome") == "bad" for line in lines),
-        "warnings": len(warnings),
-        "images replaced": said["images replaced"],
-        "continued": going_on,
-    }
-
-
-def _position(lines: list[dict[str, Any]]) -> str:
-    train = [line for line in lines if line.get("kind") == "train" and _is_number(line.get("step"))]
-    if not train:
-        return "no step is done yet"
-    last = train[-1]
-    return (f"block {last['block']}, " if _is_number(last.get("block")) else "") + f"step {last['step']:,}"
-
-
 def _all_rated(folder: Path) -> bool:
     return (folder / "architecture.json").exists()
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat

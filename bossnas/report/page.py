@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,10 +17,12 @@ from matplotlib.figure import Figure
 
 from bossnas import __version__
 from bossnas.layout import brief, exact, printable
-from bossnas.report import figures
-from bossnas.report.gather import BlockStory, Story
+from bossnas.report import figures, tables
+from bossnas.report.gather import Story
 from bossnas.report.svg import inline
+from bossnas.report.tables import Cell, Head, Row, Table
 from bossnas.runs.certainty import HELP
+from bossnas.selection.ranking.report import rows
 from bossnas.spaces.paths import encode
 
 HERE = Path(__file__).parent
@@ -32,35 +33,6 @@ NOTES = (
     "Two paths saw the same images, so a difference is often known better than either score. A path within two "
     "standard errors of the best cannot be told from it.",
 )
-
-
-@dataclass(frozen=True)
-class Cell:
-    text: str
-    value: float | None = None  # by which a column is sorted
-    kind: str = ""
-
-
-@dataclass(frozen=True)
-class Head:
-    name: str
-    text: bool = False
-
-
-@dataclass(frozen=True)
-class Row:
-    cells: list[Cell]
-    kind: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    id: str
-    caption: str
-    heads: list[Head]
-    rows: list[Row]
-    sortable: bool = False
-    filter: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,8 +72,8 @@ def page(story: Story, command: str) -> str:
         "found": _found(story, draw) if search else _trained(story),
         "sure": _sure(story) if search else None,
         "state": _state(story),
-        "changed": _changed(story),
-        "settings": [(key, _text(value)) for key, value in run.config.items()],
+        "changed": tables.changed(story),
+        "settings": [(key, tables.shown(value)) for key, value in run.config.items()],
         "curves": _curves(story, draw),
         "blocks": _blocks(story, draw),
         "cost": _cost(story, draw),
@@ -109,7 +81,7 @@ def page(story: Story, command: str) -> str:
         "seeds": bool(story.seeds),
         "accuracy": _accuracy(story, draw),
         "machine": _machine(story),
-        "warnings": _warnings(story),
+        "warnings": tables.warnings(story),
         "css": Markup((HERE / "page.css").read_text(encoding="utf-8")),  # noqa: S704  (our own)
         "js": Markup(script),  # noqa: S704  (our own)
         "script_hash": "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -267,10 +239,10 @@ def _sure(story: Story) -> Sure | None:
         )
     score = rated[0].rating
     assert score is not None, "rated"
-    heads = [Head("block"), Head("winner", True), Head("in words", True), Head(_plain(score.score)),
+    heads = [Head("block"), Head("winner", True), Head("in words", True), Head(tables.plain(score.score)),
              Head("± over images"), Head("chance gives"), Head("others not told apart")]  # fmt: skip
-    table = Table("sure-table", f"Winners by {_plain(score.score)} ({score.better} is better)", heads, rows)
-    return Sure(lines + _selection(story), table, _top(story), NOTES if known else ())
+    table = Table("sure-table", f"Winners by {tables.plain(score.score)} ({score.better} is better)", heads, rows)
+    return Sure(lines + _selection(story), table, tables.top(story), NOTES if known else ())
 
 
 def _selection(story: Story) -> list[tuple[str, str]]:
@@ -301,34 +273,6 @@ def _selection(story: Story) -> list[tuple[str, str]]:
     return lines
 
 
-def _top(story: Story) -> Table | None:
-    if story.selected is None:
-        return None
-    several = len(story.runs) > 1
-    heads = [Head("architecture", True), Head("in words", True), Head("score"), Head("behind the best"),
-             Head("± over images")] + [Head("± over seeds")] * several + [Head("multiply-adds"),
-             Head("parameters")]  # fmt: skip
-    rows = [
-        Row(
-            [
-                Cell(row["architecture"], kind="code text"),
-                Cell(row["words"], kind="text"),
-                Cell(f"{row['score']:+.5f}"),
-                Cell("–" if i == 0 else f"{row['behind']:.2g}"),
-                Cell("–" if i == 0 or (e := row["behind_error_images"]) is None else f"{e:.1g}"),
-                *([Cell("–" if (e := row["behind_error_seeds"]) is None else f"{e:.1g}")] if several else []),
-                Cell(exact(row["macs"])),
-                Cell(exact(row["params"])),
-            ],
-            "winner" if i == 0 else ("level" if row["level_with_best"] else ""),
-        )
-        for i, row in enumerate(story.selected["top"])
-    ]
-    over = " The error over seeds is that of the mean of the runs." if several else ""
-    caption = "The best architectures; a blue edge marks those that cannot be told from the first." + over
-    return Table("top", caption, heads, rows)
-
-
 def _state(story: Story) -> list[tuple[str, str]]:
     run = story.run
     rows = [
@@ -340,15 +284,6 @@ def _state(story: Story) -> list[tuple[str, str]]:
     if len(story.runs) > 1:
         rows.append(("other runs", ", ".join(str(other.folder) for other in story.runs[1:])))
     return rows
-
-
-def _changed(story: Story) -> Table:
-    rows = [
-        Row([Cell(key, kind="code text"), Cell(_text(value), kind="text"), Cell(_text(default), kind="text")])
-        for key, value, default in story.run.changed
-    ]
-    heads = [Head("key", True), Head("value", True), Head("default", True)]
-    return Table("changed", "What the config sets otherwise", heads, rows)
 
 
 def _curves(story: Story, draw: _Drawing) -> list[Picture]:
@@ -394,45 +329,10 @@ def _blocks(story: Story, draw: _Drawing) -> list[dict[str, Any]]:
                 "effects": draw(figures.effects(story, block.number), f"Block {block.number}: candidates", changes)
                 if any(len(layer) > 1 for layer in block.effects)
                 else None,
-                "table": _paths_table(story, block),
+                "table": tables.paths(story, block),
             }
         )
     return result
-
-
-def _paths_table(story: Story, block: BlockStory) -> Table:
-    rating, sure = block.rating, block.certainty
-    assert rating is not None, "a rated block"
-    run = story.run
-    chosen = encode(run.architecture[block.number]) if block.number < len(run.architecture) else ""
-    names = [rating.score, *(name for name in block.scores if name != rating.score)]
-    errors = None if rating.parts is None else rating.parts.error(rating.parts.values).tolist()
-    of_path = dict(zip(rating.scores, errors, strict=True)) if errors is not None else {}
-    level = set(sure.level) if sure is not None else set()
-    heads = [Head("path", True), Head("in words", True), Head(_plain(names[0])), Head("± over images"),
-             Head("behind the best"), Head("± of that"), *(Head(_plain(name)) for name in names[1:]),
-             Head("multiply-adds"), Head("parameters")]  # fmt: skip
-    rows = []
-    for path in figures.path_order(block):
-        margin, error = (math.nan, math.nan) if sure is None else sure.margins[path]
-        rows.append(
-            Row(
-                [
-                    Cell(path, kind="code text"),
-                    Cell(block.words[path], kind="text"),
-                    _figure(rating.scores[path], "+.4f"),
-                    _figure(of_path.get(path, math.nan), ".4f"),
-                    _figure(margin, ".4f"),
-                    _figure(error, ".4f"),
-                    *(_figure(block.scores[name][path], "+.4f") for name in names[1:] if name in block.scores),
-                    Cell(exact(block.costs[path].macs), block.costs[path].macs),
-                    Cell(exact(block.costs[path].params), block.costs[path].params),
-                ],
-                "winner" if path == chosen else ("level" if path in level else ""),
-            )
-        )
-    caption = f"All {len(rows)} paths of block {block.number} as a table"
-    return Table(f"block-{block.number}-paths", caption, heads, rows, sortable=True, filter=True)
 
 
 def _cost(story: Story, draw: _Drawing) -> dict[str, Any] | None:
@@ -451,9 +351,9 @@ def _cost(story: Story, draw: _Drawing) -> dict[str, Any] | None:
             [
                 Cell(point["architecture"], kind="code text"),
                 Cell(point["words"], kind="text"),
-                _figure(point["score"], "+.5f"),
-                _figure(point["behind"], ".2g"),
-                _figure(math.nan if (e := point["behind_error_images"]) is None else e, ".1g"),
+                tables.figure_cell(point["score"], "+.5f"),
+                tables.figure_cell(point["behind"], ".2g"),
+                tables.figure_cell(math.nan if (e := point["behind_error_images"]) is None else e, ".1g"),
                 Cell(exact(point["macs"]), point["macs"]),
                 Cell(exact(point["params"]), point["params"]),
             ],
@@ -482,7 +382,7 @@ def _accuracy(story: Story, draw: _Drawing) -> dict[str, Any] | None:
     if story.accuracy is None:
         return None
     result = story.accuracy.result
-    rows = figures.rows_of(result)
+    found = rows(result)
 
     def interval(row: Mapping[str, Any]) -> str:
         if row["value"] is None:
@@ -495,49 +395,27 @@ def _accuracy(story: Story, draw: _Drawing) -> dict[str, Any] | None:
         "Rank correlation with accuracy and its 95 % interval, beside what counting gives",
         [Head("score", True), *(Head(name.capitalize()) for name in names)],
         [
-            Row([Cell(_plain(name), kind="text"), *(Cell(interval(row[key])) for key in names)])
-            for name, row in rows.items()
+            Row([Cell(tables.plain(name), kind="text"), *(Cell(interval(row[key])) for key in names)])
+            for name, row in found.items()
         ],
     )
-    shown = {name: values for name, values in story.accuracy.scores.items() if name in rows}
-    figure = figures.scatter(shown, story.accuracy.accuracy, rows, columns=2)
+    shown = {name: values for name, values in story.accuracy.scores.items() if name in found}
+    figure = figures.scatter(shown, story.accuracy.accuracy, found, columns=2)
     said = f"Accuracy against {len(shown)} scores of {result['n']} architectures."
     line = f"{exact(result['n'])} architectures with a score and an accuracy, of {result['accuracy']}."
     return {"lines": [line], "picture": draw(figure, "Accuracy against scores", said), "table": table}
 
 
 def _machine(story: Story) -> list[tuple[str, str]]:
-    versions = [(str(key), _text(value)) for key, value in story.run.versions.items() if value is not None]
+    versions = [(str(key), tables.shown(value)) for key, value in story.run.versions.items() if value is not None]
     return [(key, value) for key, value in versions] + [
         (name, exact(count)) for name, count in story.run.faults.items()
     ]
 
 
-def _warnings(story: Story) -> Table:
-    lines = story.run.warnings
-    heads = [Head("time"), Head("level", True), Head("what the log says", True)]
-    rows = [Row([Cell(when), Cell(level, kind="text"), Cell(text, kind="text")]) for when, level, text in lines]
-    return Table("warnings", f"{len(rows)} warnings and errors of the log", heads, rows)
-
-
 def _harmless(value: Any) -> Any:
     """Every text that the template shows passes here; it is then escaped."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _figure(value: float, form: str) -> Cell:
-    return Cell("–", -1e308) if math.isnan(value) else Cell(format(value, form), float(value))
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "none"
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 400 else text[:397] + "…"
-
-
-def _plain(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _number(value: Any) -> bool:

@@ -23,7 +23,7 @@ def show_run(folder: Path, score: str | None = None) -> dict[str, Any]:
     config = read_config(folder).space
     space = spaces.make(**config.model_dump())
     ratings = read_ratings(folder, score)
-    architecture = _winners(folder, space, ratings)
+    architecture = winners(folder, space, len(ratings))
     result = _described(space, config.image_size, architecture)
     return {
         "run": str(folder),
@@ -62,19 +62,20 @@ def show_architecture(
     }
 
 
-def _winners(folder: Path, space: Space, ratings: list[BlockRating]) -> list[Choices]:
-    """The winners that the search froze. Raises ConfigError for those that the space does not have."""
-    winners: list[Choices] = []
+def winners(folder: Path, space: Space, rated: int) -> list[Choices]:
+    """The winners that a search froze, of ``rated`` blocks at most. Raises ConfigError for those that are not of the
+    space."""
+    found: list[Choices] = []
     for block, text in enumerate(read_winners(folder)):
         path = decode(text)
-        if block >= min(space.blocks, len(ratings)) or path not in space.paths(block, winners):
+        if block >= min(space.blocks, rated) or path not in space.paths(block, found):
             raise ConfigError(
                 "run",
                 f"{folder}/winners.json has a path {text} in block {block}, which was not rated or is not of its space",
                 "restore the file",
             )
-        winners.append(path)
-    return winners
+        found.append(path)
+    return found
 
 
 def _described(space: Space, size: int, architecture: list[Choices]) -> dict[str, Any]:

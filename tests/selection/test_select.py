@@ -17,6 +17,7 @@ from bossnas.runs.ratings import BlockRating, read_ratings
 from bossnas.selection import combine, select
 from bossnas.selection.graph import Graph, greedy, size
 from bossnas.selection.pareto import dominated, nondominated
+from bossnas.selection.text import lines as told
 from bossnas.spaces import cost, hytra
 from bossnas.spaces.cost import COSTS, CostTable
 from bossnas.spaces.ops import NoAdapter, conv, conv_norm
@@ -503,8 +504,8 @@ def test_latency_limits_by_a_table(run, tables):
     mbconv = {"macs": 5_919_137_280, "params": 57_294_464, "latency_ms": 1234.5678, "architecture": "0123|" * 4 + "01"}
     for row in (result["top"][0], result["greedy"]):
         row.update(mbconv)
-    text = select.lines(result, 80)
-    assert max(map(len, text)) <= 80 and sum("5,919,137,280" in line and "1,234.568 ms" in line for line in text) == 2
+    lines = told(result, 80)
+    assert max(map(len, lines)) <= 80 and sum("5,919,137,280" in line and "1,234.568 ms" in line for line in lines) == 2
 
 
 def damage(file, key, value):
