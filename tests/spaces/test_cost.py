@@ -51,12 +51,12 @@ def test_the_table_is_what_counting_on_a_supernet_gives(name, width, size, optio
     for architecture in architectures:
         counted = cost.count([net.stem, net.blocks], lambda a=architecture: net.features(a, x))
         assert table.network(architecture) == counted
-        assert CostTable.along(space, size, architecture).network(architecture) == counted
         shape = tuple(net.features(architecture, x).shape[1:])
         steps = table.image
         for block, path in enumerate(architecture):
             steps = table.path(block, path, steps)[1]
         assert steps == shape
+    assert CostTable.along(space, size, architecture).network(architecture) == table.network(architecture)
     together = table.networks(architectures)
     assert together["macs"].dtype == together["params"].dtype == np.int64
     assert together["macs"].tolist() == [table.network(a)["macs"] for a in architectures]
@@ -307,7 +307,7 @@ def test_own_layers_are_built_one_at_a_time(monkeypatch):
     space = make("mbconv")
     monkeypatch.setattr(space, "layer", lambda block, layer: Watched(), raising=False)
     CostTable.of(space, 32)
-    assert len(most) == 18 and max(most) <= 2
+    assert len(most) == 1 + 18 and max(most) <= 2  # the first one tells how large they are
 
 
 @pytest.mark.parametrize(
@@ -405,3 +405,10 @@ def test_mistakes_end_with_one_line(config, capfd, options, words):
 def test_published_constants_of_the_spaces_are_those_of_the_plain_networks():
     assert hytra.SCALES == (0, 0, 1, 1, 2, 3) and nats.WIDTHS == tuple(range(8, 65, 8))
     assert mbconv.BLOCKS == ((24, 2, 2), (40, 2, 4), (80, 2, 4), (112, 1, 4), (192, 2, 4))
+
+
+def test_large_layers_are_counted_without_values(monkeypatch):
+    space = make("hytra", 0.125, 32)
+    real = CostTable.of(space, 32)
+    monkeypatch.setattr(cost, "LARGE", 0)
+    assert CostTable.of(space, 32).entries == real.entries
